@@ -1,0 +1,279 @@
+"""Charts: rows are pure functions of their index, and every answer follows from the picture."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmray.chart_drawing import Box, Chart, draw_chart
+from vlmray.charts import FAMILIES, KINDS, SPLITS, ChartDataset, ChartsConfig, Row, parse_charts_name
+
+
+def dataset(name: str = "charts", split: str = "train") -> ChartDataset:
+    return ChartDataset(parse_charts_name(name), split)
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_documented_columns() -> None:
+    row = dataset()[3]
+    assert set(row) == set(Row.__annotations__)
+    assert Image.open(io.BytesIO(row["image"])).format == "PNG"
+    assert row["image_id"] == "train-000001"
+    assert row["question"].endswith("?")
+    assert len(row["answers"]) == 1
+
+
+def test_rows_do_not_depend_on_order_or_instance() -> None:
+    once = dataset()
+    backwards = [once[index] for index in reversed(range(20))][::-1]
+    assert backwards == [once[index] for index in range(20)]
+    assert backwards == [dataset()[index] for index in range(20)]
+
+
+def test_num_rows_only_says_where_a_split_ends() -> None:
+    assert len(dataset("charts?num_rows=7")) == 7
+    assert list(dataset("charts?num_rows=7")) == [dataset()[index] for index in range(7)]
+
+
+def test_splits_and_seeds_share_no_chart() -> None:
+    names = ["charts?num_rows=120", "charts?num_rows=120&seed=1"]
+    views = [dataset(name, split) for name in names for split in SPLITS]
+    images = [row["image"] for view in views for row in view]
+    assert len(set(images)) == len(images) / 2  # two rows an image
+
+
+@pytest.mark.parametrize("per_image", [1, 2, 5, len(FAMILIES)])
+def test_rows_of_one_image_ask_different_questions(per_image: int) -> None:
+    rows = list(dataset(f"charts?num_rows={per_image * 12}&questions_per_image={per_image}"))
+    for start in range(0, len(rows), per_image):
+        group = rows[start : start + per_image]
+        assert len({row["image"] for row in group}) == len({row["image_id"] for row in group}) == 1
+        assert len({row["question"] for row in group}) == len({row["family"] for row in group}) == per_image
+    assert len({row["image"] for row in rows}) == 12
+
+
+@pytest.mark.parametrize("family", ["position", "extreme", "value_by_label", "comparison", "difference"])
+def test_one_family_still_asks_different_questions(family: str) -> None:
+    rows = list(dataset(f"charts?num_rows=60&family={family}&questions_per_image=3"))
+    for start in range(0, len(rows), 3):
+        assert len({row["question"] for row in rows[start : start + 3]}) == 3
+
+
+def test_families_take_turns() -> None:
+    counts = Counter(row["family"] for row in dataset(f"charts?num_rows={len(FAMILIES) * 12}"))
+    assert counts == dict.fromkeys(FAMILIES, 12)
+    comparisons = Counter(row["answers"][0] for row in dataset("charts?num_rows=300&family=comparison"))
+    assert min(comparisons["yes"], comparisons["no"]) > 100
+
+
+def test_filters_are_obeyed() -> None:
+    view = dataset("charts?num_rows=60&family=count,extreme&kind=pie, line")
+    assert {row["family"] for row in view} == {"count", "extreme"}
+    assert {view.chart(index).kind for index in range(60)} == {"line", "pie"}
+    assert {dataset().chart(index).kind for index in range(100)} == set(KINDS)
+
+
+def test_restricting_the_families_keeps_the_charts() -> None:
+    assert dataset("charts?family=count")[8]["image"] == dataset()[8]["image"]
+
+
+def test_pickles_small_even_after_drawing() -> None:
+    view = dataset("charts?seed=5&family=count,extreme")
+    row = view[11]
+    pickled = pickle.dumps(view)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled)[11] == row
+
+
+# --- answers, read again from the question's words ---------------------------------------------
+
+Table = list[tuple[str, str, int]]  # label, colour, value of each mark, in reading order
+
+MARK = "(?:bar|point|slice)"
+COLOUR = f"(?:the )?(\\w+) {MARK}"
+LARGEST, SMALLEST = "tallest|longest|highest|largest", "shortest|lowest|smallest"
+
+
+def named(table: Table, name: str) -> tuple[str, str, int]:
+    """Find the mark that a question means by 'the red bar' or by 'Ann'."""
+    colour = re.fullmatch(COLOUR, name)
+    (mark,) = [row for row in table if (row[1] == colour[1] if colour else row[0] == name)]
+    return mark
+
+
+def neighbour(table: Table, colour: str) -> str:
+    order = [row[1] for row in table]
+    return order[(order.index(colour) + 1) % len(order)]
+
+
+def extreme(table: Table, adjective: str) -> tuple[str, str, int]:
+    ranked = sorted(table, key=lambda row: row[2])
+    return ranked[-1] if adjective in LARGEST.split("|") else ranked[0]
+
+
+READERS: list[tuple[str, str, Callable[..., object]]] = [
+    ("count", f"How many {MARK}s are there", lambda t: len(t)),
+    ("count_above", f"How many {MARK}s are above (\\d+)(?: percent)?", lambda t, n: sum(r[2] > int(n) for r in t)),
+    ("position", f"What colour is the (leftmost|rightmost|top|bottom) {MARK}",
+     lambda t, end: t[0 if end in ("leftmost", "top") else -1][1]),
+    ("position", f"What colour is the {MARK} just (?:right of|below|clockwise from) (\\w+)", neighbour),
+    ("extreme", f"What colour is the ({LARGEST}|{SMALLEST}) {MARK}", lambda t, a: extreme(t, a)[1]),
+    ("extreme", f"Which label has the ({LARGEST}|{SMALLEST}) {MARK}", lambda t, a: extreme(t, a)[0]),
+    ("highest", "What is the (highest) (?:value|percent)", lambda t, a: extreme(t, a)[2]),
+    ("lowest", "What is the (lowest) (?:value|percent)", lambda t, a: extreme(t, a)[2]),
+    ("value_by_colour", f"What (?:is the value of|percent is) (the \\w+ {MARK})", lambda t, a: named(t, a)[2]),
+    ("value_by_label", "What (?:is the value of|percent is) (\\w+)", lambda t, a: named(t, a)[2]),
+    ("comparison", "Is (.+) larger than (.+)",
+     lambda t, a, b: "yes" if named(t, a)[2] > named(t, b)[2] else "no"),
+    ("difference", "What is the difference between (.+) and (.+)",
+     lambda t, a, b: max(named(t, a)[2], named(t, b)[2]) - min(named(t, a)[2], named(t, b)[2])),
+]  # fmt: skip
+
+
+def test_every_answer_follows_from_the_chart() -> None:
+    view, used = dataset("charts?num_rows=800&seed=3"), set()
+    for index, row in enumerate(view):
+        chart = view.chart(index)
+        table = list(zip(chart.labels, chart.colours, chart.values, strict=True))
+        readings = [
+            (number, str(read(table, *match.groups())))
+            for number, (family, pattern, read) in enumerate(READERS)
+            if family == row["family"] and (match := re.fullmatch(pattern + r"\?", row["question"]))
+        ]
+        assert [answer for _, answer in readings] == row["answers"], row["question"]
+        used.add(readings[0][0])
+    assert used == set(range(len(READERS)))
+
+
+def test_values_are_distinct_and_readable() -> None:
+    view = dataset()
+    for index in range(0, 1000, 2):
+        chart = view.chart(index)
+        assert (
+            len(set(chart.values)) == len(set(chart.labels)) == len(set(chart.colours)) == len(chart.values)
+        )
+        if chart.kind == "pie":
+            assert sum(chart.values) == 100
+        else:
+            assert 0 < min(chart.values) and max(chart.values) <= chart.scale.top
+            assert all(value % chart.scale.step == 0 for value in chart.values)
+            printed = {item.text for item in draw_chart(chart).texts} if index < 200 else None
+            if printed and chart.style.print_values:
+                assert printed >= set(map(str, chart.values))
+            elif printed:
+                numbers = range(0, chart.scale.top + 1, chart.scale.tick)
+                assert chart.style.grid
+                assert printed >= set(map(str, numbers))
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+def overlap(one: Box, other: Box) -> bool:
+    apart = one.right <= other.left or other.right <= one.left
+    return not (apart or one.bottom <= other.top or other.bottom <= one.top)
+
+
+def test_texts_neither_overlap_nor_leave_the_picture() -> None:
+    view = dataset("charts?questions_per_image=1")
+    for index in range(600):
+        chart = view.chart(index)
+        boxes = [item.box for item in draw_chart(chart).texts]
+        width, height = chart.style.size
+        for number, box in enumerate(boxes):
+            assert box.left >= 0 and box.top >= 0, index
+            assert box.right <= width and box.bottom <= height, index
+            assert not any(overlap(box, other) for other in boxes[:number]), index
+
+
+def count_pixels(chart: Chart, png: bytes) -> list[int]:
+    """Count the pixels that have exactly a mark's colour, for each mark."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    return [int((pixels == fill).all(axis=-1).sum()) for fill in chart.fills]
+
+
+@pytest.mark.parametrize("kind", ["bar", "hbar", "pie"])
+def test_marks_cover_pixels_in_the_order_of_their_values(kind: str) -> None:
+    view, compared = dataset(f"charts?kind={kind}&questions_per_image=1"), 0
+    for index in range(60):
+        chart = view.chart(index)
+        counts = count_pixels(chart, view[index]["image"])
+        assert min(counts) > 0
+        for value, pixels in zip(chart.values, counts, strict=True):
+            for other_value, other_pixels in zip(chart.values, counts, strict=True):
+                # Printed numbers, rounding and outlines cost some pixels: closer values may tie.
+                if value - other_value >= 0.12 * chart.scale.top:
+                    compared += 1
+                    assert pixels > other_pixels, (index, chart)
+    assert compared > 200
+
+
+def test_every_point_of_a_line_shows_its_colour() -> None:
+    view = dataset("charts?kind=line&questions_per_image=1")
+    for index in range(40):
+        assert min(count_pixels(view.chart(index), view[index]["image"])) >= 12
+
+
+def test_pictures_are_small_rgb_images_of_the_stated_size() -> None:
+    view = dataset("charts?num_rows=40&questions_per_image=1")
+    for index, row in enumerate(view):
+        image = Image.open(io.BytesIO(row["image"]))
+        assert (image.mode, image.size) == ("RGB", view.chart(index).style.size)
+        assert image.width % 28 == image.height % 28 == 0
+        assert len(row["image"]) < 20_000
+
+
+# --- names and errors --------------------------------------------------------------------------
+
+
+def test_names_parse() -> None:
+    assert parse_charts_name("charts") == parse_charts_name("charts?") == ChartsConfig()
+    assert parse_charts_name("charts?num_rows=200&seed=7&family=difference") == ChartsConfig(
+        num_rows=200, seed=7, family="difference"
+    )
+    assert parse_charts_name("charts?family=extreme%2Ccount").families == ("count", "extreme")
+    assert ChartsConfig().families == FAMILIES
+    assert ChartsConfig(kind="pie,bar").kinds == ("bar", "pie")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chartqa", "'charts', got 'chartqa'"),
+        ("charts?rows=3", "unknown parameter 'rows'; known: .*num_rows.*questions_per_image"),
+        ("charts?num_rows", "num_rows must be a whole number, got ''"),
+        ("charts?num_rows=1e3", "num_rows must be a whole number, got '1e3'"),
+        ("charts?num_rows=0", "num_rows must be at least 1, got 0"),
+        ("charts?seed=-1", "seed must be at least 0, got -1"),
+        ("charts?seed=1&seed=2", "'seed' is given twice"),
+        ("charts?questions_per_image=0", "questions_per_image must be at least 1"),
+        ("charts?family=cuont", "unknown family 'cuont'; known: count, .*difference"),
+        ("charts?family=", "unknown family ''; known"),
+        ("charts?kind=bar,donut", "unknown kind 'donut'; known: bar, hbar, line, pie"),
+    ],
+)
+def test_bad_names_say_what_is_known(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_charts_name(name)
+
+
+def test_unknown_split_lists_the_splits() -> None:
+    with pytest.raises(ValueError, match="unknown split 'val'; known: train, validation, test"):
+        dataset(split="val")
+
+
+@pytest.mark.parametrize("index", [-1, 1000])
+def test_out_of_range_is_an_index_error(index: int) -> None:
+    with pytest.raises(IndexError, match=f"row {index} is out of range, train has 1000 rows"):
+        dataset()[index]
+    with pytest.raises(IndexError):
+        dataset().chart(index)

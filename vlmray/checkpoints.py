@@ -1,0 +1,208 @@
+"""Check model and adapter folders before anything heavy is loaded. Standard library only.
+
+A job calls these in its first second, so that a wrong path, a pickle checkpoint or an adapter of another
+base ends it with one clear line, not after minutes on every worker. Shapes are read from safetensors
+headers (eight bytes of length, then JSON); no weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def check_model_folder(model_id: str) -> None:
+    """Check that `model_id` is a loadable checkpoint folder, or at least looks like a hub id.
+
+    Raises:
+        FileNotFoundError: A path that is not there, or a folder without config or safetensors weights.
+        ValueError: Neither a folder nor a possible hub id.
+    """
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir():
+        _check_hub_id(model_id)
+        return
+    if not (folder / "config.json").is_file():
+        hint = (
+            "; that is an adapter: pass it as --adapter" if (folder / "adapter_config.json").is_file() else ""
+        )
+        raise FileNotFoundError(
+            f"--model_id {model_id}: no config.json in this folder{hint or '; pass a checkpoint folder or a hub id'}"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"--model_id {model_id}: no *.safetensors weights in this folder{_convert_hint(folder)}"
+        )
+
+
+def check_adapter_folder(adapter: str, model_id: str) -> None:
+    """Check that `adapter` is a LoRA folder in safetensors made for the base `model_id`.
+
+    A base that moved or has another name is accepted if every adapted layer has the adapter's shapes.
+    Where the base is not on this machine only the names can be compared; loading checks the rest.
+
+    Raises:
+        FileNotFoundError: The folder, its config or its safetensors weights are missing.
+        ValueError: The adapter was made for another base; the message says what was found and expected.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--adapter {adapter}: no such folder; pass a folder that fine-tuning wrote")
+    config = _read_json(folder / "adapter_config.json", option=f"--adapter {adapter}")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"--adapter {adapter}: no adapter_model.safetensors{_convert_hint(folder)}")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(
+            f"--adapter {adapter}: peft_type is {config['peft_type']}; only LORA adapters are supported"
+        )
+    base = local_folder(model_id)
+    if base is None:
+        return
+    problem = _shape_problem(read_tensor_shapes(weights), _base_shapes(base))
+    if problem:
+        raise ValueError(
+            f"--adapter {adapter} was made for {config.get('base_model_name_or_path')!r} and does not fit "
+            f"--model_id {model_id}: {problem}; pass the adapter's own base, or fine-tune one for this model"
+        )
+
+
+def fingerprint(path: str) -> str:
+    """Return 16 hex digits that change when a checkpoint does.
+
+    An adapter folder is hashed in full (config and weights), so retraining in place shows. A model
+    folder is hashed by its config and by the names and sizes of its weight files, which takes no time
+    on 15 GB. Anything else, a hub id, is hashed by name.
+    """
+    digest = hashlib.sha256()
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if (folder / name).is_file():
+                with (folder / name).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    elif folder.is_dir():
+        if (folder / "config.json").is_file():
+            digest.update((folder / "config.json").read_bytes())
+        for file_path in sorted(folder.glob("*.safetensors")):
+            digest.update(f"{file_path.name} {file_path.stat().st_size}\n".encode())
+    else:
+        digest.update(path.encode())
+    return digest.hexdigest()[:16]
+
+
+def local_folder(model_id: str) -> Path | None:
+    """Return where a model's files lie on this machine: its folder or its hub cache snapshot, else None."""
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = hub / f"models--{model_id.replace('/', '--')}"
+    reference = repository / "refs" / "main"
+    if not reference.is_file():
+        return None
+    snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
+    return snapshot if (snapshot / "config.json").is_file() else None
+
+
+def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a safetensors file, by name.
+
+    Raises:
+        ValueError: Not a safetensors file, or cut short.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= path.stat().st_size - 8:
+            raise ValueError(f"{path} is not a complete safetensors file; write or copy it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file; write or copy it again") from error
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _check_hub_id(model_id: str) -> None:
+    looks_like_path = model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
+    if looks_like_path:
+        raise FileNotFoundError(
+            f"--model_id {model_id}: no such folder; pass a checkpoint folder or a hub id"
+        )
+    if not _HUB_ID.fullmatch(model_id) or ".." in model_id or "--" in model_id:
+        raise ValueError(
+            f"--model_id {model_id!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+
+
+def _convert_hint(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        return ""
+    return (
+        f", only {pickles[0]}: pickle files can run code and are not loaded; if you trust them, load them once "
+        "with transformers or peft and write them with save_pretrained(folder)"
+    )
+
+
+def _read_json(path: Path, *, option: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{option}: no {path.name} in this folder; pass a folder that fine-tuning wrote"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{option}: {path.name} is not JSON ({error}); write it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}: {path.name} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _base_shapes(folder: Path) -> dict[str, set[tuple[int, ...]]]:
+    """Collect the shapes of the base's weight matrices under each layer path that adapters can name."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, shape in read_tensor_shapes(path).items():
+            if name.endswith(".weight") and len(shape) == 2:
+                shapes.setdefault(_layer_path(name.removesuffix(".weight")), set()).add(shape)
+    return shapes
+
+
+def _layer_path(module: str) -> str:
+    """Cut a module name down to what survives renames: everything from its layer or block number's list.
+
+    `model.language_model.layers.0.mlp.up_proj` on the loaded model is `model.layers.0.mlp.up_proj` in
+    older checkpoints; both become `layers.0.mlp.up_proj`.
+    """
+    match = re.search(r"\w+\.\d+\..+", module)
+    return match.group() if match else module.rsplit(".", 1)[-1]
+
+
+def _shape_problem(adapter: dict[str, tuple[int, ...]], base: dict[str, set[tuple[int, ...]]]) -> str | None:
+    """Return the first way in which the adapter's tensors do not fit the base, or None."""
+    matched = 0
+    for name, shape in adapter.items():
+        match = _LORA_KEY.fullmatch(name)
+        if match is None or len(shape) != 2:
+            continue
+        layer = _layer_path(match["module"])
+        found = base.get(layer)
+        if found is None:
+            return f"the adapter changes {layer}, which the model does not have"
+        axis = 1 if match["side"] == "A" else 0
+        widths = sorted({base_shape[axis] for base_shape in found})
+        # A 4-bit checkpoint stores its matrices as one packed column, which says nothing of the shape.
+        if shape[axis] not in widths and 1 not in {base_shape[1] for base_shape in found}:
+            side = "input" if axis == 1 else "output"
+            return f"{layer} has {side} width {shape[axis]} in the adapter and {widths[0]} in the model"
+        matched += 1
+    return None if matched else "it holds no LoRA weights"

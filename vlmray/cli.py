@@ -1,0 +1,87 @@
+"""The console command: `vlmray infer ...` is `python jobs/infer.py ...` from an installed wheel.
+
+Each job is a config and a function that takes it and returns an exit code: 0 done, 1 failed after it
+started (what was finished is kept), 2 a mistake in the options, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
+
+from vlmray import __version__
+from vlmray.config import InferConfig, parse_args
+
+C = TypeVar("C", bound=InferConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[C]):
+    """A job: the options it takes and what it does with them."""
+
+    config_class: type[C]
+    main: Callable[[C], int]
+
+
+def infer(config: InferConfig) -> int:
+    """Answer a dataset and print the closing table; return the exit code."""
+    # Imported here: `--help` and mistyped options must not wait for Ray.
+    from vlmray.inference import plan_inference, run_inference
+    from vlmray.report import format_table
+
+    run = plan_inference(config)
+    summary = run_inference(run)
+    print(f"\n{format_table(summary)}\n\nreport: {run.folder.uri}/report.html")
+    return 0 if summary.num_answered else 1
+
+
+JOBS: dict[str, Job[Any]] = {"infer": Job(InferConfig, infer)}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the job that the first argument names, and exit with its code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else "--help"
+    if name in JOBS:
+        run_job(name, argv[1:], prog=f"vlmray {name}")
+    if name == "--version":
+        print(f"vlmray {__version__}")
+    elif name in ("-h", "--help"):
+        print(
+            f"usage: vlmray {{{','.join(JOBS)}}} ...\n\n{__doc__}\nvlmray JOB --help lists the options of a job."
+        )
+    else:
+        sys.exit(_fail(2, f"unknown job {name!r}; known: {', '.join(JOBS)}"))
+    sys.exit(0)
+
+
+def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> NoReturn:
+    """Parse a job's options, run it, and exit: mistakes and failures are one line on stderr."""
+    job = JOBS[name]
+    config = parse_args(job.config_class, argv, prog=prog)
+    logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+    # `ray job stop` and schedulers send SIGTERM; it ends a run the way Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = job.main(config)
+    except (ValueError, FileNotFoundError) as error:
+        code = _fail(2, str(error), error)
+    except KeyboardInterrupt:
+        code = _fail(130, "interrupted; everything finished is kept, the same command resumes")
+    except RuntimeError as error:
+        code = _fail(1, f"{error}; everything finished is kept, the same command resumes", error)
+    sys.exit(code)
+
+
+def _fail(code: int, message: str, error: BaseException | None = None) -> int:
+    logging.getLogger(__name__).debug("the job failed", exc_info=error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The Ray cluster: connect to it, and divide what it has among model replicas.
+
+The same call serves a laptop, a cluster's head node and a submitted job. Replicas never take all CPUs:
+Ray Data deadlocks when the actors of one stage leave no CPU for the tasks of another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """How many model replicas to start and what each asks Ray for."""
+
+    min_replicas: int
+    max_replicas: int
+    num_gpus: float
+    num_cpus: float
+
+    num_threads: int | None
+    """CPU threads of the model in each replica; None on a GPU, where torch's default will do."""
+
+
+def connect(log_level: str = "INFO") -> None:
+    """Connect to the cluster this process belongs to, or start Ray on this machine.
+
+    Ray itself looks for RAY_ADDRESS (set inside a submitted job) and for a cluster started here by
+    `ray start`; only when there is neither does it start one that ends with this process.
+    """
+    if ray.is_initialized():
+        return
+    verbose = log_level == "DEBUG"
+    # Ray's import-time banner and per-worker log lines drown the progress bar; errors still come through.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose)
+
+
+def driver_node_id() -> str:
+    """Return the id of the node this process runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
+    """Divide the cluster among replicas.
+
+    Args:
+        replica_range: Smallest and largest number asked for; None: one per GPU, or one without GPUs.
+        gpus_per_replica: GPUs of each; None: 1 where the cluster has or can start GPUs, else 0.
+
+    Raises:
+        ValueError: the cluster neither has nor can start the GPUs that the smallest number needs.
+    """
+    total_gpus = _most("GPU")
+    num_gpus = gpus_per_replica if gpus_per_replica is not None else float(min(1, total_gpus))
+    fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
+    low, high = replica_range or (1, fitting)
+    if num_gpus * low > total_gpus:
+        raise ValueError(
+            f"--gpus_per_replica {num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs; the cluster "
+            f"has {total_gpus:g}. Use a smaller --num_replicas, or --gpus_per_replica 0 to run on CPUs"
+        )
+    if num_gpus:
+        # A GPU replica waits for its GPU most of the time; asking for no CPU leaves all to the other stages.
+        return ReplicaPlan(
+            min_replicas=low, max_replicas=high, num_gpus=num_gpus, num_cpus=0, num_threads=None
+        )
+    total_cpus = _most("CPU")
+    return ReplicaPlan(
+        min_replicas=low,
+        max_replicas=high,
+        num_gpus=0,
+        num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
+        num_threads=max(1, int(_node_cpus() // high)),
+    )
+
+
+def _most(resource: str) -> float:
+    """Return what the cluster has of a resource, or could start if it autoscales."""
+    # Private, but the call with which Ray Train and Ray Data ask the same question of the autoscaler.
+    from ray._private.state import state
+
+    configured = state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get(resource, 0), configured.get(resource, 0))
+
+
+def _node_cpus() -> float:
+    return max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)

@@ -1,0 +1,76 @@
+"""The contract between everything that asks a model and everything that runs one.
+
+An engine turns `GenerationRequest`s into `Completion`s. The same protocol feeds batches of Ray Data,
+requests of Ray Serve, and plain Python without Ray; nothing in `vlmray.engines` imports Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from vlmray.schema import Completion, GenerationRequest
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Answers requests with one model.
+
+    What every engine promises, and `tests/test_engines.py` holds:
+
+    * **One to one, in order.** `generate` returns as many completions as it got requests, each at its
+      request's place, whatever mix of image counts, image sizes, lengths, sampling settings and
+      adapters the call holds. No requests, no completions.
+    * **Neighbours do not matter.** A greedy text is a function of its request alone: not of the other
+      rows, their order or the batch size (exact in float32; lower precisions may flip a near tie).
+      A sampled text (`temperature` above 0) is a function of its request, `seed` and `request_id`
+      included, in the same sense.
+    * **A bad row is an answer, not an exception.** A request that cannot be answered (placeholders and
+      images that do not match, an image the processor refuses, an unknown adapter, a row too large
+      for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
+      in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
+    * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
+      token when the model wrote one.
+
+    An engine is used by one thread at a time.
+    """
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Answer every request, in order."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory; the engine is not used after that. Calling it twice is harmless."""
+        ...
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Check what can be checked of a request without a model.
+
+    Raises:
+        ValueError: Sampling settings out of range, or as many images as placeholders is not the case.
+    """
+    if request.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+    if not 0 <= request.temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, got {request.temperature}")
+    if not 0 < request.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {request.top_p}")
+    contents = [message["content"] for message in request.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    num_places = sum(part.get("type") in ("image", "image_url") for part in parts)
+    if num_places != len(request.images):
+        raise ValueError(f"the messages have {num_places} image places for {len(request.images)} images")
+
+
+def failed_completion(error: Exception, *, prompt: str = "") -> Completion:
+    """Return the completion of a request that could not be answered."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return Completion(
+        text="",
+        prompt=prompt,
+        num_prompt_tokens=0,
+        num_completion_tokens=0,
+        finish_reason="error",
+        error=reason,
+    )

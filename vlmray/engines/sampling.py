@@ -1,0 +1,118 @@
+"""Choose tokens row by row, so that no row depends on its batch.
+
+Shapes: `B` rows of the batch, `T` tokens so far (left padding included), `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+
+from vlmray.schema import GenerationRequest
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: dividing by them would overflow."""
+
+
+class RowwiseLogitsProcessor(LogitsProcessor):
+    """Repetition penalty and sampling, each row by its own request; for `generate(do_sample=False)`.
+
+    transformers samples a batch from one global random stream and counts padding as text that was
+    already said. Here the argmax that `generate` takes afterwards is greedy for greedy rows, and a draw
+    from the row's own distribution for the others: the argmax of log-probabilities plus Gumbel noise is
+    distributed as the softmax, and the noise is seeded by the request alone.
+
+    Args:
+        requests: The rows of the batch, B in order.
+        num_padding: Padding tokens on the left of each row.
+        repetition_penalty: As in the model's generation config; 1 is none.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        num_padding: Sequence[int],
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        self.requests = list(requests)
+        self.num_padding = list(num_padding)
+        self.repetition_penalty = repetition_penalty
+        self._num_prompt_tokens: int | None = None
+        self._seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the scores (B, V) whose argmax is each row's next token, given the ids so far (B, T)."""
+        if self._num_prompt_tokens is None:
+            self._num_prompt_tokens = input_ids.shape[1]
+        step = input_ids.shape[1] - self._num_prompt_tokens
+        if self.repetition_penalty != 1.0:
+            scores = self._penalize(input_ids, scores)
+        sampled = [row for row, request in enumerate(self.requests) if request.temperature >= GREEDY_BELOW]
+        if sampled:
+            scores = scores.clone()
+            for row in sampled:
+                scores[row] = sample_scores(scores[row], self.requests[row], step)
+        return scores
+
+    def _penalize(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Lower the score of every token of the row, prompt included, padding left out."""
+        vocab_size = scores.shape[1]
+        if self._seen is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            padding = torch.tensor(self.num_padding, device=input_ids.device)
+            # Padding, and placeholder ids beyond the output vocabulary, go to one spare column.
+            new = torch.where(positions >= padding[:, None], input_ids, vocab_size).clamp(max=vocab_size)
+            self._seen = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
+        else:
+            new = input_ids[:, -1:].clamp(max=vocab_size)
+        self._seen.scatter_(1, new, True)
+        penalized = torch.where(
+            scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty
+        )
+        return torch.where(self._seen[:, :vocab_size], penalized, scores)
+
+
+def sample_scores(scores: torch.Tensor, request: GenerationRequest, step: int) -> torch.Tensor:
+    """Return scores (V,) whose argmax is one draw from a row's distribution.
+
+    Args:
+        scores: Logits of one row.
+        request: Its temperature, top_p, seed and id.
+        step: Which token of the answer this is, from 0.
+    """
+    scores = scores / request.temperature
+    if request.top_p < 1.0:
+        scores = keep_nucleus(scores, request.top_p)
+    key = f"{request.seed}\0{request.request_id}\0{step}".encode()
+    generator = torch.Generator(device=scores.device)
+    generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+    exponential = torch.empty_like(scores).exponential_(generator=generator)
+    return scores - exponential.log()
+
+
+def keep_nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Set to minus infinity all but the likeliest tokens that together reach probability `top_p`."""
+    ordered, order = scores.sort(descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    # A token stays if those before it do not reach top_p yet; the first always does.
+    outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    outside[0] = False
+    return scores.masked_fill(torch.zeros_like(outside).scatter_(0, order, outside), float("-inf"))
+
+
+class RowwiseLengthCriteria(StoppingCriteria):
+    """Stop each row at its own `max_new_tokens`; the others of the batch go on."""
+
+    def __init__(self, requests: Sequence[GenerationRequest], num_prompt_tokens: int) -> None:
+        self._limits = [num_prompt_tokens + request.max_new_tokens for request in requests]
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
+    ) -> torch.BoolTensor:
+        """Return which rows (B,) are complete, given the ids so far (B, T)."""
+        length = input_ids.shape[1]
+        done = torch.tensor([length >= limit for limit in self._limits], device=input_ids.device)
+        return done  # type: ignore[return-value]

@@ -1,0 +1,353 @@
+"""The engine over `transformers`: exact, batched, and at home on any device.
+
+    requests -> prompts -> by adapter, longest first -> batches -> encode ahead -> generate -> completions
+
+Each row is encoded alone (so a bad one is found alone), on a thread that works one batch ahead of the
+model, and rows meet only in the left-padded tensors of their batch. Images arrive as PIL images; nothing
+is decoded from files here. It covers decoder-only image-text-to-text models; video and audio it does not.
+
+Shapes: `B` rows of a batch, `T` tokens of the longest row, `P` patches or images of all rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import pad
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from vlmray.checkpoints import check_adapter_folder
+from vlmray.engines.base import check_request, failed_completion
+from vlmray.engines.sampling import RowwiseLengthCriteria, RowwiseLogitsProcessor
+from vlmray.model import attach_adapter, load_qwen_vl_model_and_processor
+from vlmray.schema import Completion, GenerationRequest
+
+_NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
+_PIXELS_PER_TOKEN = 28 * 28  # a guess for ordering rows, where the image processor does not tell
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request on its way through the engine."""
+
+    index: int
+    request: GenerationRequest
+    prompt: str
+    num_tokens: int
+    """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
+
+    encoded: Future[dict[str, torch.Tensor]] | None = None
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded row; raises what encoding raised."""
+        assert self.encoded is not None
+        return self.encoded.result()
+
+    @property
+    def width(self) -> int:
+        """Tokens this row may come to occupy."""
+        return self.num_tokens + self.request.max_new_tokens
+
+
+class TransformersEngine:
+    """Answers requests with a transformers model; see `vlmray.engines.base.Engine` for what it promises.
+
+    A batch that does not fit into memory is halved and tried again, and the size that failed is
+    remembered in tokens, so that later batches of long rows are smaller while those of short rows are not.
+
+    Args:
+        model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
+        processor: Its processor, as `vlmray.model.load_processor` gives it.
+        batch_size: Most rows in one forward pass.
+        default_adapter: PEFT name of an adapter that `model` has and that answers the requests which
+            name none; None answers those with the base. With a default the base cannot be asked.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, *, batch_size: int = 16, default_adapter: str | None = None
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self._adapters: dict[str | None, str | None] = {None: default_adapter}
+        self._token_budget: int | None = None
+        self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str,
+        *,
+        adapter: str | None = None,
+        batch_size: int = 16,
+        num_threads: int | None = None,
+        **options: Any,
+    ) -> TransformersEngine:
+        """Load a model and wrap it; `adapter` becomes the default adapter.
+
+        Args:
+            model_id: Local checkpoint folder or hub id.
+            adapter: Folder of a LoRA adapter, or None.
+            batch_size: Most rows in one forward pass.
+            num_threads: CPU threads of torch in this process; None leaves torch's own choice.
+            **options: Passed to `vlmray.model.load_qwen_vl_model_and_processor`, which checks them.
+
+        Raises:
+            ValueError: Unusable option, model or adapter.
+            FileNotFoundError: A folder that is not there or lacks files.
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
+        return cls(model, processor, batch_size=batch_size, default_adapter=adapter and "default")
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter that requests can then ask for by name.
+
+        Raises:
+            ValueError: The name is taken, or the adapter does not fit the model.
+            FileNotFoundError: The folder is not there or lacks files.
+        """
+        if name in self._adapters:
+            raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
+        check_adapter_folder(path, self.model.config.name_or_path)
+        internal = f"loaded_{len(self._adapters)}"  # PEFT makes module names of it, which allow no dots
+        self.model = attach_adapter(self.model, path, name=internal)
+        self._adapters[name] = internal
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Answer every request, in order."""
+        completions: dict[int, Completion] = {}
+        queues: dict[str | None, list[_Row]] = {}
+        for index, request in enumerate(requests):
+            try:
+                row = self._open_row(index, request)
+            except Exception as error:
+                completions[index] = failed_completion(error)
+            else:
+                queues.setdefault(self._adapters[request.adapter], []).append(row)
+        for adapter, rows in queues.items():
+            # Longest first: the largest batch comes while memory is least fragmented, and fails early.
+            rows.sort(key=lambda row: row.num_tokens, reverse=True)
+            with self._use_adapter(adapter):
+                for row, completion in self._answer(deque(rows)):
+                    completions[row.index] = completion
+        return [completions[index] for index in range(len(requests))]
+
+    def close(self) -> None:
+        """Free the model's memory; calling it twice is harmless."""
+        self._encoders.shutdown(cancel_futures=True)
+        self.model = None
+        _empty_cache()
+
+    def _open_row(self, index: int, request: GenerationRequest) -> _Row:
+        """Check a request and format its prompt; whatever is wrong with it is raised."""
+        check_request(request)
+        if request.adapter not in self._adapters:
+            raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
+        messages = [dict(message) for message in request.messages]  # the template call rewrites some parts
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        num_tokens = len(self.processor.tokenizer(prompt)["input_ids"])
+        num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
+        return _Row(index, request, prompt, num_tokens)
+
+    def _count_visual_tokens(self, image: Any) -> int:
+        image_processor = self.processor.image_processor
+        if not hasattr(image_processor, "merge_size"):
+            return max(1, image.width * image.height // _PIXELS_PER_TOKEN)
+        patches = image_processor.get_number_of_image_patches(image.height, image.width, {})
+        return int(patches) // image_processor.merge_size**2
+
+    def _answer(self, queue: deque[_Row]) -> Iterator[tuple[_Row, Completion]]:
+        """Answer the rows of one adapter batch by batch; the rows behind are encoded meanwhile."""
+        while queue:
+            batch = self._take_batch(queue)
+            self._start_encoding([*batch, *islice(queue, self.batch_size)])
+            ready: dict[Any, list[_Row]] = {}
+            for row in batch:
+                try:
+                    ready.setdefault(_signature(row.inputs), []).append(row)
+                except Exception as error:  # whatever a processor raises, it is about this row
+                    yield row, failed_completion(error, prompt=row.prompt)
+            for rows in ready.values():
+                yield from zip(rows, self._run_or_halve(rows), strict=True)
+
+    def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
+        """Pop the next rows: at least one, at most `batch_size`, and no more than memory has held."""
+        batch = [queue.popleft()]
+        width = batch[0].width
+        while queue and len(batch) < self.batch_size:
+            width = max(width, queue[0].width)
+            if self._token_budget is not None and width * (len(batch) + 1) > self._token_budget:
+                break
+            batch.append(queue.popleft())
+        return batch
+
+    def _start_encoding(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            if row.encoded is None:
+                row.encoded = self._encoders.submit(self._encode, row)
+
+    def _encode(self, row: _Row) -> dict[str, torch.Tensor]:
+        """Turn one row into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
+        inputs = self.processor(text=[row.prompt], images=row.request.images or None, return_tensors="pt")
+        _check_placeholders(self.processor, inputs)
+        return dict(inputs)
+
+    def _run_or_halve(self, rows: list[_Row]) -> list[Completion]:
+        """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
+        try:
+            return self._run(rows)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Past the except block the traceback, and with it the tensors of the failed pass, is gone.
+        _empty_cache()
+        width = max(row.width for row in rows)
+        if len(rows) == 1:
+            message = (
+                f"out of memory with this row alone ({width} tokens); lower --max_pixels or --max_new_tokens"
+            )
+            return [failed_completion(MemoryError(message), prompt=rows[0].prompt)]
+        self._token_budget = min(self._token_budget or width * len(rows), width * len(rows) // 2)
+        half = len(rows) // 2
+        return self._run_or_halve(rows[:half]) + self._run_or_halve(rows[half:])
+
+    def _run(self, rows: list[_Row]) -> list[Completion]:
+        """Generate for rows that share a forward pass."""
+        inputs, num_padding = _collate([row.inputs for row in rows], self.processor.tokenizer.pad_token_id)
+        requests = [row.request for row in rows]
+        num_tokens = inputs["input_ids"].shape[1]
+        config = copy.deepcopy(self.model.generation_config)
+        penalty = config.repetition_penalty or 1.0
+        config.update(
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
+            # takes for "unset", where a value would make it warn that greedy ignores it.
+            **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
+        )
+        with torch.inference_mode():
+            output = self.model.generate(
+                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+                generation_config=config,
+                logits_processor=LogitsProcessorList(
+                    [RowwiseLogitsProcessor(requests, num_padding, penalty)]
+                ),
+                stopping_criteria=StoppingCriteriaList([RowwiseLengthCriteria(requests, num_tokens)]),
+            )
+        end_ids = _end_ids(config)
+        answers = output[:, num_tokens:].tolist()
+        return [
+            self._complete(row, ids, num_tokens - padding, end_ids)
+            for row, ids, padding in zip(rows, answers, num_padding, strict=True)
+        ]
+
+    def _complete(
+        self, row: _Row, token_ids: list[int], num_prompt_tokens: int, end_ids: set[int]
+    ) -> Completion:
+        """Cut a row's new tokens at its own limit and its first end token, and decode them."""
+        token_ids = token_ids[: row.request.max_new_tokens]
+        end = next((place for place, token in enumerate(token_ids) if token in end_ids), None)
+        if end is not None:
+            token_ids = token_ids[: end + 1]
+        row.encoded = None  # pixels are large and needed no more
+        return Completion(
+            text=self.processor.tokenizer.decode(token_ids, skip_special_tokens=True),
+            prompt=row.prompt,
+            num_prompt_tokens=num_prompt_tokens,
+            num_completion_tokens=len(token_ids),
+            finish_reason="length" if end is None else "stop",
+        )
+
+    @contextlib.contextmanager
+    def _use_adapter(self, adapter: str | None) -> Iterator[None]:
+        if adapter is not None:
+            self.model.set_adapter(adapter, inference_mode=True)
+            yield
+        elif isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    def _known_adapters(self) -> str:
+        return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
+
+
+def _check_placeholders(processor: Any, inputs: Any) -> None:
+    """Refuse a row whose text holds placeholders of its own: it would take a neighbour's image features."""
+    ids = inputs["input_ids"]
+    if "image_grid_thw" in inputs:
+        expected = int(inputs["image_grid_thw"].prod(dim=-1).sum()) // processor.image_processor.merge_size**2
+    else:
+        expected = None if "pixel_values" in inputs else 0
+    image_id, video_id = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
+    found = int((ids == image_id).sum()) if image_id is not None else expected
+    if expected is not None and found != expected:
+        raise ValueError(f"the prompt has {found} image tokens where its images give {expected}")
+    if video_id is not None and bool((ids == video_id).any()):
+        raise ValueError("the prompt holds a video placeholder, and this engine takes no video")
+
+
+def _signature(inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    """Rows of equal signatures can be joined: token-wise tensors by padding, the others end to end."""
+    num_tokens = inputs["input_ids"].shape[1]
+    return tuple(
+        (name, "tokens" if tensor.shape == (1, num_tokens) else tensor.shape[1:])
+        for name, tensor in sorted(inputs.items())
+    )
+
+
+def _collate(
+    rows: Sequence[dict[str, torch.Tensor]], pad_id: int
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Join encoded rows of one signature.
+
+    Returns:
+        Token-wise tensors (B, T) padded on the left, with zeros where they are not ids; the others (P, ...);
+        and the padding of each row.
+    """
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    num_padding = [max(lengths) - length for length in lengths]
+    joined = {}
+    for name, kind in _signature(rows[0]):
+        tensors = [row[name] for row in rows]
+        if kind == "tokens":
+            fill = pad_id if name == "input_ids" else 0
+            tensors = [
+                pad(tensor, (n, 0), value=fill) for tensor, n in zip(tensors, num_padding, strict=True)
+            ]
+        joined[name] = torch.cat(tensors)
+    return joined, num_padding
+
+
+def _end_ids(config: Any) -> set[int]:
+    ids = config.eos_token_id
+    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell running out of memory from other failures: three exceptions and several texts mean it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _empty_cache() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

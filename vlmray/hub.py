@@ -1,0 +1,59 @@
+"""The Hugging Face hub, as seen from this machine: is a repository cached, reachable, there at all?
+
+Asked once, before any work starts, so that a machine without a network gets one clear line at once
+instead of a minute of retries.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+RepoType = Literal["model", "dataset"]
+
+_TIMEOUT_S = 10.0
+_HINT = {
+    "model": "give a local folder, or tiny-random, or fill the cache below HF_HOME on a connected machine",
+    "dataset": "give a local folder or file, or charts, or fill the cache below HF_HOME on a connected machine",
+}
+
+
+class HubUnavailableError(ValueError):
+    """A repository that can neither be reached nor found in the local cache."""
+
+
+def cached_snapshot(repo_id: str, repo_type: RepoType) -> Path | None:
+    """Return the folder of a repository's newest snapshot in the local hub cache, if there is one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, repo_type=repo_type, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> None:
+    """Ask the hub for a repository, once.
+
+    Raises:
+        HubUnavailableError: the hub cannot be reached, or it has no such repository, or access to it
+            needs a login. The message names `option` and what works without the hub.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().repo_info(repo_id, repo_type=repo_type, timeout=_TIMEOUT_S)
+    except GatedRepoError:
+        problem = "needs accepted terms and a login (huggingface-cli login, or HF_TOKEN)"
+    except RepositoryNotFoundError:
+        problem = f"is not a {repo_type} on the hub that this login can see"
+    except HFValidationError:
+        problem = f"is neither a local path nor the name of a {repo_type} on the hub"
+    except Exception as error:
+        # Offline mode, DNS, proxies and TLS each raise their own class, by library and version.
+        problem = f"is not here and the hub cannot be reached ({type(error).__name__})"
+    else:
+        return
+    raise HubUnavailableError(f"{option} {repo_id!r} {problem}; {_HINT[repo_type]}")

@@ -1,0 +1,472 @@
+"""Image sources to RGB images: bytes, path, URL, data URI, Hugging Face image dict or PIL.
+
+    source -> read_image_bytes -> encoded bytes -> decode_image -> PIL RGB image
+
+The two halves are separate so that encoded bytes, a hundred times smaller than tensors, can travel
+between stages and be decoded on the worker that needs them. Whatever is wrong with an image is an
+`ImageError` with one line that says what was found.
+
+Not covered: telling private from public addresses. A server that takes URLs from strangers passes a
+`url_policy`, and hands over no paths.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import http.client
+import io
+import re
+import socket
+import stat
+import string
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
+
+from PIL import Image
+
+MAX_PIXELS = 64_000_000
+"""Default limit on width x height: 8000 x 8000, 192 MB once decoded."""
+
+MAX_BYTES = 50 * 2**20
+"""Default limit on encoded bytes."""
+
+MAX_REDIRECTS = 5
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Pillow decoders that may run: no EPS or PDF, which start other programs, and no rarities."""
+
+JPEG_QUALITY = 90
+
+UrlPolicy = Callable[[str], None]
+"""Called with every URL before it is asked, redirects included; raises `ImageError` to refuse it."""
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_URL_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class ImageError(ValueError):
+    """An image that cannot be read, with the reason in one line."""
+
+
+def load_image_pil(
+    source: object,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    timeout_s: float = 10.0,
+    base_dir: str | Path | None = None,
+    url_policy: UrlPolicy | None = None,
+) -> Image.Image:
+    """Load an image from any source as RGB, upright, fully decoded.
+
+    Args:
+        source: A PIL image, encoded bytes, an http(s) URL, a path (`str`, `Path` or `file://`), a data
+            URI, or a Hugging Face `{"bytes": ..., "path": ...}` dict. An RGB PIL image comes back as is.
+        max_pixels: Limit on width x height, checked before decoding.
+        max_bytes: Limit on the encoded size, checked while it is read.
+        timeout_s: Time for the whole download, redirects included.
+        base_dir: Folder that relative paths start from. Not a fence: `..` leaves it.
+        url_policy: Called with each URL before it is asked; raises `ImageError` to refuse.
+
+    Raises:
+        ImageError: The source is missing, of an unknown kind, too large, damaged, or not an image.
+    """
+    if isinstance(source, Image.Image):
+        return _to_upright_rgb(source, max_pixels)
+    data = read_image_bytes(
+        source, max_bytes=max_bytes, timeout_s=timeout_s, base_dir=base_dir, url_policy=url_policy
+    )
+    return decode_image(data, max_pixels=max_pixels)
+
+
+def read_image_bytes(
+    source: object,
+    *,
+    max_bytes: int = MAX_BYTES,
+    timeout_s: float = 10.0,
+    base_dir: str | Path | None = None,
+    url_policy: UrlPolicy | None = None,
+) -> bytes:
+    """Fetch the encoded bytes of an image without decoding them.
+
+    A PIL image, which has no encoded bytes any more, is written as PNG. Arguments are those of
+    `load_image_pil`.
+
+    Raises:
+        ImageError: The source is missing, empty, too large, or of an unknown kind.
+    """
+    if isinstance(source, dict):
+        source = _from_dict(source)
+    if isinstance(source, Image.Image):
+        data = _to_png(source)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif isinstance(source, Path):
+        data = _read_path(source, max_bytes, base_dir)
+    elif isinstance(source, str):
+        data = _read_string(source, max_bytes, timeout_s, base_dir, url_policy)
+    else:
+        expected = "a PIL image, bytes, URL, path, data URI or {'bytes', 'path'} dict"
+        raise ImageError(f"unsupported image source {type(source).__name__}; expected {expected}")
+    if not data:
+        raise ImageError("image has 0 bytes")
+    _check_num_bytes(len(data), max_bytes)
+    return data
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode bytes to an upright RGB image: the first frame, transparency on white.
+
+    Raises:
+        ImageError: The bytes are empty, truncated, too many pixels, or no image of `FORMATS`.
+    """
+    with _open_header(data, max_pixels) as image:
+        return _to_upright_rgb(image, max_pixels)
+
+
+def encode_jpeg(image: Image.Image | bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Encode an image as a JPEG that any reader shows alike.
+
+    Bytes that already are a baseline RGB or grey JPEG without EXIF rotation are returned as they are:
+    only their header is read.
+
+    Raises:
+        ImageError: The image cannot be decoded.
+    """
+    if isinstance(image, bytes):
+        with _open_header(image, max_pixels) as opened:
+            if _is_plain_jpeg(opened):
+                return image
+    buffer = io.BytesIO()
+    # Full colour resolution: halving it blurs the thin coloured lines and letters of charts.
+    load_image_pil(image, max_pixels=max_pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+# Reading: any source to bytes
+
+
+def _from_dict(source: dict[str, Any]) -> object:
+    """Pick the bytes, else the path, of a Hugging Face image dict."""
+    for key in ("bytes", "path"):
+        if source.get(key) is not None:
+            return source[key]
+    raise ImageError("image dict has neither bytes nor path")
+
+
+def _read_string(
+    source: str,
+    max_bytes: int,
+    timeout_s: float,
+    base_dir: str | Path | None,
+    url_policy: UrlPolicy | None,
+) -> bytes:
+    """Read a data URI, a URL or a path."""
+    if not source:
+        raise ImageError("image source is an empty string")
+    if source[:5].lower() == "data:":
+        return _read_data_uri(source, max_bytes)
+    match = _URL_SCHEME.match(source)
+    if match is None:
+        return _read_path(Path(source), max_bytes, base_dir)
+    if match[1].lower() == "file":
+        return _read_path(_file_url_path(source), max_bytes, base_dir)
+    return _fetch_url(source, max_bytes, timeout_s, url_policy)
+
+
+def _file_url_path(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(f"file URL names another host {parts.netloc!r}; expected file:///path")
+    return Path(urllib.request.url2pathname(parts.path))
+
+
+def _read_path(path: Path, max_bytes: int, base_dir: str | Path | None) -> bytes:
+    """Read a regular file; anything else (a folder, a pipe, a device) might never end."""
+    full_path = path if base_dir is None else Path(base_dir) / path
+    shown = _shorten(str(full_path))
+    try:
+        status = full_path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"not a regular file: {shown}")
+        _check_num_bytes(status.st_size, max_bytes)
+        with full_path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise ImageError(f"no such file: {shown}") from error
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"cannot read file {shown}: {reason}") from error
+
+
+def _read_data_uri(uri: str, max_bytes: int) -> bytes:
+    """Decode `data:[type][;base64],payload`; the type is not trusted, the decoder decides."""
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ImageError(f"data URI has no comma: {_shorten(uri)}")
+    # Even base64 with every character percent-encoded takes 4 a byte: refuse before copying much more.
+    _check_num_bytes(len(payload) // 4, max_bytes)
+    data = unquote_to_bytes(payload)
+    if not header.lower().endswith(";base64"):
+        return data
+    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"data URI is not valid base64: {error}") from error
+
+
+def _check_num_bytes(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise ImageError(f"image of {num_bytes} bytes or more exceeds the limit of {max_bytes} bytes")
+
+
+def _shorten(source: str) -> str:
+    """Cut a source for a message; the query of a URL goes first, as it may hold a signature."""
+    if _URL_SCHEME.match(source):
+        source = source.partition("?")[0]
+    return source if len(source) <= 120 else source[:117] + "..."
+
+
+# Fetching: http and https
+
+
+def _fetch_url(url: str, max_bytes: int, timeout_s: float, url_policy: UrlPolicy | None) -> bytes:
+    """Fetch a URL, following a few redirects by hand so that each meets the same checks."""
+    first = _shorten(url)
+    deadline = time.monotonic() + timeout_s
+    for _ in range(MAX_REDIRECTS + 1):
+        _check_http_scheme(url)
+        if url_policy is not None:
+            url_policy(url)
+        try:
+            with _open_url(url, deadline) as response:
+                location = response.headers.get("Location")
+                if not (300 <= response.status < 400 and location):
+                    return _read_body(response, _shorten(url), max_bytes)
+            url = urljoin(url, location)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: an impossible host or port, or our own. Hanging up shows as any of these, so the
+            # clock is asked first.
+            if time.monotonic() >= deadline:
+                raise ImageError(f"no complete answer in {timeout_s:g} s from {_shorten(url)}") from error
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"cannot fetch {_shorten(url)}: {getattr(error, 'reason', error)}") from error
+    raise ImageError(f"more than {MAX_REDIRECTS} redirects from {first}")
+
+
+def _check_http_scheme(url: str) -> None:
+    scheme = url.partition(":")[0].lower()
+    if scheme not in ("http", "https"):
+        raise ImageError(f"unsupported URL scheme {scheme!r}; expected http, https, data or a path")
+
+
+def _read_body(response: http.client.HTTPResponse, shown_url: str, max_bytes: int) -> bytes:
+    """Read at most `max_bytes`, however long the answer is or says it is."""
+    if not 200 <= response.status < 300:
+        raise ImageError(f"HTTP {response.status} for {shown_url}")
+    declared = response.length
+    _check_num_bytes(declared or 0, max_bytes)
+    data = response.read(max_bytes + 1)
+    _check_num_bytes(len(data), max_bytes)
+    if declared is not None and len(data) < declared:
+        raise ImageError(f"truncated: {len(data)} of {declared} bytes from {shown_url}")
+    return data
+
+
+class _Watch:
+    """The deadline of one fetch and the sockets to shut at it.
+
+    A socket timeout bounds each read, not their sum: a server that sends a byte every few seconds
+    would hold a worker for hours. So a timer shuts the socket, which ends any read in progress.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.sockets: list[socket.socket] = []
+
+    def check(self) -> float:
+        """Return the seconds left, at least a little over none."""
+        remaining_s = self.deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("timed out")
+        return remaining_s
+
+    def hang_up(self) -> None:
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):  # Already closed.
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _WatchedHTTPConnection(http.client.HTTPConnection):
+    """A connection that shows its socket to the timer that has to hang up."""
+
+    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._watch = watch
+
+    def connect(self) -> None:
+        super().connect()
+        self._watch.sockets.append(self.sock)
+        self._watch.check()  # The timer may have run just before there was a socket.
+
+
+class _WatchedHTTPSConnection(_WatchedHTTPConnection, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _WatchedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https through watched connections."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_WatchedHTTPConnection, req, watch=self._watch)  # type: ignore[arg-type]
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_WatchedHTTPSConnection, req, watch=self._watch)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _open_url(url: str, deadline: float) -> Iterator[http.client.HTTPResponse]:
+    """Open one URL, without redirects; a `TimeoutError` ends what is not over at the deadline."""
+    watch = _Watch(deadline)
+    opener = urllib.request.OpenerDirector()  # Bare: no handlers for file, ftp, redirects or errors.
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(_WatchedHandler(watch))
+    request = urllib.request.Request(_quote_url(url), headers={"User-Agent": "vlmray", "Accept": "image/*"})
+    timer = threading.Timer(watch.check(), watch.hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        with opener.open(request, timeout=watch.check()) as response:
+            yield response
+        watch.check()  # Without a declared length, a body cut short by hanging up looks complete.
+    finally:
+        timer.cancel()
+
+
+def _quote_url(url: str) -> str:
+    """Percent-encode spaces and letters beyond ASCII, as browsers do; leave the rest as written."""
+    parts = urlsplit(url)
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
+
+
+# Decoding: bytes to RGB
+
+
+def _open_header(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header only, so that a small file cannot claim gigabytes."""
+    if not data:
+        raise ImageError("image has 0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        expected = ", ".join(FORMATS)
+        raise ImageError(f"cannot identify image (first bytes {data[:12]!r}); expected {expected}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own limit came first, and its message has the count but not the sides.
+        found = re.search(r"\d+", str(error))
+        count = found[0] if found else "too many"
+        raise ImageError(f"image of {count} pixels exceeds the limit of {max_pixels} pixels") from error
+    except Exception as error:  # As in `_to_upright_rgb`.
+        raise ImageError(f"cannot read image header: {error}") from error
+    _check_num_pixels(image, max_pixels)
+    return image
+
+
+def _check_num_pixels(image: Image.Image, max_pixels: int) -> None:
+    if image.width < 1 or image.height < 1:
+        raise ImageError(f"image of {image.width}x{image.height} pixels is empty")
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"image of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels"
+        )
+
+
+def _to_upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Decode the first frame, turn it by its EXIF orientation and convert it to RGB."""
+    _check_num_pixels(image, max_pixels)
+    try:
+        image.load()
+        return _to_rgb(_turn_upright(image))
+    # Decoders meet damaged data with a dozen unrelated types (OSError, SyntaxError, struct.error, ...).
+    except Exception as error:
+        truncated = "truncated" in str(error)
+        raise ImageError(f"{'truncated image' if truncated else 'cannot decode image'}: {error}") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; by hand, as Pillow's helper also rewrites tags and trips on bad ones."""
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) if there is none that can be read."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Broken metadata is no reason to refuse the pixels.
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB, keeping what a viewer would show."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale deep grey values to 0..255, where Pillow's conversion would clip them to white.
+
+    16-bit values span a known range. 32-bit integers and floats do not, so theirs is stretched.
+    """
+    is_16_bit = image.mode.startswith("I;16")
+    low, high = (0, 65535) if is_16_bit else cast("tuple[float, float]", image.getextrema())
+    scale = 255 / (high - low) if high > low else 1.0
+    grey = image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+    grey.info.pop("transparency", None)  # A deep grey value, not one of the 256.
+    return grey
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return (
+        image.format == "JPEG"
+        and image.mode in ("RGB", "L")
+        and not image.info.get("progressive")
+        and _orientation(image) == 1
+    )
+
+
+def _to_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    load_image_pil(image).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,263 @@
+"""Per-sample metrics: pure functions of a prediction and its accepted answers, from 0 to 1.
+
+    (prediction, answers) -> METRICS[name] -> Score
+
+Each metric says where its definition comes from and how it deviates. Cases that fix its behaviour are
+data: `tests/golden/*.json`. Predictions are scored as given; extracting an answer from a long text is
+the prompt's business. Corpus metrics (ROUGE, BLEU) and averages over samples are not covered.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from vlmray.schema import Score
+
+Metric = Callable[[str, Sequence[str]], float]
+
+ANLS_THRESHOLD = 0.5
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
+_CURRENCY = str.maketrans("−", "-", "$€£¥₹₩₽")
+_CHOICE = re.compile(
+    r"\s*(?:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*)?"
+    r"[(\[]?(?P<letter>[A-Z])(?:[).:\]]+\s*|\s*\n\s*|\s*$)(?P<text>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def score(metric_name: str, prediction: str, answers: Sequence[str]) -> Score:
+    """Score a prediction against its accepted answers with the metric of that name.
+
+    >>> score("relaxed_accuracy", "104", ["100"])
+    Score(metric='relaxed_accuracy', value=1.0)
+
+    Raises:
+        ValueError: The metric is unknown, or there are no answers.
+        TypeError: `answers` is a single string.
+    """
+    if metric_name not in METRICS:
+        raise ValueError(f"unknown metric {metric_name!r}; known: {', '.join(METRICS)}")
+    return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers))
+
+
+def relaxed_accuracy(prediction: str, answer: str, *, tolerance: float = 0.05) -> float:
+    """Score 1.0 if numbers agree within `tolerance` of the answer, or else strings agree ignoring case.
+
+    Source: ChartQA (arXiv 2203.10244), section 5.1, as the pix2struct function that lmms-eval and
+    VLMEvalKit use computes it. Its quirks are part of published numbers and kept: "2%" is not "2",
+    "1,000" is not "1000", a trailing dot counts for text, an answer of 0 is compared as text, and
+    years are numbers, so 2008 passes for 2010. Every number that Python parses is one: "1_000" is 1000,
+    while "nan" and "inf" are numbers that agree with nothing, not even themselves.
+
+    >>> [relaxed_accuracy(*pair) for pair in [("10.4", "10"), ("Blue", "blue"), ("2%", "2")]]
+    [1.0, 1.0, 0.0]
+    """
+    predicted, expected = _parse_official(prediction), _parse_official(answer)
+    if predicted is not None and expected:  # Zero takes the other branch, as the source has it.
+        return float(abs(predicted - expected) / abs(expected) <= tolerance)
+    return float(prediction.lower() == answer.lower())
+
+
+def relaxed_accuracy_normalized(prediction: str, answer: str, *, tolerance: float = 0.05) -> float:
+    """Score as `relaxed_accuracy` does, but read numbers and text as a person would.
+
+    Not a published metric: report it beside the official one, never in its place. It never scores
+    lower. On both sides it ignores outer whitespace, trailing dots, currency signs, well-placed
+    thousands commas and a percent sign ("2%" equals "2", and still equals "0.02"); zero is a number
+    that only zero equals; other text is compared ignoring case and repeated whitespace.
+
+    >>> pairs = [("2%", "2"), ("$1,000.", "1000"), ("0.0", "0"), ("Yes.", "yes"), ("0.01", "0")]
+    >>> [relaxed_accuracy_normalized(*pair) for pair in pairs]
+    [1.0, 1.0, 1.0, 1.0, 0.0]
+    """
+    if relaxed_accuracy(prediction, answer, tolerance=tolerance):
+        return 1.0
+    predicted, expected = _parse_lenient(prediction), _parse_lenient(answer)
+    if predicted is not None and expected is not None:
+        return float(abs(predicted - expected) <= tolerance * abs(expected))
+    return exact_match(_strip_dots(prediction), _strip_dots(answer))
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """Score 1.0 if the texts are equal, ignoring case, outer whitespace and how much is between words.
+
+    Punctuation counts: a trailing dot is a difference.
+
+    >>> exact_match("  New   York ", "new york"), exact_match("Yes.", "yes")
+    (1.0, 0.0)
+    """
+    return float(_collapse(prediction) == _collapse(answer))
+
+
+def anls(prediction: str, answer: str, *, threshold: float = ANLS_THRESHOLD) -> float:
+    """Score the edit similarity of two texts, 0 below `threshold` (one term of ANLS).
+
+    Source: ST-VQA (arXiv 1905.13648), as the DocVQA evaluation script, lmms-eval and VLMEvalKit compute
+    it: case and repeated whitespace are ignored, lengths are those of the raw texts, and a similarity of
+    exactly the threshold counts (the paper's formula drops it).
+
+    >>> anls("Helo", "hello"), anls("cat", "dog"), anls("ab", "ac")
+    (0.8, 0.0, 0.5)
+    """
+    length = max(len(prediction), len(answer))
+    left, right = (" ".join(text.lower().split()) for text in (prediction, answer))
+    if left == right:
+        return 1.0
+    # The distance is at least the difference in length: do not compare a page with a word.
+    if abs(len(left) - len(right)) > length * (1 - threshold):
+        return 0.0
+    similarity = max(0.0, 1 - _levenshtein(left, right) / length)
+    return similarity if similarity >= threshold else 0.0
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """Score the harmonic mean of token precision and recall.
+
+    Source: SQuAD (arXiv 1606.05250), with its normalisation: lower case, no ASCII punctuation, no
+    articles. Two texts without tokens agree, as in SQuAD 2.0.
+
+    >>> token_f1("The red bar.", "red"), token_f1("a", "the")
+    (0.6666666666666666, 1.0)
+    """
+    predicted, expected = _squad_tokens(prediction), _squad_tokens(answer)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    num_common = (Counter(predicted) & Counter(expected)).total()
+    return 2 * num_common / (len(predicted) + len(expected))
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Score min(1, matches / 3), averaged over leaving out one human answer at a time.
+
+    Source: VQA (arXiv 1505.00468), used for VQAv2 and TextVQA with ten answers each: 1, 2, 3 or more
+    matches give 0.3, 0.6, 0.9 and 1. Where fewer than four answers exist, all the others must match
+    instead of three of them, and a single answer is compared directly.
+
+    Deviation: texts are normalised the same way always (lower case, no punctuation except the decimal
+    point, no articles, number words up to ten as digits). The official script turns punctuation into a
+    space or nothing depending on its neighbours, repairs contractions from a table (here the apostrophe
+    goes on both sides), and leaves answers alone where all ten agree.
+
+    >>> [round(vqa_accuracy("two", ["2"] * n + ["3"] * (10 - n)), 6) for n in range(5)]
+    [0.0, 0.3, 0.6, 0.9, 1.0]
+    """
+    _check_answers(answers)
+    predicted = _vqa_normalize(prediction)
+    num_answers = len(answers)
+    num_matches = sum(_vqa_normalize(answer) == predicted for answer in answers)
+    if num_answers == 1:
+        return float(num_matches)
+    needed = min(3, num_answers - 1)
+    # Leaving out one of the matching answers loses a match; leaving out another loses none.
+    without_match = num_matches * min(1.0, (num_matches - 1) / needed)
+    without_other = (num_answers - num_matches) * min(1.0, num_matches / needed)
+    return (without_match + without_other) / num_answers
+
+
+def choice_accuracy(prediction: str, answer: str) -> float:
+    """Score 1.0 if a prediction picks the answer of a multiple-choice question, by letter or by text.
+
+    A letter is read from "B", "b.", "(B)", "B) blue", "Answer: B" or "The answer is B"; "A bar" has none,
+    as its A is an article. Where both sides have a letter the letters decide, otherwise the option texts
+    without it, as in `exact_match`. A dataset that accepts both gives both as answers.
+
+    >>> [choice_accuracy(text, "B") for text in ("B", "(b)", "B) blue", "The answer is B.", "A", "Bar")]
+    [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    >>> choice_accuracy("B) blue", "Blue")
+    1.0
+    """
+    predicted, expected = _CHOICE.fullmatch(prediction), _CHOICE.fullmatch(answer)
+    if predicted and expected:
+        return float(predicted["letter"].upper() == expected["letter"].upper())
+    predicted_text = (predicted and predicted["text"]) or prediction
+    expected_text = (expected and expected["text"]) or answer
+    return exact_match(_strip_dots(predicted_text), _strip_dots(expected_text))
+
+
+def _best_of(metric: Callable[[str, str], float]) -> Metric:
+    """Make a metric of one answer a metric of several: the best one counts."""
+
+    def best(prediction: str, answers: Sequence[str]) -> float:
+        _check_answers(answers)
+        return max(metric(prediction, answer) for answer in answers)
+
+    best.__name__, best.__doc__ = metric.__name__, metric.__doc__
+    return best
+
+
+def _check_answers(answers: Sequence[str]) -> None:
+    if isinstance(answers, str):  # A sequence too: its letters would be taken for answers.
+        raise TypeError(f"answers must be a sequence of strings, got the string {answers!r}")
+    if not answers:
+        raise ValueError("no answers to score against")
+
+
+def _parse_official(text: str) -> float | None:
+    """Parse a number as the pix2struct function does: all trailing % go and divide by 100 once."""
+    try:
+        return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _parse_lenient(text: str) -> float | None:
+    """Parse a number with signs and separators a person would overlook; None if it is not one."""
+    text = _strip_dots(text.translate(_CURRENCY)).removesuffix("%").strip()
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    number = float(text) if _NUMBER.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
+
+
+def _strip_dots(text: str) -> str:
+    return text.strip().rstrip(".").rstrip()
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _levenshtein(left: str, right: str) -> int:
+    """Count the insertions, deletions and substitutions between two texts, one row of the table at a time."""
+    row = list(range(len(right) + 1))
+    for i, left_char in enumerate(left, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right_char in enumerate(right, start=1):
+            substituted = diagonal + (left_char != right_char)
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
+    return row[-1]
+
+
+def _squad_tokens(text: str) -> list[str]:
+    return [token for token in text.lower().translate(_NO_PUNCTUATION).split() if token not in _ARTICLES]
+
+
+def _vqa_normalize(text: str) -> str:
+    """Bring an answer to the form in which people's answers are compared."""
+    text = text.lower().replace("'", "").replace("’", "")
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)  # 1,000
+    text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s%$€£]|_", " ", text)  # Any punctuation, 3.5 excepted.
+    words = (_DIGITS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+METRICS: dict[str, Metric] = {
+    "relaxed_accuracy": _best_of(relaxed_accuracy),
+    "relaxed_accuracy_normalized": _best_of(relaxed_accuracy_normalized),
+    "exact_match": _best_of(exact_match),
+    "anls": _best_of(anls),
+    "token_f1": _best_of(token_f1),
+    "vqa_accuracy": vqa_accuracy,
+    "choice_accuracy": _best_of(choice_accuracy),
+}
+"""Every metric by name, from a prediction and its accepted answers to a value from 0 to 1."""

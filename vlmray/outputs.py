@@ -1,0 +1,294 @@
+"""Where results land: per-sample files and Parquet in one folder, atomic and resumable.
+
+    options.json                     what the answers depend on; a folder is resumed only if it agrees
+    {sample_id}_in.json, _img.jpg    what was asked
+    {sample_id}_out.json             what was answered, written after the two above
+    predictions/part-*.parquet       the same rows; a sample is in one part at most
+    report.html, run.json            written last: run.json is there exactly when the run completed
+
+Every file appears whole or not at all, so a run that is killed anywhere leaves a folder that resumes.
+The folder may be local or behind any URI that pyarrow opens (s3://, gs://, ...). No Ray here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+Row = dict[str, Any]
+
+RESULT_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "row_index": pa.int64(),
+        "question": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "answers": pa.list_(pa.string()),
+        "family": pa.string(),
+        "prompt": pa.string(),
+        "prediction": pa.string(),
+        "metric": pa.string(),
+        "score": pa.float64(),
+        "num_prompt_tokens": pa.int32(),
+        "num_completion_tokens": pa.int32(),
+        "finish_reason": pa.string(),
+        "error": pa.string(),
+    }
+)
+"""Columns of a result row, in `_out.json` and in Parquet alike."""
+
+_OPTIONS, _RUN, _REPORT, _PARTS = "options.json", "run.json", "report.html", "predictions"
+_SAMPLE_SUFFIXES = ("_in.json", "_img.jpg", "_out.json")
+# Uploads to an object store appear when they are complete; elsewhere a rename makes it so.
+_ATOMIC_FILESYSTEMS = ("s3", "gcs", "abfs")
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDirectory:
+    """A folder of results. Pickles as its URI, so that tasks on any node can write to it."""
+
+    uri: str
+    output_format: str = "both"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on one machine's disk rather than where every node can write."""
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    def save(self, rows: Sequence[Row], inputs: Sequence[Row], images: Sequence[bytes | None]) -> None:
+        """Write finished rows, files first: whatever has an `_out.json` is never generated again.
+
+        Args:
+            rows: Result rows (`RESULT_SCHEMA`).
+            inputs: What `_in.json` records, one for each row.
+            images: JPEG bytes, or None for a row without an image.
+        """
+        if self.output_format != "parquet":
+            for row, asked, image in zip(rows, inputs, images, strict=True):
+                save_sample_outputs(self, row, asked, image)
+        if self.output_format != "files":
+            self.write_part(rows)
+
+    def write_part(self, rows: Sequence[Row]) -> None:
+        """Write rows as one Parquet part, named by its samples: writing it twice is writing it once."""
+        names = [row["sample_id"] for row in rows]
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+        self._write_table(
+            f"{_PARTS}/part-{names[0]}-{digest}.parquet", pa.Table.from_pylist(rows, RESULT_SCHEMA)
+        )
+
+    def finished(self) -> dict[str, bool]:
+        """Return what is here: sample id to whether it was answered (failed ones are tried again).
+
+        A run that died between a sample's files and its Parquet part left the files: the part is
+        written now, so that both say the same.
+        """
+        rows = {}
+        if self.output_format != "files":
+            rows = {row["sample_id"]: row for row in self.read_results(["sample_id", "error"]).to_pylist()}
+        if self.output_format != "parquet":
+            listed = {name.removesuffix("_out.json") for name in self._list("") if name.endswith("_out.json")}
+            rows = {sample_id: row for sample_id, row in rows.items() if sample_id in listed}
+            missing = sorted(listed - rows.keys())
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                found = list(pool.map(self._read_out_file, missing))
+            if found and self.output_format == "both":
+                self.write_part(found)
+            rows |= {row["sample_id"]: row for row in found}
+        return {sample_id: row["error"] is None for sample_id, row in rows.items()}
+
+    def discard(self, sample_ids: Collection[str]) -> None:
+        """Take rows that will be generated again out of the Parquet parts."""
+        gone = pa.array(sorted(sample_ids), pa.string())
+        for name in self._list(_PARTS):
+            table = self._read_part(name)
+            kept = table.filter(pc.invert(pc.is_in(table["sample_id"], gone)))
+            if kept.num_rows == table.num_rows:
+                continue
+            if kept.num_rows:
+                self._write_table(f"{_PARTS}/{name}", kept)
+            else:
+                self._delete(f"{_PARTS}/{name}")
+
+    def read_results(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read all result rows, from Parquet where there is any, else from the files."""
+        wanted = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(c) for c in columns])
+        if self.output_format == "files":
+            names = [name for name in self._list("") if name.endswith("_out.json")]
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                rows = pool.map(self._read_out_file, (name.removesuffix("_out.json") for name in names))
+                return pa.Table.from_pylist([{c: row.get(c) for c in wanted.names} for row in rows], wanted)
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            tables = list(pool.map(lambda name: self._read_part(name, wanted.names), self._list(_PARTS)))
+        return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+    def read_image(self, sample_id: str) -> bytes | None:
+        """Return a sample's `_img.jpg`, or None where there is none."""
+        try:
+            return self._read(f"{sample_id}_img.jpg")
+        except FileNotFoundError:
+            return None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, atomically."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file so that it appears whole or not at all."""
+        filesystem, root = _open(self.uri)
+        path = f"{root}/{name}"
+        atomic = filesystem.type_name in _ATOMIC_FILESYSTEMS
+        target = path if atomic else f"{root}/.{name.replace('/', '-')}-{uuid.uuid4().hex}.tmp"
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if not atomic:
+            filesystem.move(target, path)
+
+    def reopen(self) -> None:
+        """Mark the folder as holding an unfinished run."""
+        self._delete(_RUN)
+
+    def finish(self, run: Mapping[str, Any], report: str) -> None:
+        """Write the report and, last, the manifest that says the run completed."""
+        self.write_text(_REPORT, report)
+        self.write_text(_RUN, _json(run))
+
+    def clear(self) -> None:
+        """Delete what earlier runs wrote, and nothing else that may lie in the folder."""
+        for name in self._list(_PARTS):
+            self._delete(f"{_PARTS}/{name}")
+        names = [name for name in self._list("") if name.endswith(_SAMPLE_SUFFIXES)]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(self._delete, [*names, _RUN, _REPORT]))
+
+    def remove_leftovers(self) -> None:
+        """Delete the half-written files of a run that was killed."""
+        for name in self._list("", hidden=True):
+            if name.startswith(".") and name.endswith(".tmp"):
+                self._delete(name)
+
+    def read_options(self) -> dict[str, Any] | None:
+        """Return the options of the run that wrote here, or None in a new folder."""
+        try:
+            return json.loads(self._read(_OPTIONS))
+        except FileNotFoundError:
+            return None
+
+    def _read_out_file(self, sample_id: str) -> Row:
+        return json.loads(self._read(f"{sample_id}_out.json"))
+
+    def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        try:
+            return pq.read_table(pa.BufferReader(self._read(f"{_PARTS}/{name}")), columns=columns)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"--output_dir: {self.uri}/{_PARTS}/{name} is damaged ({error}); delete it to have its "
+                "samples answered again"
+            ) from error
+
+    def _write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def _read(self, name: str) -> bytes:
+        filesystem, root = _open(self.uri)
+        with filesystem.open_input_file(f"{root}/{name}") as file:
+            return file.read()
+
+    def _delete(self, name: str) -> None:
+        filesystem, root = _open(self.uri)
+        if filesystem.get_file_info(f"{root}/{name}").type == FileType.File:
+            filesystem.delete_file(f"{root}/{name}")
+
+    def _list(self, folder: str, *, hidden: bool = False) -> list[str]:
+        filesystem, root = _open(self.uri)
+        selector = FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True)
+        names = (info.base_name for info in filesystem.get_file_info(selector) if info.is_file)
+        return sorted(name for name in names if hidden or not name.startswith("."))
+
+
+def prepare_output_directory(
+    output_dir: str, options: Mapping[str, Any], *, output_format: str = "both", overwrite: bool = False
+) -> OutputDirectory:
+    """Create the output folder, or open the one that an earlier run with these options left.
+
+    Args:
+        output_dir: Local folder or URI.
+        options: Everything the answers depend on (model, prompt, ...), as JSON values.
+        output_format: "files", "parquet" or "both".
+        overwrite: Delete the earlier run's results instead of resuming it.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds answers of other options; says which.
+    """
+    folder = OutputDirectory(_absolute(output_dir), output_format)
+    options = json.loads(_json(options))
+    try:
+        filesystem, root = _open(folder.uri)
+        filesystem.create_dir(f"{root}/{_PARTS}", recursive=True)
+        found = folder.read_options()
+        if found is not None and overwrite:
+            folder.clear()
+        elif found is not None and found != options:
+            raise ValueError(_difference(output_dir, found, options))
+        folder.remove_leftovers()
+        folder.write_text(_OPTIONS, _json(options))  # written again, to see that the folder takes files
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
+    return folder
+
+
+def save_sample_outputs(folder: OutputDirectory, row: Row, asked: Row, image: bytes | None = None) -> None:
+    """Write one sample's files: `_in.json`, `_img.jpg`, and last `_out.json`, which marks it finished.
+
+    Args:
+        folder: Where to write.
+        row: Result row (`RESULT_SCHEMA`).
+        asked: What was asked: question, messages, answers and their source.
+        image: JPEG bytes, or None.
+    """
+    sample_id = row["sample_id"]
+    if image is not None:
+        folder.write_bytes(f"{sample_id}_img.jpg", image)
+    folder.write_text(f"{sample_id}_in.json", _json(asked))
+    folder.write_text(f"{sample_id}_out.json", _json({name: row.get(name) for name in RESULT_SCHEMA.names}))
+
+
+def _difference(output_dir: str, found: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    changed: Iterable[str] = sorted(
+        name for name in found.keys() | options.keys() if found.get(name) != options.get(name)
+    )
+    details = "; ".join(f"{name} was {found.get(name)!r}, now {options.get(name)!r}" for name in changed)
+    return (
+        f"--output_dir {output_dir} holds answers of another run ({details}); "
+        "choose another folder, or pass --overwrite to delete them"
+    )
+
+
+def _absolute(output_dir: str) -> str:
+    return output_dir.rstrip("/") if "://" in output_dir else str(Path(output_dir).expanduser().resolve())
+
+
+def _open(uri: str) -> tuple[FileSystem, str]:
+    if "://" not in uri:
+        return LocalFileSystem(), uri
+    filesystem, path = FileSystem.from_uri(uri)
+    return filesystem, path.rstrip("/")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"

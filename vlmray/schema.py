@@ -1,0 +1,93 @@
+"""The rows that cross module borders, and nothing else.
+
+    Sample -> GenerationRequest -> Completion -> Score
+
+A `Sample` is a dataset row in the project's own terms, a `GenerationRequest` is what an engine is
+asked, a `Completion` what it answers, a `Score` what one metric says of it. They hold plain values,
+so they pickle, compare and print; between Ray stages the same values travel as Arrow columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One question about one image, or about none."""
+
+    sample_id: str
+    """Split and row index in the source (`test-000042`): the same whatever was sliced or sharded."""
+
+    question: str
+
+    answers: tuple[str, ...] = ()
+    """Accepted answers, the best one counts; empty where the split publishes none."""
+
+    image: bytes | str | None = None
+    """Encoded image bytes, a URL, a path or a data URI; None for a text-only question."""
+
+    choices: tuple[str, ...] = ()
+    """Options of a multiple-choice question, in the order of their letters."""
+
+    family: str | None = None
+    """Group for breakdowns: human or augmented in ChartQA, the question family in the charts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What an engine is asked: chat messages, their images, and how to sample."""
+
+    request_id: str
+
+    messages: list[dict[str, Any]]
+    """Chat messages whose content is a list of parts; `{"type": "image"}` marks each image's place."""
+
+    images: list[Image] = field(default_factory=list)
+    """RGB images, one for each placeholder, in order."""
+
+    max_new_tokens: int = 512
+
+    temperature: float = 0.0
+    """0 is greedy."""
+
+    top_p: float = 1.0
+
+    seed: int = 0
+    """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
+
+    adapter: str | None = None
+    """Name of a loaded adapter; None asks the base model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine answers to one request."""
+
+    text: str
+    prompt: str
+    """The formatted prompt as the model's chat template wrote it, one placeholder an image."""
+
+    num_prompt_tokens: int
+    """Tokens the model read, visual ones included."""
+
+    num_completion_tokens: int
+    """Tokens the model wrote, the end token included."""
+
+    finish_reason: FinishReason
+    error: str | None = None
+    """Why there is no answer; set exactly when `finish_reason` is "error"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one metric says of one prediction, from 0 (wrong) to 1 (right)."""
+
+    metric: str
+    value: float

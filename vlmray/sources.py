@@ -1,0 +1,312 @@
+"""Where rows come from: a split of a dataset, addressed by row index.
+
+Three kinds of source share one small interface: what the `datasets` library loads (hub, local folder
+or file), Parquet behind a URI that any node reads, and the built-in charts. A source pickles to a few
+hundred bytes, so it travels to the tasks that read, and none of them holds rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from vlmray import hub
+from vlmray.charts import ChartDataset, parse_charts_name
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from pyarrow.fs import FileSystem
+
+_FILE_BUILDERS = {
+    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
+}  # fmt: skip
+_URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
+
+
+class Source(Protocol):
+    """Rows of one split, addressed by index."""
+
+    column_names: Sequence[str]
+
+    on_driver: bool
+    """Rows lie on the driver's machine, so only tasks on that machine can read them."""
+
+    base_dir: str | None
+    """Folder that relative image paths start from, where the source has one."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return rows by index; an image is encoded bytes, a path or URL, or {"bytes", "path"} of both."""
+        ...
+
+
+def open_source(dataset_name: str, split: str, config: str | None = None) -> Source:
+    """Open a split of a dataset by name.
+
+    Args:
+        dataset_name: Name on the hub, local folder or file, URI of Parquet files, or `charts?...`.
+        split: Split to open. A single file has no splits and takes any name.
+        config: Configuration (subset) of the dataset, where it has several.
+
+    Raises:
+        ValueError: the name, split or configuration is unknown, or the data cannot be read.
+    """
+    if "[" in split or "/" in split:
+        raise ValueError(f"--dataset_split {split!r} is not a split name; rows are chosen by --sample_slices")
+    if dataset_name.partition("?")[0] == "charts":
+        return ChartsSource(dataset_name, split)
+    if urlsplit(dataset_name).scheme in _URI_SCHEMES:
+        return ParquetSource(dataset_name, split)
+    path = Path(dataset_name)
+    base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
+    return HFSource(load_hf_dataset(dataset_name, split, config), base_dir)
+
+
+def load_hf_dataset(dataset_name: str, split: str, config: str | None = None) -> datasets.Dataset:
+    """Load a split with the `datasets` library: a hub name, a local folder or a local file.
+
+    A hub name also works without the network, from the local caches.
+
+    Raises:
+        ValueError: nothing is there, the hub cannot be reached, the split or configuration is unknown,
+            or the files cannot be read; the message names the option and what is there.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(dataset_name).expanduser()
+    if path.exists():
+        datasets.disable_progress_bars()
+        load = functools.partial(_load_local, path, config)
+    elif path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix in _FILE_BUILDERS:
+        raise ValueError(f"--dataset_name {dataset_name}: no such file or folder")
+    else:
+        load = functools.partial(_load_from_hub, dataset_name, config)
+    try:
+        return load(split)
+    except hub.HubUnavailableError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise ValueError(_explain(dataset_name, split, config, error)) from error
+    except (OSError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"--dataset_name {dataset_name} cannot be read: {_one_line(cause)}") from error
+
+
+def _load_local(path: Path, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return splits[split]
+    if (path / "state.json").is_file():  # written by Dataset.save_to_disk
+        return datasets.load_from_disk(str(path))
+    if path.is_dir():
+        return datasets.load_dataset(str(path), name=config, split=split)
+    builder = _FILE_BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FILE_BUILDERS)}")
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **options)
+
+
+def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
+    try:
+        hub.check_reachable(name, "dataset", option="--dataset_name")
+    except hub.HubUnavailableError:
+        # The hub's own cache holds the repository's files; the cache of `datasets` what it made of them.
+        snapshot = hub.cached_snapshot(name, "dataset")
+        if snapshot is not None:
+            return datasets.load_dataset(str(snapshot), name=config, split=split)
+        owner = name.split("/")[0]
+        if not any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{owner}___*")):
+            raise
+        logging.getLogger(__name__).info("the hub cannot be reached; looking in the cache of datasets")
+    return datasets.load_dataset(name, name=config, split=split)
+
+
+def _explain(name: str, split: str, config: str | None, error: Exception) -> str:
+    text = _one_line(error)
+    if "split" in text.lower():
+        return f"--dataset_split {split!r}: {name} has {text.partition('one of')[2].strip(' .') or text}"
+    if "config" in text.lower():
+        return f"--dataset_config {config!r}: {text}"
+    return f"--dataset_name {name}: {text}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class ChartsSource:
+    """The built-in charts: drawn where they are read, so they lie nowhere."""
+
+    column_names = ("image", "image_id", "question", "answers", "family")
+    on_driver = False
+    base_dir = None
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            self._charts = ChartDataset(parse_charts_name(name), split)
+        except ValueError as error:
+            option = "--dataset_split" if "split" in str(error) else "--dataset_name"
+            raise ValueError(f"{option}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._charts)
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [dict(self._charts[index]) for index in indices]
+
+
+class HFSource:
+    """A split that `datasets` loaded: memory-mapped on the driver's machine, pickled as its path."""
+
+    on_driver = True
+
+    def __init__(self, dataset: datasets.Dataset, base_dir: Path | None = None) -> None:
+        import datasets
+
+        for name, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        self._dataset = dataset
+        self._class_names = _class_names(dataset.features)
+        self.column_names = list(dataset.column_names)
+        self.base_dir = str(base_dir) if base_dir else None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        columns = self._dataset[list(indices)]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [_name_classes(row, self._class_names) for row in rows]
+
+
+class ParquetSource:
+    """Parquet files behind a URI, read where the rows are needed and never through the driver."""
+
+    on_driver = False
+    base_dir = None
+
+    def __init__(self, uri: str, split: str) -> None:
+        import datasets
+
+        files = _files_of_split(_list_parquet(uri), uri, split)
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(_read_footer, files))
+        schema = footers[0].schema.to_arrow_schema()
+        self.column_names = list(schema.names)
+        self._class_names = _class_names(datasets.Features.from_arrow_schema(schema))
+        self._row_groups = [
+            (file, group) for file, footer in zip(files, footers, strict=True)
+            for group in range(footer.num_row_groups)
+        ]  # fmt: skip
+        self._starts = [0]
+        for footer in footers:
+            for group in range(footer.num_row_groups):
+                self._starts.append(self._starts[-1] + footer.row_group(group).num_rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._read_row(index) for index in indices]
+
+    def _read_row(self, index: int) -> dict[str, Any]:
+        position = bisect.bisect_right(self._starts, index) - 1
+        row_group = _read_row_group(*self._row_groups[position])
+        row = row_group.slice(index - self._starts[position], 1).to_pylist()[0]
+        return _name_classes(row, self._class_names)
+
+
+def _class_names(features: datasets.Features) -> dict[str, list[str]]:
+    return {name: feature.names for name, feature in features.items() if hasattr(feature, "int2str")}
+
+
+def _name_classes(row: dict[str, Any], class_names: dict[str, list[str]]) -> dict[str, Any]:
+    """Replace class indices by their names; -1 and None mean no label."""
+    for column, names in class_names.items():
+        value = row[column]
+        row[column] = names[value] if value is not None and 0 <= value < len(names) else None
+    return row
+
+
+def _filesystem(uri: str) -> tuple[FileSystem, str]:
+    from pyarrow.fs import FileSystem
+
+    try:
+        return FileSystem.from_uri(uri)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(f"--dataset_name {uri} cannot be opened: {_one_line(error)}") from error
+
+
+def _list_parquet(uri: str) -> list[str]:
+    """List the Parquet files at a URI, sorted, as URIs of their own."""
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, path = _filesystem(uri)
+    try:
+        info = filesystem.get_file_info(path)
+        infos = (
+            filesystem.get_file_info(FileSelector(path, recursive=True))
+            if info.type == FileType.Directory
+            else [info]
+        )
+    except OSError as error:
+        raise ValueError(f"--dataset_name {uri} cannot be listed: {_one_line(error)}") from error
+    files = sorted(info.path for info in infos if info.is_file and info.path.endswith(".parquet"))
+    if not files:
+        raise ValueError(f"--dataset_name {uri}: no Parquet file there")
+    # Everything around the path (scheme, host, ?endpoint_override=...) is kept as the user wrote it.
+    return [uri.replace(path, file, 1) for file in files]
+
+
+def _files_of_split(files: list[str], uri: str, split: str) -> list[str]:
+    """Keep the files of a split, told by file or folder name; files without any split name all count."""
+    known = ("train", "validation", "valid", "val", "dev", "test", split)
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        folder, name = file.partition("?")[0].split("/")[-2:]
+        found = next((word for word in known if name.startswith((f"{word}-", f"{word}."))), None)
+        by_split.setdefault(found or (folder if folder in known else ""), []).append(file)
+    if set(by_split) == {""} or len(files) == 1:
+        return files
+    if split not in by_split:
+        found_splits = ", ".join(sorted(filter(None, by_split)))
+        raise ValueError(f"--dataset_split {split!r}: {uri} has {found_splits}")
+    return by_split[split]
+
+
+def _read_footer(uri: str) -> pa.parquet.FileMetaData:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filesystem, path = _filesystem(uri)
+    try:
+        return pq.read_metadata(path, filesystem=filesystem)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"--dataset_name {uri} cannot be read: {_one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _read_row_group(uri: str, group: int) -> pa.Table:
+    """Read one row group; neighbouring rows are read together, so the last one is kept."""
+    import pyarrow.parquet as pq
+
+    filesystem, path = _filesystem(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        return file.read_row_group(group)
