@@ -406,6 +406,9 @@ class ChartDataset:
             family=family,
         )
 
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
     def chart(self, index: int) -> Chart:
         """Return what the image of a row says, without drawing it."""
         return self._chart(self._locate(index)[0])

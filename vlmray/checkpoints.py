@@ -31,12 +31,9 @@ def check_model_folder(model_id: str) -> None:
         _check_hub_id(model_id)
         return
     if not (folder / "config.json").is_file():
-        hint = (
-            "; that is an adapter: pass it as --adapter" if (folder / "adapter_config.json").is_file() else ""
-        )
-        raise FileNotFoundError(
-            f"--model_id {model_id}: no config.json in this folder{hint or '; pass a checkpoint folder or a hub id'}"
-        )
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = "that is an adapter: pass it as --adapter" if is_adapter else "pass a checkpoint folder"
+        raise FileNotFoundError(f"--model_id {model_id}: no config.json in this folder; {hint}")
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"--model_id {model_id}: no *.safetensors weights in this folder{_convert_hint(folder)}"
@@ -148,8 +145,8 @@ def _convert_hint(folder: Path) -> str:
     if not pickles:
         return ""
     return (
-        f", only {pickles[0]}: pickle files can run code and are not loaded; if you trust them, load them once "
-        "with transformers or peft and write them with save_pretrained(folder)"
+        f", only {pickles[0]}: pickle files can run code and are not loaded; if you trust them, load them "
+        "once with transformers or peft and write them with save_pretrained(folder)"
     )
 
 

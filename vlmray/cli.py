@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if name == "--version":
         print(f"vlmray {__version__}")
     elif name in ("-h", "--help"):
-        print(
-            f"usage: vlmray {{{','.join(JOBS)}}} ...\n\n{__doc__}\nvlmray JOB --help lists the options of a job."
-        )
+        print(f"usage: vlmray {{{','.join(JOBS)}}} [options]")
+        print("vlmray JOB --help lists the options of a job.")
     else:
         sys.exit(_fail(2, f"unknown job {name!r}; known: {', '.join(JOBS)}"))
     sys.exit(0)

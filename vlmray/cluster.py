@@ -6,11 +6,16 @@ Ray Data deadlocks when the actors of one stage leave no CPU for the tasks of an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+import ray.data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +39,36 @@ def connect(log_level: str = "INFO") -> None:
     """
     if ray.is_initialized():
         return
-    verbose = log_level == "DEBUG"
-    # Ray's import-time banner and per-worker log lines drown the progress bar; errors still come through.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose)
+    if log_level == "DEBUG":
+        ray.init()
+        return
+    # Ray's own messages drown the progress bar: banners, advice, and core-worker lines that name no
+    # problem. What goes wrong still reaches the driver, as an exception; all of it is in Ray's log files.
+    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _silent_stderr():  # the core worker announces its log level
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
 
 
-def driver_node_id() -> str:
-    """Return the id of the node this process runs on."""
-    return ray.get_runtime_context().get_node_id()
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code writes to stderr meanwhile; exceptions pass."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def driver_node() -> dict[str, str]:
+    """Return the label selector of the node this process runs on."""
+    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
 
 
 def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
@@ -61,8 +87,8 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     low, high = replica_range or (1, fitting)
     if num_gpus * low > total_gpus:
         raise ValueError(
-            f"--gpus_per_replica {num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs; the cluster "
-            f"has {total_gpus:g}. Use a smaller --num_replicas, or --gpus_per_replica 0 to run on CPUs"
+            f"--gpus_per_replica {num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs; the "
+            f"cluster has {total_gpus:g}. Lower --num_replicas, or pass --gpus_per_replica 0 to use CPUs"
         )
     if num_gpus:
         # A GPU replica waits for its GPU most of the time; asking for no CPU leaves all to the other stages.

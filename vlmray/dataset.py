@@ -53,9 +53,13 @@ _VQA = DatasetSpec(
     prompt_template=SHORT_ANSWER,
 )
 _CHARTQA = dataclasses.replace(
-    _VQA, question_column="query", answer_column="label", metric="relaxed_accuracy",
-    family_column="human_or_machine", family_names={"machine": "augmented", "0": "human", "1": "augmented"},
-)  # fmt: skip
+    _VQA,
+    question_column="query",
+    answer_column="label",
+    metric="relaxed_accuracy",
+    family_column="human_or_machine",
+    family_names={"machine": "augmented", "0": "human", "1": "augmented"},
+)
 _DOCVQA = dataclasses.replace(_VQA, answer_column="answers", metric="anls")
 _MULTIPLE_CHOICE = dataclasses.replace(_VQA, prompt_template=LETTER_ANSWER, metric="choice_accuracy")
 
@@ -67,7 +71,7 @@ DATASETS: dict[str, DatasetSpec] = {
         answer_column="answer",
         family_column="type",
         family_names={"human_test": "human", "augmented_test": "augmented"},
-    ),  # fmt: skip
+    ),
     "lmms-lab/DocVQA": dataclasses.replace(_DOCVQA, family_column="question_types"),
     "lmms-lab/DocVQA#InfographicVQA": dataclasses.replace(_DOCVQA, family_column="answer_type"),
     "lmms-lab/textvqa": dataclasses.replace(_VQA, answer_column="answers", metric="vqa_accuracy"),

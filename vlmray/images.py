@@ -48,6 +48,7 @@ UrlPolicy = Callable[[str], None]
 """Called with every URL before it is asked, redirects included; raises `ImageError` to refuse it."""
 
 _EXIF_ORIENTATION = 0x0112
+_ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -243,7 +244,8 @@ def _shorten(source: str) -> str:
     """Cut a source for a message; the query of a URL goes first, as it may hold a signature."""
     if _URL_SCHEME.match(source):
         source = source.partition("?")[0]
-    return source if len(source) <= 120 else source[:117] + "..."
+    shown = source if len(source) <= 120 else source[:117] + "..."
+    return shown if shown.isprintable() else repr(shown)
 
 
 # Fetching: http and https
@@ -421,7 +423,12 @@ def _to_upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
 def _turn_upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; by hand, as Pillow's helper also rewrites tags and trips on bad ones."""
     method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    upright = image.transpose(method)
+    for key in _ORIENTATION_SOURCES:  # Or the next reader turns it again.
+        upright.info.pop(key, None)
+    return upright
 
 
 def _orientation(image: Image.Image) -> int:

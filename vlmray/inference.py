@@ -26,7 +26,6 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from vlmray import __version__, checkpoints, cluster, hub, stages
@@ -40,10 +39,15 @@ from vlmray.report import GalleryItem, Report, Summary, choose_gallery, group_er
 from vlmray.sources import Source, open_source
 from vlmray.stages import ROW_SCHEMA, STAGES, Row, Task
 
+_ENGINE_OPTIONS = (
+    "engine", "model_id", "adapter", "quantization", "dtype", "batch_size", "min_pixels", "max_pixels",
+    "trust_remote_code",
+)  # fmt: skip
 # What an answer depends on. The rest of the options says how fast it comes, or where it goes.
 _ANSWER_OPTIONS = (
-    "model_id", "adapter", "quantization", "dtype", "engine", "dataset_name", "dataset_config", "dataset_split",
-    "max_new_tokens", "temperature", "top_p", "seed", "system_prompt", "min_pixels", "max_pixels", "output_format",
+    "model_id", "adapter", "quantization", "dtype", "engine", "dataset_name", "dataset_config",
+    "dataset_split", "max_new_tokens", "temperature", "top_p", "seed", "system_prompt", "min_pixels",
+    "max_pixels", "output_format",
 )  # fmt: skip
 
 _BATCHES_PER_BLOCK = 4
@@ -175,11 +179,11 @@ def _pipeline(run: InferenceRun) -> Dataset:
     replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
     rows_per_block = _rows_per_block(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_blocks = -(-len(run.pending) // rows_per_block)
-    here = NodeAffinitySchedulingStrategy(cluster.driver_node_id(), soft=False)
+    here = cluster.driver_node()
     rows = ray.data.read_datasource(
         _RowSource(run, rows_per_block),
         override_num_blocks=num_blocks,
-        ray_remote_args={"scheduling_strategy": here} if run.source.on_driver else None,
+        label_selector=here if run.source.on_driver else None,
     )
     rows = _map(rows, functools.partial(_prepare, task=run.task))
     rows = _map(
@@ -195,10 +199,8 @@ def _pipeline(run: InferenceRun) -> Dataset:
         max_task_retries=_MAX_TASK_RETRIES,
     )
     # A local folder means this machine's; behind a URI any node can write.
-    where = {"scheduling_strategy": here} if run.folder.is_local else {}
-    return _map(
-        rows, functools.partial(_score_and_save, task=run.task, folder=run.folder), num_cpus=0.5, **where
-    )
+    finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)
+    return _map(rows, finish, num_cpus=0.5, label_selector=here if run.folder.is_local else None)
 
 
 def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
@@ -212,16 +214,8 @@ def _rows_per_block(num_rows: int, batch_size: int, num_replicas: int) -> int:
 
 
 def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
-    return {
-        **{
-            name: getattr(config, name)
-            for name in (
-                "engine", "model_id", "adapter", "quantization", "dtype", "batch_size", "min_pixels", "max_pixels",
-                "trust_remote_code",
-            )
-        },
-        "num_threads": replicas.num_threads,
-    }  # fmt: skip
+    options = {name: getattr(config, name) for name in _ENGINE_OPTIONS}
+    return {**options, "num_threads": replicas.num_threads}
 
 
 class _RowSource(Datasource):
@@ -307,6 +301,7 @@ def _consume(run: InferenceRun, results: Dataset) -> dict[str, float]:
     num_failed = 0
     try:
         with _progress_bar(run) as bar:
+            block: pa.Table
             for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 num_failed += block.num_rows - block["error"].null_count
                 for stage in seconds:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
@@ -144,7 +143,9 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
             when layer names changed between versions), or other shapes.
     """
     try:
-        if not isinstance(model, PeftModel):
+        if not is_peft_model(model):
+            from peft import PeftModel  # imports bitsandbytes, which takes seconds: only when needed
+
             model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
         # For the adapter just made this only reads the file again; it is the call that reports the keys.
         result = model.load_adapter(adapter, adapter_name=name, torch_device=str(model.device))
@@ -161,6 +162,11 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
             f"({', '.join(missing[:1]) or 'none'}); train it again with the installed versions"
         )
     return model.eval()
+
+
+def is_peft_model(model: Any) -> bool:
+    """Tell whether a model is wrapped by PEFT, without importing PEFT."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 def generate_text_from_sample(
@@ -221,7 +227,7 @@ def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:
 def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
     """Load the weights, and refuse a checkpoint that leaves some of them random."""
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model_id, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except OSError as error:
@@ -231,6 +237,7 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"--model_id {model_id} is neither cached nor reachable on the hub: pass tiny-random, a local "
             "checkpoint folder, or set HF_HOME to a cache that holds it"
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -248,7 +255,7 @@ def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_re
     attribute is loaded without it, and its `__init__` takes None for it.
     """
     config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    base: type[Any] | None = PROCESSOR_MAPPING.get(type(config), None)
+    base: Any = PROCESSOR_MAPPING.get(type(config), None)
     if base is None or "video_processor" not in base.get_attributes():
         raise cause
     attributes = [name for name in base.get_attributes() if name != "video_processor"]
@@ -256,7 +263,7 @@ def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_re
     without_video = type(
         base.__name__, (base,), {"get_attributes": classmethod(lambda cls: list(attributes))}
     )
-    return without_video.from_pretrained(model_id, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
+    return without_video.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 
 def _set_pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
@@ -277,5 +284,5 @@ def _set_pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: 
 
 def _drop_adapter(model: Any, name: str) -> None:
     """Leave a model that served other adapters as it was before the failed load."""
-    if isinstance(model, PeftModel) and name in model.peft_config and len(model.peft_config) > 1:
+    if is_peft_model(model) and name in model.peft_config and len(model.peft_config) > 1:
         model.delete_adapter(name)

@@ -33,13 +33,18 @@ _URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
 class Source(Protocol):
     """Rows of one split, addressed by index."""
 
-    column_names: Sequence[str]
+    @property
+    def column_names(self) -> Sequence[str]: ...
 
-    on_driver: bool
-    """Rows lie on the driver's machine, so only tasks on that machine can read them."""
+    @property
+    def on_driver(self) -> bool:
+        """Rows lie on the driver's machine, so only tasks on that machine can read them."""
+        ...
 
-    base_dir: str | None
-    """Folder that relative image paths start from, where the source has one."""
+    @property
+    def base_dir(self) -> str | None:
+        """Folder that relative image paths start from, where the source has one."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -44,6 +44,8 @@ ROW_SCHEMA = pa.schema(
 )
 """Columns between stages: the result's, what makes it, and the seconds a row took in each stage."""
 
+ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
+
 _NUM_FETCHES = 16
 
 
@@ -95,14 +97,7 @@ def _read_row(row: Row, source: Source, spec: DatasetSpec, split: str, index: in
     try:
         sample = to_sample(row, spec, name)
     except ValueError as error:
-        return {
-            "sample_id": name,
-            "row_index": index,
-            "question": "",
-            "choices": [],
-            "answers": [],
-            "error": str(error),
-        }
+        return {"row_index": index, **sample_row(Sample(sample_id=name, question="")), "error": str(error)}
     return {"row_index": index, **sample_row(sample, source.base_dir)}
 
 
@@ -213,12 +208,12 @@ def score_row(row: Row, task: Task) -> Row:
 
 def asked(row: Row) -> Row:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
-    record = {
-        name: row.get(name) for name in ("sample_id", "row_index", "question", "choices", "answers", "family")
-    }
     messages = row.get("messages")
-    image = f"{row['sample_id']}_img.jpg" if row.get("image") else None
-    return {**record, "messages": json.loads(messages) if messages else None, "image": image}
+    return {
+        **{name: row.get(name) for name in ASKED_COLUMNS},
+        "messages": json.loads(messages) if messages else None,
+        "image": f"{row['sample_id']}_img.jpg" if messages and row.get("image") else None,
+    }
 
 
 def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
@@ -226,11 +221,8 @@ def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
     jpeg = functools.lru_cache(maxsize=2)(_jpeg_or_none)
     with_files = folder.output_format != "parquet"
     images = [jpeg(row["image"]) if with_files and row.get("image") else None for row in rows]
-    folder.save(
-        [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows],
-        [asked(row) for row in rows],
-        images,
-    )
+    results = [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
+    folder.save(results, [asked(row) for row in rows], images)
 
 
 def _jpeg_or_none(image: bytes) -> bytes | None:

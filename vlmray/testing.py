@@ -124,32 +124,33 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _build_tokenizer(vocab_size: int) -> Any:
     """Train a byte-level BPE on the word list and wrap it as Qwen's tokenizer class."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer()._tokenizer
-    tokenizer.model = BPE()
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     words = WORDS.split()
-    tokenizer.train_from_iterator([f"{word} {word.capitalize()} {word}" for word in words], trainer=trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    vocab = model["vocab"]
+    trained.train_from_iterator([f"{word} {word.capitalize()} {word}" for word in words], trainer=trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab: Any = model["vocab"]
     for index in range(len(vocab), vocab_size - len(SPECIAL_TOKENS)):
         vocab[f"<|unused_{index}|>"] = index  # the word list has fewer merges than that
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    named = ("<|endoftext|>", "<|im_end|>")  # padding and end of turn, as in Qwen
     return Qwen2Tokenizer(
         vocab=vocab,
-        merges=[tuple(merge) for merge in model["merges"]],
-        eos_token="<|im_end|>",
+        merges=merges,
+        pad_token=named[0],
+        eos_token=named[1],
         chat_template=CHAT_TEMPLATE,
-        extra_special_tokens=[
-            token for token in SPECIAL_TOKENS if token not in ("<|endoftext|>", "<|im_end|>")
-        ],
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in named],
         model_max_length=32768,
     )
 
@@ -222,7 +223,7 @@ def _shape_answers(model: Any, tokenizer: Any, vocab_size: int) -> None:
     for token, index in tokenizer.get_vocab().items():
         if re.fullmatch(r"Ġ?[A-Za-z0-9]+", token):
             scale[index] = 1.0
-    scale[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 1.3
+    scale[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 1.2
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0 * scale)
 
@@ -255,7 +256,7 @@ def build_tiny_random_adapter(
             if "lora_" in name:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(values * parameter.shape[1] ** -0.5)
-    peft_model.save_pretrained(path, safe_serialization=True)
+    peft_model.save_pretrained(str(path), safe_serialization=True)
     return Path(path)
 
 

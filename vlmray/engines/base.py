@@ -48,7 +48,7 @@ def check_request(request: GenerationRequest) -> None:
     """Check what can be checked of a request without a model.
 
     Raises:
-        ValueError: Sampling settings out of range, or as many images as placeholders is not the case.
+        ValueError: Sampling settings out of range, or not one image for each placeholder.
     """
     if request.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")

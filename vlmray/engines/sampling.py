@@ -43,7 +43,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         self._num_prompt_tokens: int | None = None
         self._seen: torch.Tensor | None = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) whose argmax is each row's next token, given the ids so far (B, T)."""
         if self._num_prompt_tokens is None:
             self._num_prompt_tokens = input_ids.shape[1]
@@ -110,9 +110,8 @@ class RowwiseLengthCriteria(StoppingCriteria):
         self._limits = [num_prompt_tokens + request.max_new_tokens for request in requests]
 
     def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
         """Return which rows (B,) are complete, given the ids so far (B, T)."""
         length = input_ids.shape[1]
-        done = torch.tensor([length >= limit for limit in self._limits], device=input_ids.device)
-        return done  # type: ignore[return-value]
+        return torch.tensor([length >= limit for limit in self._limits], device=input_ids.device)

@@ -22,14 +22,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.engines.base import check_request, failed_completion
 from vlmray.engines.sampling import RowwiseLengthCriteria, RowwiseLogitsProcessor
-from vlmray.model import attach_adapter, load_qwen_vl_model_and_processor
+from vlmray.model import attach_adapter, is_peft_model, load_qwen_vl_model_and_processor
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -277,7 +276,7 @@ class TransformersEngine:
         if adapter is not None:
             self.model.set_adapter(adapter, inference_mode=True)
             yield
-        elif isinstance(self.model, PeftModel):
+        elif is_peft_model(self.model):
             with self.model.disable_adapter():
                 yield
         else:
