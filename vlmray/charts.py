@@ -369,8 +369,6 @@ class ChartDataset:
     Families take turns, so they are as common as each other in any longer stretch of rows.
     """
 
-    SPLITS = SPLITS
-
     def __init__(self, config: ChartsConfig, split: str) -> None:
         """Make the split's view; nothing is drawn yet.
 

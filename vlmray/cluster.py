@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from pathlib import Path
 
 import ray
 import ray.data
+from ray._private.utils import read_ray_address
+
+_HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +39,16 @@ class ReplicaPlan:
 def connect(log_level: str = "INFO") -> None:
     """Connect to the cluster this process belongs to, or start Ray on this machine.
 
-    Ray itself looks for RAY_ADDRESS (set inside a submitted job) and for a cluster started here by
-    `ray start`; only when there is neither does it start one that ends with this process.
+    RAY_ADDRESS (set inside a submitted job) comes first, then a cluster that `ray start` left running
+    on this machine; only when there is neither does Ray start one, which ends with this process.
+
+    Raises:
+        ValueError: no cluster answers at RAY_ADDRESS.
     """
     if ray.is_initialized():
         return
     if log_level == "DEBUG":
-        ray.init()
+        ray.init(address=_address())
         return
     # Ray's own messages drown the progress bar: banners, advice, and core-worker lines that name no
     # problem. What goes wrong still reaches the driver, as an exception; all of it is in Ray's log files.
@@ -50,7 +58,29 @@ def connect(log_level: str = "INFO") -> None:
             handler.setLevel(logging.ERROR)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _silent_stderr():  # the core worker announces its log level
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=_address(), logging_level=logging.ERROR, log_to_driver=False)
+
+
+def _address() -> str:
+    """Return the address for `ray.init`, checked: it waits minutes for a cluster that is gone."""
+    given = os.environ.get("RAY_ADDRESS")
+    if given and not _HOST_PORT.fullmatch(given):
+        return given
+    recorded = given or read_ray_address()  # what `ray start` wrote; a killed cluster leaves it behind
+    if recorded and _answers(recorded):
+        return recorded
+    if given:
+        raise ValueError(f"RAY_ADDRESS {given}: no Ray cluster answers there; correct it or unset it")
+    return "local"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -68,7 +98,7 @@ def _silent_stderr() -> Iterator[None]:
 
 def driver_node() -> dict[str, str]:
     """Return the label selector of the node this process runs on."""
-    return {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:

@@ -11,6 +11,8 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import sys
 import textwrap
 import types
 import typing
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 C = TypeVar("C")
+
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,8 @@ class InferConfig:
     """Verbosity of the log."""
 
     def __post_init__(self) -> None:
+        # Only an empty system prompt means something; elsewhere it is a shell variable that was not set.
+        _not_empty(self, except_for="system_prompt")
         _at_least(self, 1, "max_new_tokens", "batch_size", "min_pixels", "max_pixels")
         _at_least(self, 0, "temperature", "gpus_per_replica", "max_errors")
         if not 0 < self.top_p <= 1:
@@ -143,10 +149,16 @@ class InferConfig:
         return bounds[0], bounds[-1]
 
 
+def _not_empty(config: Any, *, except_for: str) -> None:
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) == "" and field.name != except_for:
+            raise ValueError(f"--{field.name} is empty")
+
+
 def _at_least(config: object, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # so written, it refuses NaN too
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
 
 
@@ -161,7 +173,7 @@ def parse_args(config_class: type[C], argv: Sequence[str] | None = None, *, prog
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         _add_option(parser, field, hints[field.name], helps.get(field.name, ""))
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     path = given.pop("config", None)
     try:
         return build_config(config_class, {**(_read_yaml(path) if path else {}), **given})
@@ -204,7 +216,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, argument_default=argparse.SUPPRESS, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(self._join_values(args or ()), namespace)
         if unknown:
             near = _suggestion(unknown[0].partition("=")[0].replace("-", "_").strip("_"), self._names(), "--")
             what = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
@@ -212,7 +224,20 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+    def _join_values(self, args: Sequence[str]) -> list[str]:
+        """Join options to values that begin with a hyphen (`--sample_slices -5:`), as argparse wants them."""
+        options = self._option_string_actions
+        joined: list[str] = []
+        for arg in args:
+            before = options.get(joined[-1]) if joined else None
+            hyphened = arg.startswith("-") and not arg.startswith("--") and arg not in options
+            if hyphened and before is not None and before.nargs is None:
+                joined[-1] += f"={arg}"
+            else:
+                joined.append(arg)
+        return joined
 
     def _names(self) -> list[str]:
         return [action.dest for action in self._actions]
@@ -250,6 +275,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if types.NoneType in kinds:
             return None
         raise ValueError(f"--{name} needs a value")
+    if isinstance(value, list | dict):
+        raise ValueError(f"--{name} must be one value, got {value!r}; quote it if it is text")
     kind = kinds[0]
     if _is_literal(kind):
         if value in typing.get_args(kind):
@@ -257,8 +284,11 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         raise ValueError(f"--{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
     try:
         if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        return kind(str(value))
+            return _BOOLS[str(value).lower()]
+        converted = kind(str(value))
+        if kind is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
     except (ValueError, KeyError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise ValueError(f"--{name} must be {expected}, got {value!r}") from None
@@ -267,8 +297,15 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
 def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Leaves values as they are written: YAML would read 1:30 as 90, `no` as false and 1.10 as 1.1."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,12 +153,28 @@ def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec
         option: next((name for name in usual if name in column_names), None)
         for option, usual in _USUAL_COLUMNS.items()
     }
-    question = given.get("question_column") or columns.pop("question_column")
+    question = given.get("question_column") or columns["question_column"]
     if question is None:
         raise ValueError(
             f"--question_column is needed: none of the columns {', '.join(column_names)} looks like one"
         )
-    return DatasetSpec(**{**columns, "question_column": question})
+    return DatasetSpec(
+        question_column=question,
+        image_column=columns["image_column"],
+        answer_column=columns["answer_column"],
+    )
+
+
+_SLICE = re.compile(
+    r"""
+    \s* (?P<open>\[)? \s*
+    (?: (?P<index>-?\d{1,18})
+      | (?P<start>-?\d{1,18})? \s* : \s* (?P<stop>-?\d{1,18})? \s* (?: : \s* (?P<step>-?\d{1,18})? )?
+    )
+    \s* (?(open)\]) \s*
+    """,
+    re.ASCII | re.VERBOSE,
+)
 
 
 def parse_sample_slices(text: str, num_rows: int) -> list[int]:
@@ -175,21 +192,18 @@ def parse_sample_slices(text: str, num_rows: int) -> list[int]:
     >>> parse_sample_slices("[-2:],[7:1:-3],5", 10)
     [8, 9, 7, 4, 5]
     """
-    parts = re.sub(r"\s+", "", text).split(",")
-    if not re.fullmatch(r"(\[[^\[\]]+\]|[^\[\],]+)(,(\[[^\[\]]+\]|[^\[\],]+))*", ",".join(parts)):
-        raise ValueError(_malformed(text))
     selected: dict[int, None] = {}
-    for part in parts:
-        match = re.fullmatch(r"\[?(?:(-?\d+)|(-?\d*):(-?\d*)(?::(-?\d*))?)\]?", part)
-        if match is None or "-" in match.groups() or match[4] == "0":
+    for part in text.split(","):
+        match = _SLICE.fullmatch(part)
+        if match is None or (match["step"] and int(match["step"]) == 0):
             raise ValueError(_malformed(text))
-        if match[1]:
-            index = int(match[1])
+        if match["index"]:
+            index = int(match["index"])
             if not -num_rows <= index < num_rows:
                 raise ValueError(f"--sample_slices {text!r}: no row {index}; the split has {num_rows} rows")
             selected[index % num_rows] = None
         else:
-            bounds = slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
+            bounds = slice(*(int(bound) if bound else None for bound in match.group("start", "stop", "step")))
             selected.update(dict.fromkeys(range(*bounds.indices(num_rows))))
     if not selected:
         raise ValueError(f"--sample_slices {text!r} selects nothing; the split has {num_rows} rows")
@@ -219,7 +233,7 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     choices = _texts(row[spec.choices_column]) if spec.choices_column else ()
     answers = _texts(row[spec.answer_column]) if spec.answer_column else ()
     if choices:
-        answers = tuple(_letter(answer, choices) for answer in answers)
+        answers = tuple(name for answer in answers for name in _as_choice(answer, choices))
     family = row[spec.family_column] if spec.family_column else None
     if isinstance(family, list):
         family = ", ".join(map(str, family))
@@ -240,14 +254,24 @@ def _texts(value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, Mapping):
         return _texts(value.get("answer", value.get("text")))
+    if hasattr(value, "tolist"):  # a NumPy array or number
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return tuple(text for item in value for text in _texts(item))
     return (str(value),)
 
 
-def _letter(answer: str, choices: Sequence[str]) -> str:
-    """Turn the index of a choice into its letter; letters and option texts stay as they are."""
-    return chr(ord("A") + int(answer)) if answer.isdigit() and int(answer) < len(choices) else answer
+def _as_choice(answer: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """Turn the index of a choice into its letter; before the text of a choice, put its letter."""
+    letters = string.ascii_uppercase[: len(choices)]
+    if answer in tuple(letters):
+        return (answer,)
+    if answer.isdecimal() and int(answer) < len(letters):
+        return (letters[int(answer)],)
+    return next(
+        ((letter, answer) for letter, text in zip(letters, choices, strict=False) if text == answer),
+        (answer,),
+    )
 
 
 def _image(value: Any) -> bytes | str | None:

@@ -6,30 +6,25 @@ The two halves are separate so that encoded bytes, a hundred times smaller than 
 between stages and be decoded on the worker that needs them. Whatever is wrong with an image is an
 `ImageError` with one line that says what was found.
 
-Not covered: telling private from public addresses. A server that takes URLs from strangers passes a
-`url_policy`, and hands over no paths.
+A server that takes sources from strangers passes a `url_policy` (see `fetch.py`), and hands over no
+paths.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import http.client
 import io
 import re
-import socket
 import stat
-import string
-import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
+
+from vlmray.fetch import URL_SCHEMES, FetchError, UrlPolicy, fetch_url, shorten_source
 
 MAX_PIXELS = 64_000_000
 """Default limit on width x height: 8000 x 8000, 192 MB once decoded."""
@@ -37,15 +32,10 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 50 * 2**20
 """Default limit on encoded bytes."""
 
-MAX_REDIRECTS = 5
-
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Pillow decoders that may run: no EPS or PDF, which start other programs, and no rarities."""
 
 JPEG_QUALITY = 90
-
-UrlPolicy = Callable[[str], None]
-"""Called with every URL before it is asked, redirects included; raises `ImageError` to refuse it."""
 
 _EXIF_ORIENTATION = 0x0112
 _ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -83,7 +73,7 @@ def load_image_pil(
         max_bytes: Limit on the encoded size, checked while it is read.
         timeout_s: Time for the whole download, redirects included.
         base_dir: Folder that relative paths start from. Not a fence: `..` leaves it.
-        url_policy: Called with each URL before it is asked; raises `ImageError` to refuse.
+        url_policy: Called with each URL before it is asked; raises `FetchError` to refuse.
 
     Raises:
         ImageError: The source is missing, of an unknown kind, too large, damaged, or not an image.
@@ -186,9 +176,15 @@ def _read_string(
     match = _URL_SCHEME.match(source)
     if match is None:
         return _read_path(Path(source), max_bytes, base_dir)
-    if match[1].lower() == "file":
+    scheme = match[1].lower()
+    if scheme == "file":
         return _read_path(_file_url_path(source), max_bytes, base_dir)
-    return _fetch_url(source, max_bytes, timeout_s, url_policy)
+    if scheme not in URL_SCHEMES:
+        raise ImageError(f"unsupported URL scheme {scheme!r}; expected http, https, data or a path")
+    try:
+        return fetch_url(source, max_bytes=max_bytes, timeout_s=timeout_s, url_policy=url_policy)
+    except FetchError as error:
+        raise ImageError(str(error)) from error
 
 
 def _file_url_path(url: str) -> Path:
@@ -201,7 +197,7 @@ def _file_url_path(url: str) -> Path:
 def _read_path(path: Path, max_bytes: int, base_dir: str | Path | None) -> bytes:
     """Read a regular file; anything else (a folder, a pipe, a device) might never end."""
     full_path = path if base_dir is None else Path(base_dir) / path
-    shown = _shorten(str(full_path))
+    shown = shorten_source(str(full_path))
     try:
         status = full_path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -222,7 +218,7 @@ def _read_data_uri(uri: str, max_bytes: int) -> bytes:
     """Decode `data:[type][;base64],payload`; the type is not trusted, the decoder decides."""
     header, comma, payload = uri.partition(",")
     if not comma:
-        raise ImageError(f"data URI has no comma: {_shorten(uri)}")
+        raise ImageError(f"data URI has no comma: {shorten_source(uri)}")
     # Even base64 with every character percent-encoded takes 4 a byte: refuse before copying much more.
     _check_num_bytes(len(payload) // 4, max_bytes)
     data = unquote_to_bytes(payload)
@@ -238,142 +234,6 @@ def _read_data_uri(uri: str, max_bytes: int) -> bytes:
 def _check_num_bytes(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise ImageError(f"image of {num_bytes} bytes or more exceeds the limit of {max_bytes} bytes")
-
-
-def _shorten(source: str) -> str:
-    """Cut a source for a message; the query of a URL goes first, as it may hold a signature."""
-    if _URL_SCHEME.match(source):
-        source = source.partition("?")[0]
-    shown = source if len(source) <= 120 else source[:117] + "..."
-    return shown if shown.isprintable() else repr(shown)
-
-
-# Fetching: http and https
-
-
-def _fetch_url(url: str, max_bytes: int, timeout_s: float, url_policy: UrlPolicy | None) -> bytes:
-    """Fetch a URL, following a few redirects by hand so that each meets the same checks."""
-    first = _shorten(url)
-    deadline = time.monotonic() + timeout_s
-    for _ in range(MAX_REDIRECTS + 1):
-        _check_http_scheme(url)
-        if url_policy is not None:
-            url_policy(url)
-        try:
-            with _open_url(url, deadline) as response:
-                location = response.headers.get("Location")
-                if not (300 <= response.status < 400 and location):
-                    return _read_body(response, _shorten(url), max_bytes)
-            url = urljoin(url, location)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            # ValueError: an impossible host or port, or our own. Hanging up shows as any of these, so the
-            # clock is asked first.
-            if time.monotonic() >= deadline:
-                raise ImageError(f"no complete answer in {timeout_s:g} s from {_shorten(url)}") from error
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"cannot fetch {_shorten(url)}: {getattr(error, 'reason', error)}") from error
-    raise ImageError(f"more than {MAX_REDIRECTS} redirects from {first}")
-
-
-def _check_http_scheme(url: str) -> None:
-    scheme = url.partition(":")[0].lower()
-    if scheme not in ("http", "https"):
-        raise ImageError(f"unsupported URL scheme {scheme!r}; expected http, https, data or a path")
-
-
-def _read_body(response: http.client.HTTPResponse, shown_url: str, max_bytes: int) -> bytes:
-    """Read at most `max_bytes`, however long the answer is or says it is."""
-    if not 200 <= response.status < 300:
-        raise ImageError(f"HTTP {response.status} for {shown_url}")
-    declared = response.length
-    _check_num_bytes(declared or 0, max_bytes)
-    data = response.read(max_bytes + 1)
-    _check_num_bytes(len(data), max_bytes)
-    if declared is not None and len(data) < declared:
-        raise ImageError(f"truncated: {len(data)} of {declared} bytes from {shown_url}")
-    return data
-
-
-class _Watch:
-    """The deadline of one fetch and the sockets to shut at it.
-
-    A socket timeout bounds each read, not their sum: a server that sends a byte every few seconds
-    would hold a worker for hours. So a timer shuts the socket, which ends any read in progress.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.sockets: list[socket.socket] = []
-
-    def check(self) -> float:
-        """Return the seconds left, at least a little over none."""
-        remaining_s = self.deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("timed out")
-        return remaining_s
-
-    def hang_up(self) -> None:
-        for connection in self.sockets:
-            with contextlib.suppress(OSError):  # Already closed.
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-class _WatchedHTTPConnection(http.client.HTTPConnection):
-    """A connection that shows its socket to the timer that has to hang up."""
-
-    def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._watch = watch
-
-    def connect(self) -> None:
-        super().connect()
-        self._watch.sockets.append(self.sock)
-        self._watch.check()  # The timer may have run just before there was a socket.
-
-
-class _WatchedHTTPSConnection(_WatchedHTTPConnection, http.client.HTTPSConnection):
-    """The same over TLS."""
-
-
-class _WatchedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https through watched connections."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_WatchedHTTPConnection, req, watch=self._watch)  # type: ignore[arg-type]
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_WatchedHTTPSConnection, req, watch=self._watch)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _open_url(url: str, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Open one URL, without redirects; a `TimeoutError` ends what is not over at the deadline."""
-    watch = _Watch(deadline)
-    opener = urllib.request.OpenerDirector()  # Bare: no handlers for file, ftp, redirects or errors.
-    opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(_WatchedHandler(watch))
-    request = urllib.request.Request(_quote_url(url), headers={"User-Agent": "vlmray", "Accept": "image/*"})
-    timer = threading.Timer(watch.check(), watch.hang_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        with opener.open(request, timeout=watch.check()) as response:
-            yield response
-        watch.check()  # Without a declared length, a body cut short by hanging up looks complete.
-    finally:
-        timer.cancel()
-
-
-def _quote_url(url: str) -> str:
-    """Percent-encode spaces and letters beyond ASCII, as browsers do; leave the rest as written."""
-    parts = urlsplit(url)
-    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
-    return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
 
 
 # Decoding: bytes to RGB

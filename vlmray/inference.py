@@ -34,8 +34,9 @@ from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices
 from vlmray.engines import TINY_RANDOM, build_engine
 from vlmray.metrics import METRICS
 from vlmray.outputs import OutputDirectory, prepare_output_directory
+from vlmray.page import GalleryItem
 from vlmray.prompts import check_prompt_template
-from vlmray.report import GalleryItem, Report, Summary, choose_gallery, group_errors, render_html, summarize
+from vlmray.report import Report, Summary, choose_gallery, group_errors, render_html, summarize
 from vlmray.sources import Source, open_source
 from vlmray.stages import ROW_SCHEMA, STAGES, Row, Task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from vlmray.checkpoints import check_adapter_folder, check_model_folder
+from vlmray.checkpoints import check_adapter_folder, check_model_folder, unreachable_message
 from vlmray.schema import GenerationRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -146,7 +147,9 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
         if not is_peft_model(model):
             from peft import PeftModel  # imports bitsandbytes, which takes seconds: only when needed
 
-            model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+                model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
         # For the adapter just made this only reads the file again; it is the call that reports the keys.
         result = model.load_adapter(adapter, adapter_name=name, torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
@@ -233,10 +236,7 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
     except OSError as error:
         if Path(model_id).is_dir():
             raise
-        raise ValueError(
-            f"--model_id {model_id} is neither cached nor reachable on the hub: pass tiny-random, a local "
-            "checkpoint folder, or set HF_HOME to a cache that holds it"
-        ) from error
+        raise ValueError(unreachable_message(model_id)) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -260,9 +260,8 @@ def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_re
         raise cause
     attributes = [name for name in base.get_attributes() if name != "video_processor"]
     # The name is kept because save_pretrained writes it, for AutoProcessor to find elsewhere.
-    without_video = type(
-        base.__name__, (base,), {"get_attributes": classmethod(lambda cls: list(attributes))}
-    )
+    members = {"get_attributes": classmethod(lambda cls: list(attributes))}
+    without_video: Any = type(base.__name__, (base,), members)
     return without_video.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 

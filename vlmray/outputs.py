@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,10 @@ RESULT_SCHEMA = pa.schema(
 """Columns of a result row, in `_out.json` and in Parquet alike."""
 
 _OPTIONS, _RUN, _REPORT, _PARTS = "options.json", "run.json", "report.html", "predictions"
-_SAMPLE_SUFFIXES = ("_in.json", "_img.jpg", "_out.json")
+_OUT = "_out.json"
+_SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
+_PART_FILE = re.compile(r"part-.+\.parquet")
+_TEMPORARY_FILE = re.compile(r"\..+-[0-9a-f]{32}\.tmp")
 # Uploads to an object store appear when they are complete; elsewhere a rename makes it so.
 _ATOMIC_FILESYSTEMS = ("s3", "gcs", "abfs")
 _NUM_THREADS = 16
@@ -90,29 +94,30 @@ class OutputDirectory:
         )
 
     def finished(self) -> dict[str, bool]:
-        """Return what is here: sample id to whether it was answered (failed ones are tried again).
+        """Return what is here: sample id to whether it was answered; the others are tried again.
 
-        A run that died between a sample's files and its Parquet part left the files: the part is
-        written now, so that both say the same.
+        Not answered are rows that failed, and rows whose `_out.json` somebody deleted. A run that died
+        between a sample's files and its Parquet part left the files: the part is written now, so that
+        both say the same.
         """
-        rows = {}
+        answered: dict[str, bool] = {}
         if self.output_format != "files":
-            rows = {row["sample_id"]: row for row in self.read_results(["sample_id", "error"]).to_pylist()}
+            rows = self.read_results(["sample_id", "error"]).to_pylist()
+            answered = {row["sample_id"]: row["error"] is None for row in rows}
         if self.output_format != "parquet":
-            listed = {name.removesuffix("_out.json") for name in self._list("") if name.endswith("_out.json")}
-            rows = {sample_id: row for sample_id, row in rows.items() if sample_id in listed}
-            missing = sorted(listed - rows.keys())
+            listed = set(self._sample_ids())
+            answered = {sample_id: answered[sample_id] and sample_id in listed for sample_id in answered}
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                found = list(pool.map(self._read_out_file, missing))
+                found = list(pool.map(self._read_out_file, sorted(listed - answered.keys())))
             if found and self.output_format == "both":
                 self.write_part(found)
-            rows |= {row["sample_id"]: row for row in found}
-        return {sample_id: row["error"] is None for sample_id, row in rows.items()}
+            answered |= {row["sample_id"]: row["error"] is None for row in found}
+        return answered
 
     def discard(self, sample_ids: Collection[str]) -> None:
         """Take rows that will be generated again out of the Parquet parts."""
         gone = pa.array(sorted(sample_ids), pa.string())
-        for name in self._list(_PARTS):
+        for name in self._parts():
             table = self._read_part(name)
             kept = table.filter(pc.invert(pc.is_in(table["sample_id"], gone)))
             if kept.num_rows == table.num_rows:
@@ -126,12 +131,11 @@ class OutputDirectory:
         """Read all result rows, from Parquet where there is any, else from the files."""
         wanted = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(c) for c in columns])
         if self.output_format == "files":
-            names = [name for name in self._list("") if name.endswith("_out.json")]
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                rows = pool.map(self._read_out_file, (name.removesuffix("_out.json") for name in names))
+                rows = pool.map(self._read_out_file, self._sample_ids())
                 return pa.Table.from_pylist([{c: row.get(c) for c in wanted.names} for row in rows], wanted)
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            tables = list(pool.map(lambda name: self._read_part(name, wanted.names), self._list(_PARTS)))
+            tables = list(pool.map(lambda name: self._read_part(name, wanted.names), self._parts()))
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
     def read_image(self, sample_id: str) -> bytes | None:
@@ -167,36 +171,62 @@ class OutputDirectory:
 
     def clear(self) -> None:
         """Delete what earlier runs wrote, and nothing else that may lie in the folder."""
-        for name in self._list(_PARTS):
-            self._delete(f"{_PARTS}/{name}")
-        names = [name for name in self._list("") if name.endswith(_SAMPLE_SUFFIXES)]
+        self.reopen()
+        names = [name for name in self._list("") if _SAMPLE_FILE.fullmatch(name)]
+        parts = [f"{_PARTS}/{name}" for name in self._parts()]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            list(pool.map(self._delete, [*names, _RUN, _REPORT]))
+            list(pool.map(self._delete, [*names, *parts, _REPORT]))
 
     def remove_leftovers(self) -> None:
         """Delete the half-written files of a run that was killed."""
         for name in self._list("", hidden=True):
-            if name.startswith(".") and name.endswith(".tmp"):
+            if _TEMPORARY_FILE.fullmatch(name):
                 self._delete(name)
 
     def read_options(self) -> dict[str, Any] | None:
         """Return the options of the run that wrote here, or None in a new folder."""
         try:
-            return json.loads(self._read(_OPTIONS))
+            return self._read_json(_OPTIONS)
         except FileNotFoundError:
             return None
 
+    def has_results(self) -> bool:
+        """Whether any sample was ever finished here."""
+        return bool(self._sample_ids() or self._parts())
+
+    def _sample_ids(self) -> list[str]:
+        """List the samples that have an `_out.json`."""
+        return [name.removesuffix(_OUT) for name in self._list("") if name.endswith(_OUT)]
+
+    def _parts(self) -> list[str]:
+        return [name for name in self._list(_PARTS) if _PART_FILE.fullmatch(name)]
+
     def _read_out_file(self, sample_id: str) -> Row:
-        return json.loads(self._read(f"{sample_id}_out.json"))
+        row = self._read_json(f"{sample_id}{_OUT}")
+        if row.get("sample_id") != sample_id or "error" not in row:
+            raise ValueError(self._damaged(f"{sample_id}{_OUT}", f"no result of {sample_id} in it"))
+        return row
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        data = self._read(name)
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise ValueError(self._damaged(name, f"not JSON: {error}")) from error
+        if not isinstance(value, dict):
+            raise ValueError(self._damaged(name, f"a {type(value).__name__} instead of an object"))
+        return value
+
+    def _damaged(self, name: str, problem: object) -> str:
+        cure = "choose another folder" if name == _OPTIONS else "delete it to have its samples answered again"
+        return f"--output_dir: {self.uri}/{name} is damaged ({problem}); {cure}"
 
     def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        data = self._read(f"{_PARTS}/{name}")
         try:
-            return pq.read_table(pa.BufferReader(self._read(f"{_PARTS}/{name}")), columns=columns)
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"--output_dir: {self.uri}/{_PARTS}/{name} is damaged ({error}); delete it to have its "
-                "samples answered again"
-            ) from error
+            return pq.read_table(pa.BufferReader(data), columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(self._damaged(f"{_PARTS}/{name}", error)) from error
 
     def _write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -238,12 +268,17 @@ def prepare_output_directory(
     options = json.loads(_json(options))
     try:
         filesystem, root = _open(folder.uri)
-        filesystem.create_dir(f"{root}/{_PARTS}", recursive=True)
+        filesystem.create_dir(root if output_format == "files" else f"{root}/{_PARTS}", recursive=True)
         found = folder.read_options()
         if found is not None and overwrite:
             folder.clear()
         elif found is not None and found != options:
             raise ValueError(_difference(output_dir, found, options))
+        elif found is None and folder.has_results():
+            raise ValueError(
+                f"--output_dir {output_dir} holds results but no {_OPTIONS} that says what they are of; "
+                "choose another folder"
+            )
         folder.remove_leftovers()
         folder.write_text(_OPTIONS, _json(options))  # written again, to see that the folder takes files
     except (OSError, pa.ArrowInvalid) as error:

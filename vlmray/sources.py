@@ -8,13 +8,14 @@ hundred bytes, so it travels to the tasks that read, and none of them holds rows
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 from vlmray import hub
 from vlmray.charts import ChartDataset, parse_charts_name
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _FILE_BUILDERS = {
     ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
 }  # fmt: skip
+# How `datasets` begins to say that a configuration is needed, or is not one of those there are.
+_CONFIG_ERRORS = ("Config name is missing", "BuilderConfig", "Couldn't find cache", "There are multiple")
 _URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
 
 
@@ -66,11 +69,15 @@ def open_source(dataset_name: str, split: str, config: str | None = None) -> Sou
     """
     if "[" in split or "/" in split:
         raise ValueError(f"--dataset_split {split!r} is not a split name; rows are chosen by --sample_slices")
-    if dataset_name.partition("?")[0] == "charts":
+    is_charts = dataset_name.partition("?")[0] == "charts"
+    is_uri = dataset_name.partition("://")[0] in _URI_SCHEMES
+    path = Path(dataset_name).expanduser()
+    if config is not None and (is_charts or is_uri or path.is_file()):
+        raise ValueError(f"--dataset_config {config!r}: {dataset_name} has no configurations")
+    if is_charts:
         return ChartsSource(dataset_name, split)
-    if urlsplit(dataset_name).scheme in _URI_SCHEMES:
+    if is_uri:
         return ParquetSource(dataset_name, split)
-    path = Path(dataset_name)
     base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
     return HFSource(load_hf_dataset(dataset_name, split, config), base_dir)
 
@@ -87,6 +94,8 @@ def load_hf_dataset(dataset_name: str, split: str, config: str | None = None) ->
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
+    # What goes wrong is raised as well, and a mistake should be one line.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     path = Path(dataset_name).expanduser()
     if path.exists():
         datasets.disable_progress_bars()
@@ -130,25 +139,42 @@ def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Datase
 
     try:
         hub.check_reachable(name, "dataset", option="--dataset_name")
-    except hub.HubUnavailableError:
+    except hub.HubUnavailableError as unavailable:
         # The hub's own cache holds the repository's files; the cache of `datasets` what it made of them.
         snapshot = hub.cached_snapshot(name, "dataset")
         if snapshot is not None:
             return datasets.load_dataset(str(snapshot), name=config, split=split)
-        owner = name.split("/")[0]
-        if not any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{owner}___*")):
-            raise
-        logging.getLogger(__name__).info("the hub cannot be reached; looking in the cache of datasets")
+        try:
+            with _offline():
+                return datasets.load_dataset(name, name=config, split=split)
+        except (ConnectionError, FileNotFoundError):
+            raise unavailable from None
     return datasets.load_dataset(name, name=config, split=split)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keep `datasets` from asking a hub that did not answer: it would try for half a minute."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _explain(name: str, split: str, config: str | None, error: Exception) -> str:
     text = _one_line(error)
-    if "split" in text.lower():
-        return f"--dataset_split {split!r}: {name} has {text.partition('one of')[2].strip(' .') or text}"
-    if "config" in text.lower():
+    if text.startswith("Unknown split"):
+        known = text.partition("one of")[2].strip(" .[]").replace("'", "")
+        return f"--dataset_split {split!r}: {name} has {known}"
+    if text.startswith("Split name"):
+        return f"--dataset_split {split!r}: {text}"
+    if text.startswith(_CONFIG_ERRORS):
         return f"--dataset_config {config!r}: {text}"
-    return f"--dataset_name {name}: {text}"
+    return f"--dataset_name {name} cannot be read: {text}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -182,13 +208,11 @@ class HFSource:
     on_driver = True
 
     def __init__(self, dataset: datasets.Dataset, base_dir: Path | None = None) -> None:
-        import datasets
-
-        for name, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        self._dataset = dataset
-        self._class_names = _class_names(dataset.features)
+        # As Arrow nothing is decoded: no image (also in lists), and no audio in a column nobody asked for.
+        self._dataset = dataset.with_format("arrow")
+        self._class_names = {
+            name: feature.names for name, feature in dataset.features.items() if hasattr(feature, "int2str")
+        }
         self.column_names = list(dataset.column_names)
         self.base_dir = str(base_dir) if base_dir else None
 
@@ -196,8 +220,7 @@ class HFSource:
         return len(self._dataset)
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        columns = self._dataset[list(indices)]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = self._dataset[list(indices)].to_pylist()
         return [_name_classes(row, self._class_names) for row in rows]
 
 
@@ -208,14 +231,19 @@ class ParquetSource:
     base_dir = None
 
     def __init__(self, uri: str, split: str) -> None:
-        import datasets
-
         files = _files_of_split(_list_parquet(uri), uri, split)
         with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(_read_footer, files))
-        schema = footers[0].schema.to_arrow_schema()
-        self.column_names = list(schema.names)
-        self._class_names = _class_names(datasets.Features.from_arrow_schema(schema))
+            footers = list(pool.map(functools.partial(_read_footer, uri), files))
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
+        for file, schema in zip(files, schemas, strict=True):
+            if schema.names != schemas[0].names:
+                raise ValueError(
+                    f"--dataset_name {uri}: {file} has columns {', '.join(schema.names)}, "
+                    f"but {files[0]} has {', '.join(schemas[0].names)}"
+                )
+        self.column_names = list(schemas[0].names)
+        self._uri = uri
+        self._class_names = _class_names(schemas[0])
         self._row_groups = [
             (file, group) for file, footer in zip(files, footers, strict=True)
             for group in range(footer.num_row_groups)
@@ -233,13 +261,20 @@ class ParquetSource:
 
     def _read_row(self, index: int) -> dict[str, Any]:
         position = bisect.bisect_right(self._starts, index) - 1
-        row_group = _read_row_group(*self._row_groups[position])
+        row_group = _read_row_group(self._uri, *self._row_groups[position])
         row = row_group.slice(index - self._starts[position], 1).to_pylist()[0]
         return _name_classes(row, self._class_names)
 
 
-def _class_names(features: datasets.Features) -> dict[str, list[str]]:
-    return {name: feature.names for name, feature in features.items() if hasattr(feature, "int2str")}
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Read the names of the classes, where `datasets` noted them in a Parquet file."""
+    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = notes.get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
 
 
 def _name_classes(row: dict[str, Any], class_names: dict[str, list[str]]) -> dict[str, Any]:
@@ -260,7 +295,7 @@ def _filesystem(uri: str) -> tuple[FileSystem, str]:
 
 
 def _list_parquet(uri: str) -> list[str]:
-    """List the Parquet files at a URI, sorted, as URIs of their own."""
+    """List the paths of the Parquet files at a URI, sorted."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = _filesystem(uri)
@@ -276,19 +311,20 @@ def _list_parquet(uri: str) -> list[str]:
     files = sorted(info.path for info in infos if info.is_file and info.path.endswith(".parquet"))
     if not files:
         raise ValueError(f"--dataset_name {uri}: no Parquet file there")
-    # Everything around the path (scheme, host, ?endpoint_override=...) is kept as the user wrote it.
-    return [uri.replace(path, file, 1) for file in files]
+    return files
 
 
 def _files_of_split(files: list[str], uri: str, split: str) -> list[str]:
     """Keep the files of a split, told by file or folder name; files without any split name all count."""
+    if files == [_filesystem(uri)[1]]:
+        return files  # the URI names a file, not a folder
     known = ("train", "validation", "valid", "val", "dev", "test", split)
     by_split: dict[str, list[str]] = {}
     for file in files:
-        folder, name = file.partition("?")[0].split("/")[-2:]
+        folder, name = file.split("/")[-2:]
         found = next((word for word in known if name.startswith((f"{word}-", f"{word}."))), None)
         by_split.setdefault(found or (folder if folder in known else ""), []).append(file)
-    if set(by_split) == {""} or len(files) == 1:
+    if set(by_split) == {""}:
         return files
     if split not in by_split:
         found_splits = ", ".join(sorted(filter(None, by_split)))
@@ -296,22 +332,20 @@ def _files_of_split(files: list[str], uri: str, split: str) -> list[str]:
     return by_split[split]
 
 
-def _read_footer(uri: str) -> pa.parquet.FileMetaData:
+def _read_footer(uri: str, path: str) -> pa.parquet.FileMetaData:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    filesystem, path = _filesystem(uri)
     try:
-        return pq.read_metadata(path, filesystem=filesystem)
+        return pq.read_metadata(path, filesystem=_filesystem(uri)[0])
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"--dataset_name {uri} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"--dataset_name {uri}: {path} cannot be read: {_one_line(error)}") from error
 
 
 @functools.lru_cache(maxsize=1)
-def _read_row_group(uri: str, group: int) -> pa.Table:
-    """Read one row group; neighbouring rows are read together, so the last one is kept."""
+def _read_row_group(uri: str, path: str, group: int) -> pa.Table:
+    """Read one row group of a file; neighbouring rows are read together, so the last one is kept."""
     import pyarrow.parquet as pq
 
-    filesystem, path = _filesystem(uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
+    with pq.ParquetFile(path, filesystem=_filesystem(uri)[0]) as file:
         return file.read_row_group(group)

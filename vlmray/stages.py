@@ -81,13 +81,16 @@ def read_chunk(
 
 
 def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border: int, reach: int) -> int:
-    if spec.image_column is None or not 0 < border < len(selected):
+    column = spec.image_column
+    if column is None or not 0 < border < len(selected):
         return min(border, len(selected))
 
     def image(position: int) -> Any:
-        return source.read([selected[position]])[0][spec.image_column]
+        return source.read([selected[position]])[0][column]
 
     last = image(border - 1)
+    if last is None:
+        return border  # rows without an image have none in common
     farthest = min(border + reach, len(selected))
     return next((at for at in range(border, farthest) if image(at) != last), farthest)
 
@@ -206,29 +209,33 @@ def score_row(row: Row, task: Task) -> Row:
     return row
 
 
-def asked(row: Row) -> Row:
+def asked(row: Row, image: bytes | None) -> Row:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
     messages = row.get("messages")
     return {
         **{name: row.get(name) for name in ASKED_COLUMNS},
         "messages": json.loads(messages) if messages else None,
-        "image": f"{row['sample_id']}_img.jpg" if messages and row.get("image") else None,
+        "image": None if image is None else f"{row['sample_id']}_img.jpg",
     }
 
 
 def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
-    """Write finished rows to the output folder; a broken image leaves no `_img.jpg`."""
+    """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
     jpeg = functools.lru_cache(maxsize=2)(_jpeg_or_none)
     with_files = folder.output_format != "parquet"
-    images = [jpeg(row["image"]) if with_files and row.get("image") else None for row in rows]
+    # Only what has messages was decoded: a JPEG cut short keeps a good header.
+    images = [
+        jpeg(row["image"]) if with_files and row.get("messages") and row.get("image") else None
+        for row in rows
+    ]
     results = [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
-    folder.save(results, [asked(row) for row in rows], images)
+    folder.save(results, [asked(row, image) for row, image in zip(rows, images, strict=True)], images)
 
 
 def _jpeg_or_none(image: bytes) -> bytes | None:
     try:
         return encode_jpeg(image)
-    except ImageError:
+    except (ImageError, OSError):  # OSError: more pixels to a side than a JPEG can have
         return None
 
 

@@ -314,9 +314,8 @@ class FakeEngine:
         options: dict[str, Any] = {}
         for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
             if key not in _FAKE_PARAMETERS:
-                raise ValueError(
-                    f"unknown parameter {key!r} in --model_id; known: {', '.join(_FAKE_PARAMETERS)}"
-                )
+                known = ", ".join(_FAKE_PARAMETERS)
+                raise ValueError(f"unknown parameter {key!r} in --model_id {model_id}; known: {known}")
             try:
                 options[key] = _FAKE_PARAMETERS[key](value)
             except ValueError as error:

@@ -109,9 +109,7 @@ class RowwiseLengthCriteria(StoppingCriteria):
     def __init__(self, requests: Sequence[GenerationRequest], num_prompt_tokens: int) -> None:
         self._limits = [num_prompt_tokens + request.max_new_tokens for request in requests]
 
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Return which rows (B,) are complete, given the ids so far (B, T)."""
         length = input_ids.shape[1]
         return torch.tensor([length >= limit for limit in self._limits], device=input_ids.device)

@@ -1,0 +1,32 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlmray.testing import build_tiny_random_adapter, build_tiny_random_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2.5-VL checkpoint folder, built once."""
+    return build_tiny_random_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA adapter for `tiny_model`, built once."""
+    return build_tiny_random_adapter(tmp_path_factory.mktemp("adapters") / "first", tiny_model, seed=1)
+
+
+@pytest.fixture(scope="session")
+def two_cpus() -> Iterator[None]:
+    """A Ray of this process with two CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

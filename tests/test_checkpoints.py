@@ -1,0 +1,171 @@
+"""Folder checks: what is refused, with which words, and what a fingerprint notices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import vlmray.checkpoints
+from vlmray.checkpoints import (
+    check_adapter_folder,
+    check_model_folder,
+    fingerprint,
+    local_folder,
+    read_tensor_shapes,
+)
+from vlmray.testing import build_tiny_random_model
+
+
+@pytest.fixture(scope="module")
+def wider_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_random_model(tmp_path_factory.mktemp("models") / "wider", hidden_size=192)
+
+
+@pytest.fixture
+def adapter(tiny_adapter: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter that a test may change."""
+    return Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def reachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlmray.checkpoints, "_check_hub_reachable", lambda model_id: None)
+
+
+@pytest.mark.usefixtures("reachable_hub")
+def test_good_folders_and_hub_ids_pass(tiny_model: Path, tiny_adapter: Path) -> None:
+    for model_id in (str(tiny_model), "Qwen/Qwen2.5-VL-7B-Instruct", "gpt2"):
+        check_model_folder(model_id)
+    check_adapter_folder(str(tiny_adapter), str(tiny_model))
+    check_adapter_folder(str(tiny_adapter), "Qwen/Qwen2.5-VL-7B-Instruct")  # not here: loading will tell
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id() -> None:
+    for model_id in ("/no/such/folder", "./model", "~/model", "outputs/run/model"):
+        with pytest.raises(FileNotFoundError, match=f"--model_id {model_id}: no such folder"):
+            check_model_folder(model_id)
+    for model_id in ("", "a b", "org/name?", "org/.."):
+        with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+            check_model_folder(model_id)
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    reason = r"--model_id org/name is neither cached nor reachable .*tiny-random.*HF_HOME"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=reason):
+        check_model_folder("org/name")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(vlmray.checkpoints, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        check_model_folder("org/name")
+    with pytest.raises(ValueError, match=reason):  # nobody listens there any more
+        check_model_folder("org/name")
+
+
+def test_pickle_weights_are_refused_with_the_way_out(tmp_path: Path, adapter: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors weights in this folder$"):
+        check_model_folder(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"only pytorch_model.bin.*save_pretrained"):
+        check_model_folder(str(tmp_path))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors, only adapter_model.bin"):
+        check_adapter_folder(str(adapter), "gpt2")
+
+
+def test_an_adapter_given_as_a_model_is_named_as_such(tiny_adapter: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="that is an adapter: pass it as --adapter"):
+        check_model_folder(str(tiny_adapter))
+
+
+def test_incomplete_adapter_folders_are_refused(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        check_adapter_folder(str(tmp_path / "none"), "gpt2")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config.json"):
+        check_adapter_folder(str(tmp_path), "gpt2")
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json is not JSON"):
+        check_adapter_folder(str(adapter), "gpt2")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="peft_type is IA3"):
+        check_adapter_folder(str(adapter), "gpt2")
+
+
+def test_a_truncated_weight_file_is_refused(adapter: Path, tiny_model: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        check_adapter_folder(str(adapter), str(tiny_model))
+
+
+def test_an_adapter_of_another_base_is_refused_in_one_line(
+    tiny_adapter: Path, tiny_model: Path, wider_model: Path
+) -> None:
+    with pytest.raises(ValueError, match="input width 256 in the adapter and 384 in the model") as caught:
+        check_adapter_folder(str(tiny_adapter), str(wider_model))
+    message = str(caught.value)
+    assert str(tiny_model) in message
+    assert f"--model_id {wider_model}" in message
+    assert "\n" not in message
+
+
+def test_an_adapter_of_a_base_with_other_layers_is_refused(adapter: Path, tiny_model: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    deeper = {name.replace("layers.1.", "layers.7."): array for name, array in weights.items()}
+    save_file(deeper, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"changes layers\.7\..*, which the model does not have"):
+        check_adapter_folder(str(adapter), str(tiny_model))
+    save_file({"other": weights.popitem()[1]}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="it holds no LoRA weights"):
+        check_adapter_folder(str(adapter), str(tiny_model))
+
+
+def test_a_base_that_moved_is_still_the_base(tiny_adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    check_adapter_folder(str(tiny_adapter), str(moved))
+
+
+def test_shapes_are_read_from_the_header(tiny_adapter: Path) -> None:
+    shapes = read_tensor_shapes(tiny_adapter / "adapter_model.safetensors")
+    arrays = load_file(tiny_adapter / "adapter_model.safetensors")
+    assert shapes == {name: array.shape for name, array in arrays.items()}
+
+
+def test_the_hub_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert local_folder("org/name") is None
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    assert local_folder("org/name") == snapshot
+
+
+def test_a_fingerprint_changes_when_and_only_when_the_checkpoint_does(
+    adapter: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    before = fingerprint(str(adapter))
+    assert before == fingerprint(str(shutil.copytree(adapter, tmp_path / "copy")))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    first = next(iter(weights))
+    save_file({**weights, first: weights[first] + 1}, adapter / "adapter_model.safetensors")
+    assert fingerprint(str(adapter)) != before  # same names and sizes, other values
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert fingerprint(str(model)) == fingerprint(str(tiny_model))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert fingerprint(str(model)) != fingerprint(str(tiny_model))
+    assert fingerprint("org/a") != fingerprint("org/b")

@@ -1,0 +1,437 @@
+"""The engine's contract: one to one, in order, and no row depends on its neighbours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, RepetitionPenaltyLogitsProcessor
+
+from vlmray.engines import Engine, build_engine, resolve_model_id
+from vlmray.engines.sampling import RowwiseLogitsProcessor, keep_nucleus, sample_scores
+from vlmray.engines.transformers import TransformersEngine
+from vlmray.model import load_processor
+from vlmray.schema import Completion, GenerationRequest
+from vlmray.testing import FakeEngine, build_tiny_random_adapter
+
+SIZES = [(56, 84), (120, 200), (200, 96), (300, 180), (90, 90)]
+QUESTIONS = [
+    "What is the value of Germany?",
+    "How many people in 2008?",
+    "Which color is highest?",
+    "Yes or no?",
+]
+
+
+def make_image(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A smooth random picture: flat patches, so that the vision tower sees more than noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
+
+
+def make_request(number: int, num_images: int = 1, **options: Any) -> GenerationRequest:
+    images = [make_image(10 * number + k, SIZES[(number + k) % len(SIZES)]) for k in range(num_images)]
+    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+    return GenerationRequest(
+        request_id=f"test-{number:06d}",
+        messages=[{"role": "user", "content": parts}],
+        images=images,
+        **{"max_new_tokens": 12, **options},
+    )
+
+
+def make_mixed_requests(count: int = 18, **options: Any) -> list[GenerationRequest]:
+    """Text-only, one-image and two-image rows of several sizes, in turn."""
+    return [make_request(number, number % 3, **options) for number in range(count)]
+
+
+def generate_alone(model: Any, processor: Any, request: GenerationRequest) -> str:
+    """What transformers itself writes for one row without any batching: the reference."""
+    prompt = processor.apply_chat_template(request.messages, add_generation_prompt=True)
+    inputs = processor(text=prompt, images=request.images or None, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=request.max_new_tokens)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def texts(completions: list[Completion]) -> list[str]:
+    assert [c.error for c in completions] == [None] * len(completions)
+    return [c.text for c in completions]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model: Path) -> Any:
+    return load_processor(str(tiny_model))
+
+
+@pytest.fixture
+def make_engine(model: Any, processor: Any) -> Iterator[Callable[..., TransformersEngine]]:
+    engines: list[TransformersEngine] = []
+
+    def make(**options: Any) -> TransformersEngine:
+        engines.append(TransformersEngine(model, processor, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(params=[1.0, 1.05, 1.5])
+def repetition_penalty(request: pytest.FixtureRequest, model: Any) -> Iterator[float]:
+    """Run the test under each penalty in the model's generation config; real Qwen2.5-VL has 1.05."""
+    before = copy.deepcopy(model.generation_config)
+    model.generation_config.repetition_penalty = request.param
+    yield request.param
+    model.generation_config = before
+
+
+def test_greedy_text_equals_transformers_alone_at_any_batch_size_and_order(
+    model: Any, processor: Any, make_engine: Any, repetition_penalty: float
+) -> None:
+    requests = make_mixed_requests()
+    expected = [generate_alone(model, processor, request) for request in requests]
+    assert len(set(expected)) > 12  # otherwise equality says little
+    order = list(range(len(requests)))
+    random.Random(0).shuffle(order)
+    for batch_size in (1, 4, 16):
+        engine = make_engine(batch_size=batch_size)
+        assert texts(engine.generate(requests)) == expected
+        shuffled = texts(engine.generate([requests[place] for place in order]))
+        assert shuffled == [expected[place] for place in order]
+
+
+def test_a_row_stops_at_its_own_limit_and_counts_its_own_tokens(
+    model: Any, processor: Any, make_engine: Any
+) -> None:
+    requests = [make_request(n, n % 3, max_new_tokens=limit) for n, limit in enumerate((1, 30, 5, 2, 17, 9))]
+    completions = make_engine().generate(requests)
+    assert texts(completions) == [generate_alone(model, processor, request) for request in requests]
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for request, completion in zip(requests, completions, strict=True):
+        inputs = processor(text=completion.prompt, images=request.images or None, return_tensors="pt")
+        assert completion.num_prompt_tokens == inputs["input_ids"].shape[1]
+        assert completion.prompt.count("<|image_pad|>") == len(request.images)
+        if completion.finish_reason == "length":
+            assert completion.num_completion_tokens == request.max_new_tokens
+        else:
+            assert 1 <= completion.num_completion_tokens <= request.max_new_tokens
+
+
+def test_answers_depend_on_the_image_and_on_the_question(make_engine: Any) -> None:
+    base = make_request(1)
+    other_image = dataclasses.replace(base, images=[make_image(99, base.images[0].size)])
+    other_question = dataclasses.replace(base, messages=make_request(2).messages)
+    assert len(set(texts(make_engine().generate([base, other_image, other_question])))) == 3
+
+
+def test_no_requests_give_no_completions(make_engine: Any) -> None:
+    assert make_engine().generate([]) == []
+
+
+def test_sampled_texts_depend_on_seed_and_id_but_not_on_batch_or_order(make_engine: Any) -> None:
+    requests = make_mixed_requests(9, temperature=1.0, top_p=0.9, seed=3)
+    mixed = [request if n % 2 else make_request(n, 1) for n, request in enumerate(requests)]
+    alone = texts(make_engine(batch_size=1).generate(mixed))
+    assert texts(make_engine(batch_size=16).generate(mixed[::-1])) == alone[::-1]
+    greedy = texts(make_engine().generate(make_mixed_requests(9)))
+    sampled = texts(make_engine().generate(requests))
+    reseeded = texts(make_engine().generate([dataclasses.replace(r, seed=4) for r in requests]))
+    renamed = texts(make_engine().generate([dataclasses.replace(r, request_id="x") for r in requests]))
+    for others in (greedy, reseeded, renamed):
+        assert sum(a != b for a, b in zip(sampled, others, strict=True)) >= 8
+
+
+def test_sampling_draws_from_the_softmax_of_the_nucleus() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0])
+    temperature, top_p, draws = 0.7, 0.97, 4000
+    request = make_request(0, 0, temperature=temperature, top_p=top_p)
+    counts = Counter(int(sample_scores(logits, request, step).argmax()) for step in range(draws))
+    probabilities = (logits / temperature).softmax(-1)
+    kept = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
+    expected = (kept / kept.sum() * draws).tolist()
+    assert sum(value > 0 for value in expected) == 4  # the last two are outside the nucleus
+    assert counts.keys() <= {0, 1, 2, 3}
+    chi_square = sum((counts[k] - expected[k]) ** 2 / expected[k] for k in range(4))
+    assert chi_square < 16.3  # 3 degrees of freedom, one false alarm in a thousand
+
+
+def test_nucleus_always_keeps_the_likeliest_token() -> None:
+    scores = keep_nucleus(torch.tensor([0.0, 5.0, 1.0]), top_p=1e-9)
+    assert scores.isfinite().tolist() == [False, True, False]
+
+
+def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
+    torch.manual_seed(0)
+    pad, row, penalty = 7, torch.tensor([[1, 2, 2, 11]]), 1.3  # 11 is outside the vocabulary of 10
+    padded = torch.cat([torch.full((1, 3), pad), row], dim=1)
+    ours = RowwiseLogitsProcessor([make_request(0, 0)], [3], penalty)
+    reference = RepetitionPenaltyLogitsProcessor(penalty)
+    for token in (5, 7, 1):
+        scores = torch.randn(1, 10)
+        expected = reference(row, scores.clone())
+        assert torch.equal(ours(padded, scores), expected)
+        new = torch.tensor([[token]])
+        row, padded = torch.cat([row, new], dim=1), torch.cat([padded, new], dim=1)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_no_row(
+    model: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_mixed_requests(12)
+    expected = texts(make_engine().generate(requests))
+    sizes: list[int] = []
+    real = model.generate
+
+    def generate(**inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(**inputs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    engine = make_engine(batch_size=8)
+    assert texts(engine.generate(requests)) == expected
+    failures = sum(size > 2 for size in sizes)
+    sizes.clear()
+    assert texts(engine.generate(requests)) == expected
+    assert sum(size > 2 for size in sizes) < failures  # it remembers
+
+
+def test_a_row_too_large_for_memory_fails_alone(
+    model: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [make_request(n, 1) for n in range(6)]
+    expected = make_engine().generate(requests)
+    widest = max(c.num_prompt_tokens for c in expected)
+    real = model.generate
+
+    def generate(**inputs: Any) -> Any:
+        if inputs["input_ids"].shape[1] >= widest:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+            )
+        return real(**inputs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    for before, after in zip(expected, make_engine().generate(requests), strict=True):
+        if before.num_prompt_tokens < widest:
+            assert after == before
+        else:
+            assert (after.finish_reason, after.text) == ("error", "")
+            assert "--max_pixels" in str(after.error)
+
+
+def test_other_failures_of_the_model_are_raised(
+    model: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(**inputs: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make_engine().generate([make_request(0)])
+
+
+def text_request(text: str, **options: Any) -> GenerationRequest:
+    return dataclasses.replace(make_request(0, 0, **options), messages=[{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (dataclasses.replace(make_request(1), images=[]), "1 image places for 0 images"),
+        (dataclasses.replace(make_request(1, 0), images=[make_image(0, (60, 60))]), "0 image places"),
+        (dataclasses.replace(make_request(1), images=[make_image(0, (6000, 2))]), "aspect ratio"),
+        (dataclasses.replace(make_request(1), images=[cast(Any, "not an image")]), "Error"),
+        (text_request("one <|image_pad|> of my own"), "1 image tokens"),
+        (text_request("a <|video_pad|> of my own"), "video"),
+        (make_request(1, adapter="missing"), "unknown adapter 'missing'; known: none"),
+        (make_request(1, max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (make_request(1, temperature=float("nan")), "temperature must be 0 or more"),
+        (make_request(1, top_p=0.0), "top_p must be above 0"),
+        (dataclasses.replace(make_request(1, 0), messages=[{"role": "user"}]), "content"),
+    ],
+)
+def test_a_bad_row_is_an_error_completion_and_leaves_its_neighbours_alone(
+    make_engine: Any, bad: GenerationRequest, reason: str
+) -> None:
+    good = make_mixed_requests(4)
+    expected = make_engine().generate(good)
+    completions = make_engine().generate([*good[:2], bad, *good[2:]])
+    assert completions[:2] + completions[3:] == expected
+    assert (completions[2].finish_reason, completions[2].text) == ("error", "")
+    assert reason in str(completions[2].error)
+    assert "\n" not in str(completions[2].error)
+
+
+def test_requests_are_not_changed(make_engine: Any) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Yes or no?"}]
+    request = dataclasses.replace(make_request(1), messages=[{"role": "user", "content": parts}])
+    before = copy.deepcopy(request.messages)
+    assert make_engine().generate([request])[0].error is None
+    assert request.messages == before
+
+
+def test_no_warning_reaches_the_user_when_the_checkpoint_samples_by_default(
+    model: Any, make_engine: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = copy.deepcopy(model.generation_config)
+    model.generation_config.update(do_sample=True, temperature=1e-6, top_p=0.001, top_k=1)
+    try:
+        make_engine().generate(make_mixed_requests(4))
+    finally:
+        model.generation_config = before
+    assert caplog.text == ""
+    assert "generation" not in capfd.readouterr().err
+
+
+def test_adapters_and_base_mix_in_one_call_and_match_peft(
+    tiny_model: Path, tiny_adapter: Path, tmp_path: Path, processor: Any
+) -> None:
+    from peft import PeftModel
+
+    second = build_tiny_random_adapter(tmp_path / "second", tiny_model, seed=2)
+    rows = [make_request(n, n % 3) for n in range(6)]
+    expected: dict[str | None, list[str]] = {}
+    for name, path in ((None, None), ("chart-v1.0", tiny_adapter), ("b", second)):
+        base = AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
+        peft_model = base if path is None else PeftModel.from_pretrained(base, path)
+        expected[name] = [generate_alone(peft_model, processor, row) for row in rows]
+    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine.load_adapter("chart-v1.0", str(tiny_adapter))
+    engine.load_adapter("b", str(second))
+    names = [None, "chart-v1.0", "b"]
+    requests = [dataclasses.replace(row, adapter=name) for row in rows for name in names]
+    found = texts(engine.generate(requests))
+    for place, name in enumerate(names):
+        assert found[place::3] == expected[name]
+    assert len({tuple(column) for column in expected.values()}) == 3
+    with pytest.raises(ValueError, match="loaded already"):
+        engine.load_adapter("b", str(second))
+    engine.close()
+
+
+def test_a_default_adapter_answers_requests_that_name_none(tiny_model: Path, tiny_adapter: Path) -> None:
+    rows = make_mixed_requests(4)
+    base = build_engine(engine="transformers", model_id=str(tiny_model))
+    assert isinstance(base, TransformersEngine)
+    base.load_adapter("named", str(tiny_adapter))
+    named = texts(base.generate([dataclasses.replace(row, adapter="named") for row in rows]))
+    tuned = build_engine(engine="transformers", model_id=str(tiny_model), adapter=str(tiny_adapter))
+    assert texts(tuned.generate(rows)) == named != texts(base.generate(rows))
+
+
+def test_every_engine_meets_the_protocol(make_engine: Any) -> None:
+    assert isinstance(make_engine(), Engine)
+    assert isinstance(build_engine(engine="fake", model_id="fake"), FakeEngine)
+    assert isinstance(build_engine(engine="fake", model_id="fake"), Engine)
+
+
+def test_unknown_engine_and_options_name_what_is_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown engine 'vlm'.*transformers, fake"):
+        build_engine(engine="vlm", model_id="tiny-random")
+    with pytest.raises(ValueError, match="--batch_size must be at least 1, got 0"):
+        TransformersEngine(None, None, batch_size=0)
+
+
+def test_tiny_random_is_built_once_even_by_processes_that_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "from vlmray.engines import resolve_model_id; print(resolve_model_id('tiny-random'))"
+    monkeypatch.setenv("VLMRAY_CACHE", str(tmp_path))
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    folders = {process.communicate()[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0]
+    assert folders == {resolve_model_id("tiny-random")}
+    assert [path.name for path in tmp_path.iterdir()] == [
+        Path(folders.pop()).name
+    ]  # no scratch folder is left
+    assert resolve_model_id("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("vlmray.engines", {"torch", "transformers", "ray", "peft"}),
+        ("vlmray.testing", {"torch", "transformers", "ray", "peft"}),
+        ("vlmray.checkpoints", {"torch", "transformers", "ray", "peft", "PIL", "numpy"}),
+        ("vlmray.engines.transformers", {"ray", "peft", "bitsandbytes"}),
+    ],
+)
+def test_importing_stays_light(module: str, unwanted: set[str]) -> None:
+    script = f"import sys, {module}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not unwanted & set(output.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA: another family, whose images are (N, 3, H, W) and whose processor has no video part."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaProcessor, Qwen2Config
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    qwen = load_processor(str(tiny_model))
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+        ),
+        tokenizer=qwen.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<|image_pad|>",
+        num_additional_image_tokens=1,
+        chat_template=qwen.chat_template,
+    ).save_pretrained(folder)
+    shared = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, image_size=56, patch_size=14, **shared),
+        text_config=Qwen2Config(vocab_size=512, hidden_size=64, num_key_value_heads=1, **shared),
+        image_token_id=qwen.image_token_id,
+    )
+    torch.manual_seed(0)
+    model = Llava(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(
+                parameter, std=1.0 if "embed" in name else 1.5 / parameter[0].numel() ** 0.5
+            )
+    model.generation_config.update(
+        eos_token_id=qwen.tokenizer.eos_token_id, pad_token_id=qwen.tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_another_model_family_is_answered_just_as_exactly(tiny_llava: Path) -> None:
+    engine = build_engine(engine="transformers", model_id=str(tiny_llava), batch_size=4)
+    assert isinstance(engine, TransformersEngine)
+    requests = make_mixed_requests(9)
+    expected = [generate_alone(engine.model, engine.processor, request) for request in requests]
+    assert texts(engine.generate(requests)) == expected
+    assert len(set(expected)) > 6
+    bad = text_request("one <|image_pad|> of my own")
+    assert (
+        engine.generate([bad])[0].error == "ValueError: the prompt has 1 image tokens where its images give 0"
+    )
+    with pytest.raises(ValueError, match="--max_pixels do not apply to CLIPImageProcessorPil"):
+        load_processor(str(tiny_llava), max_pixels=10_000)

@@ -1,0 +1,187 @@
+"""The pipeline on a real Ray of two CPUs: same answers however the work is cut, nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from vlmray.config import InferConfig
+from vlmray.inference import InferenceError, plan_inference, run_inference
+from vlmray.report import Summary
+
+pytestmark = pytest.mark.usefixtures("two_cpus")
+
+CHARTS = "charts?num_rows=48&seed=3"
+
+
+def infer(output_dir: Path, **options: Any) -> Summary:
+    defaults = {
+        "engine": "fake",
+        "model_id": "fake",
+        "dataset_name": CHARTS,
+        "sample_slices": "[:]",
+        "output_dir": str(output_dir),
+        "batch_size": 4,
+    }
+    return run_inference(plan_inference(InferConfig(**{**defaults, **options})))
+
+
+def predictions(output_dir: Path) -> dict[str, Any]:
+    rows = pq.read_table(output_dir / "predictions").to_pylist()
+    assert max(Counter(row["sample_id"] for row in rows).values()) == 1
+    return {row["sample_id"]: row["prediction"] for row in rows}
+
+
+def generated(log: Path) -> Counter[str]:
+    return Counter(log.read_text().split())
+
+
+@pytest.fixture(scope="module")
+def expected(two_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one uninterrupted run answers."""
+    folder = tmp_path_factory.mktemp("expected")
+    infer(folder)
+    return predictions(folder)
+
+
+def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
+    summary = infer(tmp_path)
+    rows = {row["sample_id"]: row for row in pq.read_table(tmp_path / "predictions").to_pylist()}
+    assert (summary.num_rows, summary.num_answered, summary.num_failed) == (48, 48, 0)
+    assert sorted(rows) == [f"test-{index:06d}" for index in range(48)]
+    for sample_id, row in rows.items():
+        assert json.loads((tmp_path / f"{sample_id}_out.json").read_text()) == row
+        asked = json.loads((tmp_path / f"{sample_id}_in.json").read_text())
+        assert asked["question"] in asked["messages"][-1]["content"][-1]["text"]
+        assert (tmp_path / asked["image"]).read_bytes().startswith(b"\xff\xd8\xff")  # JPEG
+    manifest = json.loads((tmp_path / "run.json").read_text())
+    assert manifest["summary"]["num_answered"] == 48
+    assert all(seconds > 0 for seconds in manifest["stages_s"].values())
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 16},
+        {"num_replicas": "2"},
+        {"num_replicas": "1,2"},
+        {"sample_slices": "[::-1]"},
+        {"sample_slices": "[1::2],[::2]"},
+    ],
+    ids=str,
+)
+def test_answers_do_not_depend_on_how_the_work_is_cut(
+    tmp_path: Path, expected: dict[str, Any], options: dict[str, Any]
+) -> None:
+    infer(tmp_path, **options)
+    assert predictions(tmp_path) == expected
+
+
+@pytest.mark.parametrize("output_format", ["files", "parquet", "both"])
+def test_a_second_run_generates_only_what_is_missing(tmp_path: Path, output_format: str) -> None:
+    log = tmp_path / "log"
+    options = {"model_id": f"fake?log={log}", "output_format": output_format}
+    infer(tmp_path / "out", sample_slices="[:20]", **options)
+    summary = infer(tmp_path / "out", sample_slices="[10:40:3],[:4]", batch_size=3, num_replicas="2", **options)
+    assert summary.num_rows == 14
+    assert summary.num_resumed == 8
+    infer(tmp_path / "out", sample_slices="[:]", **options)
+    assert set(generated(log).values()) == {1}
+    assert len(generated(log)) == 48
+
+
+def test_a_finished_folder_needs_no_ray_and_no_model(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    infer(tmp_path / "out", model_id=f"fake?log={log}")
+    before = (tmp_path / "out" / "test-000000_out.json").stat().st_mtime_ns
+    assert infer(tmp_path / "out", model_id=f"fake?log={log}").num_resumed == 48
+    assert set(generated(log).values()) == {1}
+    assert (tmp_path / "out" / "test-000000_out.json").stat().st_mtime_ns == before
+
+
+def test_failed_rows_are_recorded_and_tried_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = {"model_id": f"fake?error_every=6&log={log}"}
+    summary = infer(tmp_path / "out", **options)
+    assert (summary.num_answered, summary.num_failed) == (40, 8)
+    assert "error_every" in json.loads((tmp_path / "out" / "test-000006_out.json").read_text())["error"]
+    infer(tmp_path / "out", **options)
+    again = {name for name, times in generated(log).items() if times == 2}
+    assert again == {f"test-{index:06d}" for index in range(0, 48, 6)}
+    assert len(predictions(tmp_path / "out")) == 48
+
+
+def test_max_errors_stops_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(InferenceError, match="--max_errors allows 0"):
+        infer(tmp_path, model_id="fake?error_every=40", max_errors=0)
+    assert not (tmp_path / "run.json").exists()
+    assert list(tmp_path.glob("*_out.json"))
+
+
+def test_a_replica_that_dies_loses_and_repeats_nothing(tmp_path: Path, expected: dict[str, Any]) -> None:
+    log = tmp_path / "log"
+    infer(tmp_path / "out", model_id=f"fake?crash_on=000021&log={log}")
+    assert Path(f"{log}.crashed").exists()
+    assert predictions(tmp_path / "out") == expected
+
+
+def test_a_row_that_always_kills_its_replica_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(InferenceError):
+        infer(tmp_path, model_id="fake?crash_on=000021", sample_slices="[16:32]")
+
+
+def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InferenceError, match="told to fail on loading"):
+        infer(tmp_path, model_id="fake?fail_load=1")
+
+
+def test_more_gpus_than_the_cluster_has_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--gpus_per_replica 1 .*the cluster has 0"):
+        infer(tmp_path, gpus_per_replica=1)
+
+
+def test_three_replicas_leave_cpus_for_the_other_stages(tmp_path: Path, expected: dict[str, Any]) -> None:
+    infer(tmp_path, num_replicas="3", batch_size=2)
+    assert predictions(tmp_path) == expected
+
+
+def test_uris_are_read_and_written(tmp_path: Path, two_cpus: None) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    from vlmray.charts import ChartDataset, parse_charts_name
+
+    rows = [dict(row) for row in ChartDataset(parse_charts_name(CHARTS), "test")]
+    table = ray.data.from_items(rows).to_arrow_refs()
+    for number, ref in enumerate(table):
+        pq.write_table(ray.get(ref), source / f"test-{number:05d}.parquet", row_group_size=7)
+    summary = infer(tmp_path / "unused", dataset_name=source.as_uri(), output_dir=(tmp_path / "out").as_uri())
+    assert summary.num_answered == 48
+    assert len(predictions(tmp_path / "out")) == 48
+
+
+def test_real_model_answers_as_it_does_alone(tmp_path: Path, tiny_model: Path) -> None:
+    """Ray, batches and left padding change nothing: each text is that of a plain `generate` of its row."""
+    from vlmray.charts import ChartDataset, parse_charts_name
+    from vlmray.images import decode_image
+    from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
+    from vlmray.schema import Sample
+
+    infer(
+        tmp_path, engine="transformers", model_id=str(tiny_model), sample_slices="[:12]", max_new_tokens=8,
+        num_replicas="2",
+    )  # fmt: skip
+    model, processor = load_qwen_vl_model_and_processor(str(tiny_model), dtype="float32")
+    charts = ChartDataset(parse_charts_name(CHARTS), "test")
+    for index, (_, text) in enumerate(sorted(predictions(tmp_path).items())):
+        row = charts[index]
+        assert decode_image(row["image"])
+        sample = Sample(sample_id="x", question=row["question"], image=row["image"])
+        alone, _ = generate_text_from_sample(model, processor, sample, max_new_tokens=8)
+        assert text == alone

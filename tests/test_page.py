@@ -1,0 +1,263 @@
+"""A page shows untrusted text as text and needs nothing but itself; texts and numbers read well."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from vlmray import page
+from vlmray.page import Cell, Column, Fact, Gallery, GalleryItem, Page, Table
+
+VOID_TAGS = {"meta", "img", "wbr", "br", "link", "rect"}
+
+
+def make_item(index: int = 0, **values: Any) -> GalleryItem:
+    defaults: dict[str, Any] = {
+        "sample_id": f"test-{index:06d}",
+        "question": "Which bar is the largest?",
+        "score": 1.0,
+    }
+    return GalleryItem(**(defaults | values))
+
+
+def make_table(text: str = "bar") -> Table:
+    columns = (Column(text), Column(text, numeric=True), Column(text))
+    return Table(title=text, columns=columns, rows=((text, Cell(text, 0.5), text),), note=text)
+
+
+def render(*items: GalleryItem, text: str = "bar") -> str:
+    """Render a page with a table and a gallery, the same text in every place there is."""
+    gallery = Gallery(title=text, items=items, note=text)
+    fact = Fact(text, text, text)
+    return page.render_page(
+        Page(title=text, headline=fact, facts=(fact,), sections=(make_table(text), gallery))
+    )
+
+
+def encode_image(size: tuple[int, int], *, noise: bool = False, mode: str = "RGB") -> bytes:
+    if noise:
+        data = random.Random(0).randbytes(size[0] * size[1] * len(mode))
+        image = Image.frombytes(mode, size, data)
+    else:
+        image = Image.new(mode, size)
+        ImageDraw.Draw(image).rectangle((10, 10, 60, 50), fill="red")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_data_uri(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID_TAGS:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in {"script", "style"}:
+            self.texts.append(data)
+
+    def find(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attrs for name, attrs in self.tags if name == tag)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+
+# Pages
+
+
+def test_untrusted_text_stays_text() -> None:
+    attack = "</span></style><script>alert(1)</script><img src=x onerror=alert(2)>\" onclick='x' {{ 7*7 }}"
+    texts: dict[str, Any] = {"sample_id": attack, "question": attack, "family": attack, "prediction": attack}
+    items = (
+        make_item(answers=(attack,), **texts),
+        make_item(1, error=attack, **texts),
+        make_item(2, family="b"),
+    )
+    reader = Reader(render(*items, text=attack))
+    assert len(list(reader.find("script"))) == 1
+    assert not list(reader.find("img"))
+    assert not [name for _, attrs in reader.tags for name in attrs if name.startswith("on")]
+    # Titles 2, headline 3, fact 3, table 8, gallery 2, family filter 1, cards 5 and 4.
+    assert reader.text.count("<script>alert(1)</script>") == reader.text.count("{{ 7*7 }}") == 28
+
+
+def test_control_characters_reach_neither_page_nor_terminal() -> None:
+    dirty = "a\x00b\x1b[31m\ud800\x07\nnext"
+    items = (make_item(prediction=dirty, family=dirty), make_item(1, error=dirty))
+    table = make_table(dirty)
+    for text in (render(*items, text=dirty), table.to_markdown(), table.to_text()):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", text)
+        text.encode()
+
+
+def test_page_needs_nothing_but_itself() -> None:
+    html = render(*(make_item(index, image=encode_image((640, 480))) for index in range(5)))
+    reader = Reader(html)
+    for _, attrs in reader.tags:
+        assert not {"style", "srcset", "href", "action"} & attrs.keys()
+        assert (attrs.get("src", "data:image/") or "").startswith("data:image/")
+    assert not re.search(r"(https?:)?//[a-z]|@import|url\(", re.sub(r"data:image/[^\"]*", "", html))
+    assert len(list(reader.find("img"))) == 5
+    assert all(attrs.get("alt") for attrs in reader.find("img"))
+
+
+def test_policy_allows_exactly_the_inline_style_and_script() -> None:
+    html = render(make_item())
+    policy = next(attrs for attrs in Reader(html).find("meta") if attrs.get("http-equiv"))["content"] or ""
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+def test_browser_runs_the_script_under_the_policy(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(render(make_item(), make_item(1, score=0.0)), encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    # The filters are hidden in the file; only the script, if the policy lets it run, shows them.
+    (filters,) = [attrs for attrs in Reader(dom).find("div") if attrs.get("class") == "filters"]
+    assert "hidden" not in filters
+
+
+def test_long_names_may_break_after_underscores_and_slashes() -> None:
+    html = render(make_item(), text="a_b/c<d")
+    assert '<th scope="row">a_<wbr>b/<wbr>c&lt;d</th>' in html
+
+
+# Galleries
+
+
+def test_verdicts() -> None:
+    assert [page.verdict_of(score, None) for score in (0.0, 0.5, 1.0, None)] == [
+        "wrong",
+        "partial",
+        "right",
+        "unscored",
+    ]
+    assert page.verdict_of(1.0, "E") == "failed"
+
+
+def test_full_gallery_of_hard_images_stays_small() -> None:
+    uri = page.thumbnail_data_uri(encode_image((700, 500), noise=True)) or ""
+    html = render(*(make_item(index, prediction="x" * 20_000) for index in range(60)))
+    # The same thumbnail 60 times, counted without encoding it 60 times.
+    assert len(html.encode()) + 60 * len(uri) < 4_000_000
+    assert "16,000 more characters in the result files" in html
+
+
+def test_text_alone_gets_no_empty_image_places() -> None:
+    assert "No image" not in Reader(render(make_item())).text
+    assert "No image" in Reader(render(make_item(), make_item(1, image=encode_image((80, 60))))).text
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(encode_image((2000, 1200)), id="flat chart"),
+        pytest.param(encode_image((900, 700), noise=True), id="noise"),
+        pytest.param(encode_image((60, 4000), noise=True), id="tall"),
+        pytest.param(encode_image((1, 1), mode="L"), id="one pixel"),
+    ],
+)
+def test_thumbnails_are_bounded(image: bytes) -> None:
+    uri = page.thumbnail_data_uri(image)
+    assert uri is not None
+    assert len(uri) <= page.THUMBNAIL_MAX_BYTES * 4 / 3 + 40
+    thumbnail = decode_data_uri(uri)
+    assert thumbnail.width <= 480
+    assert thumbnail.height <= 720
+
+
+def test_transparent_pixels_become_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(buffer, "PNG")
+    uri = page.thumbnail_data_uri(buffer.getvalue())
+    assert uri is not None
+    assert decode_data_uri(uri).convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("image", [b"", b"not an image", encode_image((300, 300), noise=True)[:500]])
+def test_unreadable_images_are_named(image: bytes) -> None:
+    assert page.thumbnail_data_uri(image) is None
+    assert "The image cannot be read" in Reader(render(make_item(image=image))).text
+
+
+# Tables and numbers
+
+
+def test_one_table_three_ways() -> None:
+    table = Table(
+        title="T",
+        columns=(Column("name"), Column("score", numeric=True)),
+        rows=(("a|b", Cell("50.0 %", 0.5)),),
+    )
+    assert table.to_markdown() == "| name | score |\n| --- | ---: |\n| a\\|b | 50.0 % |"
+    assert table.to_text() == "name   score\n----  ------\na|b   50.0 %"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0.0 %"), (1e-5, "<0.1 %"), (0.5, "50.0 %"), (0.99999, ">99.9 %"), (1, "100.0 %"), (None, "–")],
+)
+def test_percent_never_rounds_to_all_or_nothing(share: float | None, text: str) -> None:
+    assert page.format_percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.00 s"),
+        (9.994, "9.99 s"),
+        (9.999, "10.0 s"),
+        (59.96, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (7260, "2 h 1 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert page.format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(None, "–"), (0.0123, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")]
+)
+def test_rates(rate: float | None, text: str) -> None:
+    assert page.format_rate(rate) == text
