@@ -7,7 +7,6 @@ import dataclasses
 import random
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForImageTextToText
 
 from vlmray.engines import Engine, build_engine, resolve_model_id
-from vlmray.engines.sampling import RowwiseLogitsProcessor, keep_nucleus, sample_scores
 from vlmray.engines.transformers import TransformersEngine
 from vlmray.model import load_processor
 from vlmray.schema import Completion, GenerationRequest
@@ -156,39 +154,6 @@ def test_sampled_texts_depend_on_seed_and_id_but_not_on_batch_or_order(make_engi
     renamed = texts(make_engine().generate([dataclasses.replace(r, request_id="x") for r in requests]))
     for others in (greedy, reseeded, renamed):
         assert sum(a != b for a, b in zip(sampled, others, strict=True)) >= 8
-
-
-def test_sampling_draws_from_the_softmax_of_the_nucleus() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0])
-    temperature, top_p, draws = 0.7, 0.97, 4000
-    request = make_request(0, 0, temperature=temperature, top_p=top_p)
-    counts = Counter(int(sample_scores(logits, request, step).argmax()) for step in range(draws))
-    probabilities = (logits / temperature).softmax(-1)
-    kept = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
-    expected = (kept / kept.sum() * draws).tolist()
-    assert sum(value > 0 for value in expected) == 4  # the last two are outside the nucleus
-    assert counts.keys() <= {0, 1, 2, 3}
-    chi_square = sum((counts[k] - expected[k]) ** 2 / expected[k] for k in range(4))
-    assert chi_square < 16.3  # 3 degrees of freedom, one false alarm in a thousand
-
-
-def test_nucleus_always_keeps_the_likeliest_token() -> None:
-    scores = keep_nucleus(torch.tensor([0.0, 5.0, 1.0]), top_p=1e-9)
-    assert scores.isfinite().tolist() == [False, True, False]
-
-
-def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
-    torch.manual_seed(0)
-    pad, row, penalty = 7, torch.tensor([[1, 2, 2, 11]]), 1.3  # 11 is outside the vocabulary of 10
-    padded = torch.cat([torch.full((1, 3), pad), row], dim=1)
-    ours = RowwiseLogitsProcessor([make_request(0, 0)], [3], penalty)
-    reference = RepetitionPenaltyLogitsProcessor(penalty)
-    for token in (5, 7, 1):
-        scores = torch.randn(1, 10)
-        expected = reference(row, scores.clone())
-        assert torch.equal(ours(padded, scores), expected)
-        new = torch.tensor([[token]])
-        row, padded = torch.cat([row, new], dim=1), torch.cat([padded, new], dim=1)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_row(
@@ -402,11 +367,11 @@ def tiny_llava(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         num_additional_image_tokens=1,
         chat_template=qwen.chat_template,
     ).save_pretrained(folder)
-    shared = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shared: dict[str, Any] = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=32, image_size=56, patch_size=14, **shared),
         text_config=Qwen2Config(vocab_size=512, hidden_size=64, num_key_value_heads=1, **shared),
-        image_token_id=qwen.image_token_id,
+        image_token_index=qwen.image_token_id,
     )
     torch.manual_seed(0)
     model = Llava(config)

@@ -7,12 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
+
+from vlmray.charts import ChartDataset, parse_charts_name
 from vlmray.config import InferConfig
+from vlmray.images import decode_image
 from vlmray.inference import InferenceError, plan_inference, run_inference
+from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
+from vlmray.prompts import format_qwen_vl_messages
 from vlmray.report import Summary
+from vlmray.schema import GenerationRequest
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -89,7 +95,9 @@ def test_a_second_run_generates_only_what_is_missing(tmp_path: Path, output_form
     log = tmp_path / "log"
     options = {"model_id": f"fake?log={log}", "output_format": output_format}
     infer(tmp_path / "out", sample_slices="[:20]", **options)
-    summary = infer(tmp_path / "out", sample_slices="[10:40:3],[:4]", batch_size=3, num_replicas="2", **options)
+    summary = infer(
+        tmp_path / "out", sample_slices="[10:40:3],[:4]", batch_size=3, num_replicas="2", **options
+    )
     assert summary.num_rows == 14
     assert summary.num_resumed == 8
     infer(tmp_path / "out", sample_slices="[:]", **options)
@@ -152,36 +160,37 @@ def test_three_replicas_leave_cpus_for_the_other_stages(tmp_path: Path, expected
     assert predictions(tmp_path) == expected
 
 
-def test_uris_are_read_and_written(tmp_path: Path, two_cpus: None) -> None:
-    source = tmp_path / "data"
-    source.mkdir()
-    from vlmray.charts import ChartDataset, parse_charts_name
-
+def test_uris_are_read_and_written(tmp_path: Path) -> None:
     rows = [dict(row) for row in ChartDataset(parse_charts_name(CHARTS), "test")]
-    table = ray.data.from_items(rows).to_arrow_refs()
-    for number, ref in enumerate(table):
-        pq.write_table(ray.get(ref), source / f"test-{number:05d}.parquet", row_group_size=7)
-    summary = infer(tmp_path / "unused", dataset_name=source.as_uri(), output_dir=(tmp_path / "out").as_uri())
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, start in enumerate((0, 30)):
+        table = pa.Table.from_pylist(rows[start : start + 30])
+        pq.write_table(table, data / f"test-{number:05d}.parquet", row_group_size=7)
+    uri = (tmp_path / "out").as_uri()
+    summary = run_inference(
+        plan_inference(
+            InferConfig(
+                engine="fake",
+                model_id="fake",
+                dataset_name=data.as_uri(),
+                sample_slices="[:]",
+                output_dir=uri,
+            )
+        )
+    )
     assert summary.num_answered == 48
     assert len(predictions(tmp_path / "out")) == 48
 
 
 def test_real_model_answers_as_it_does_alone(tmp_path: Path, tiny_model: Path) -> None:
     """Ray, batches and left padding change nothing: each text is that of a plain `generate` of its row."""
-    from vlmray.charts import ChartDataset, parse_charts_name
-    from vlmray.images import decode_image
-    from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
-    from vlmray.schema import Sample
-
-    infer(
-        tmp_path, engine="transformers", model_id=str(tiny_model), sample_slices="[:12]", max_new_tokens=8,
-        num_replicas="2",
-    )  # fmt: skip
+    infer(tmp_path, engine="transformers", model_id=str(tiny_model), sample_slices="[:12]", max_new_tokens=8)
     model, processor = load_qwen_vl_model_and_processor(str(tiny_model), dtype="float32")
     charts = ChartDataset(parse_charts_name(CHARTS), "test")
     for index, (_, text) in enumerate(sorted(predictions(tmp_path).items())):
-        row = charts[index]
-        assert decode_image(row["image"])
-        sample = Sample(sample_id="x", question=row["question"], image=row["image"])
-        alone, _ = generate_text_from_sample(model, processor, sample, max_new_tokens=8)
-        assert text == alone
+        question = format_qwen_vl_messages(charts[index]["question"])
+        request = GenerationRequest(
+            request_id="alone", messages=question, images=[decode_image(charts[index]["image"])]
+        )
+        assert text == generate_text_from_sample(model, processor, request, max_new_tokens=8)[0]

@@ -161,10 +161,14 @@ def test_an_unreachable_hub_id_names_the_local_ways(monkeypatch: pytest.MonkeyPa
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files,\nand ...")
 
-    monkeypatch.setattr(vlmray.model, "check_model_folder", lambda model_id: None)  # say, half cached
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^--model_id 'org/name' is not here and .*tiny-random.*HF_HOME"):
+        load_qwen_vl_model_and_processor("org/name")
+    monkeypatch.setattr(vlmray.model, "local_folder", Path)  # as if half of it were cached
     monkeypatch.setattr(vlmray.model.AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(
-        ValueError, match=r"^--model_id org/name is neither cached nor .*tiny-random.*HF_HOME"
+        ValueError, match=r"^--model_id org/name is neither cached in full .*tiny-random.*HF_HOME"
     ):
         load_qwen_vl_model_and_processor("org/name")
 

@@ -11,11 +11,8 @@ import hashlib
 import json
 import os
 import re
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -27,14 +24,11 @@ def check_model_folder(model_id: str) -> None:
 
     Raises:
         FileNotFoundError: A path that is not there, or a folder without config or safetensors weights.
-        ValueError: Neither a folder nor a possible hub id, or a hub id that is not in the local cache while
-            the hub cannot be reached.
+        ValueError: Neither a folder nor a possible hub id.
     """
     folder = Path(model_id).expanduser()
     if not model_id or not folder.is_dir():  # an empty string would be the current folder
         _check_hub_id(model_id)
-        if local_folder(model_id) is None:
-            _check_hub_reachable(model_id)
         return
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
@@ -144,28 +138,6 @@ def _check_hub_id(model_id: str) -> None:
         raise ValueError(
             f"--model_id {model_id!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
-
-
-def _check_hub_reachable(model_id: str) -> None:
-    """Ask for a connection once: the hub's client would retry for most of a minute before it gives up."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise ValueError(unreachable_message(model_id))
-    if getproxies().get("https"):
-        return  # names are then resolved by the proxy
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        raise ValueError(unreachable_message(model_id)) from error
-
-
-def unreachable_message(model_id: str) -> str:
-    """Say what to do about a hub id that is neither cached nor to be had."""
-    return (
-        f"--model_id {model_id} is neither cached nor reachable on the hub: pass tiny-random, a local "
-        "checkpoint folder, or set HF_HOME to a cache that holds it"
-    )
 
 
 def _convert_hint(folder: Path) -> str:

@@ -7,6 +7,7 @@ started (what was finished is kept), 2 a mistake in the options, 130 interrupted
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -63,6 +64,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
     job = JOBS[name]
     config = parse_args(job.config_class, argv, prog=prog)
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+    # Ray prints the worker's traceback for each retry of a model that does not load; one line will do.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "retries remaining")
     # `ray job stop` and schedulers send SIGTERM; it ends a run the way Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

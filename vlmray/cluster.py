@@ -55,7 +55,7 @@ def connect(log_level: str = "INFO") -> None:
     warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _silent_stderr():  # the core worker announces its log level
         ray.init(address=_address(), logging_level=logging.ERROR, log_to_driver=False)

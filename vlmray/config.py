@@ -270,14 +270,15 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
     """Turn a string of the command line or a value of a YAML file into the field's type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    args = typing.get_args(hint)
+    optional = types.NoneType in args
+    kind = args[0] if optional else hint
     if value is None:
-        if types.NoneType in kinds:
+        if optional:
             return None
         raise ValueError(f"--{name} needs a value")
     if isinstance(value, list | dict):
         raise ValueError(f"--{name} must be one value, got {value!r}; quote it if it is text")
-    kind = kinds[0]
     if _is_literal(kind):
         if value in typing.get_args(kind):
             return value

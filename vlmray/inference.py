@@ -336,9 +336,11 @@ def _progress_bar(run: InferenceRun) -> tqdm:
 
 def _root_cause(error: BaseException) -> str:
     """Name what went wrong in a worker, without the layers that carried it here."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    while (cause := getattr(error, "cause", None)) is not None:
+        error = cause
+    # The error of an actor that died while starting is a whole traceback, what was raised last in it.
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _conclude(run: InferenceRun, elapsed_s: float, seconds: Mapping[str, float]) -> Summary:

@@ -18,7 +18,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from vlmray.checkpoints import check_adapter_folder, check_model_folder, unreachable_message
+from vlmray import hub
+from vlmray.checkpoints import check_adapter_folder, check_model_folder, local_folder
 from vlmray.schema import GenerationRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +66,8 @@ def load_qwen_vl_model_and_processor(
     _check_choice("--quantization", quantization, _QUANTIZATIONS)
     _check_choice("--dtype", dtype, ("auto", *_DTYPES))
     check_model_folder(model_id)
+    if local_folder(model_id) is None:
+        hub.check_reachable(model_id, "model", option="--model_id")  # once; loading would retry for long
     if adapter is not None:
         check_adapter_folder(adapter, model_id)
     torch_dtype = resolve_dtype(dtype)
@@ -236,7 +239,10 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
     except OSError as error:
         if Path(model_id).is_dir():
             raise
-        raise ValueError(unreachable_message(model_id)) from error
+        raise ValueError(
+            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass tiny-random, a "
+            "local checkpoint folder, or set HF_HOME to a cache that holds it"
+        ) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:

@@ -84,27 +84,25 @@ def build_tiny_random_model(
         The folder.
     """
     if vocab_size < 300 or hidden_size < 32 or hidden_size % 32:
-        found = f"{vocab_size} and {hidden_size}"
-        raise ValueError(f"vocab_size must be at least 300 and hidden_size a multiple of 32, got {found}")
+        raise ValueError(f"need vocab_size >= 300 and 32 | hidden_size, got {vocab_size} and {hidden_size}")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _build_tokenizer(vocab_size)
     tokenizer.save_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     _build_model(ids, tokenizer, vocab_size, hidden_size, seed).save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", _PREPROCESSOR_CONFIG)
-    _write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": ids["<|endoftext|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-            "do_sample": False,
-        },
-    )
+    generation = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "do_sample": False,
+    }
+    for name, value in (("preprocessor", _PREPROCESSOR_CONFIG), ("generation", generation)):
+        (folder / f"{name}_config.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
+# Qwen2.5-VL's own values, but for the default upper limit, which is that of Qwen's later processors.
 _PREPROCESSOR_CONFIG = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -116,10 +114,6 @@ _PREPROCESSOR_CONFIG = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _build_tokenizer(vocab_size: int) -> Any:
@@ -160,14 +154,15 @@ def _build_model(ids: dict[str, int], tokenizer: Any, vocab_size: int, hidden_si
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+    heads = hidden_size // 32
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": 2 * hidden_size,
             "num_hidden_layers": 2,
-            "num_attention_heads": hidden_size // 32,
-            "num_key_value_heads": max(1, hidden_size // 64),
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
             "max_position_embeddings": 32768,
             # The head size is 32; its 16 frequencies are split over time, height and width.
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
@@ -352,10 +347,9 @@ class FakeEngine:
         )
 
     def _may_crash(self) -> bool:
-        if not self.log:
-            return True
         try:
-            Path(f"{self.log}.crashed").touch(exist_ok=False)
+            if self.log:
+                Path(f"{self.log}.crashed").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True

@@ -2,8 +2,8 @@
 
     requests -> prompts -> by adapter, longest first -> batches -> encode ahead -> generate -> completions
 
-Each row is encoded alone (so a bad one is found alone), on a thread that works one batch ahead of the
-model, and rows meet only in the left-padded tensors of their batch. Images arrive as PIL images; nothing
+Each row is encoded alone (so a bad one is found alone), on threads that work one batch ahead of the model,
+and rows meet only in the left-padded tensors of their batch. Images arrive as PIL images; nothing
 is decoded from files here. It covers decoder-only image-text-to-text models; video and audio it does not.
 
 Shapes: `B` rows of a batch, `T` tokens of the longest row, `P` patches or images of all rows.
@@ -274,7 +274,7 @@ class TransformersEngine:
     @contextlib.contextmanager
     def _use_adapter(self, adapter: str | None) -> Iterator[None]:
         if adapter is not None:
-            self.model.set_adapter(adapter, inference_mode=True)
+            self.model.set_adapter(adapter)
             yield
         elif is_peft_model(self.model):
             with self.model.disable_adapter():

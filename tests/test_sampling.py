@@ -1,0 +1,62 @@
+"""Choosing tokens row by row: the right distribution, and padding that does not count."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from vlmray.engines.sampling import (
+    RowwiseLengthCriteria,
+    RowwiseLogitsProcessor,
+    keep_nucleus,
+    sample_scores,
+)
+from vlmray.schema import GenerationRequest
+
+
+def test_sampling_draws_from_the_softmax_of_the_nucleus() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0])
+    temperature, top_p, draws = 0.7, 0.97, 4000
+    request = GenerationRequest(request_id="a", messages=[], temperature=temperature, top_p=top_p)
+    counts = Counter(int(sample_scores(logits, request, step).argmax()) for step in range(draws))
+    probabilities = (logits / temperature).softmax(-1)
+    kept = probabilities * (probabilities.cumsum(-1) - probabilities < top_p)
+    expected = (kept / kept.sum() * draws).tolist()
+    assert sum(value > 0 for value in expected) == 4  # the last two are outside the nucleus
+    assert counts.keys() <= {0, 1, 2, 3}
+    chi_square = sum((counts[k] - expected[k]) ** 2 / expected[k] for k in range(4))
+    assert chi_square < 16.3  # 3 degrees of freedom, one false alarm in a thousand
+
+
+def test_nucleus_always_keeps_the_likeliest_token() -> None:
+    scores = keep_nucleus(torch.tensor([0.0, 5.0, 1.0]), top_p=1e-9)
+    assert scores.isfinite().tolist() == [False, True, False]
+
+
+def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
+    torch.manual_seed(0)
+    pad, row, penalty = 7, torch.tensor([[1, 2, 2, 11]]), 1.3  # 11 is outside the vocabulary of 10
+    padded = torch.cat([torch.full((1, 3), pad), row], dim=1)
+    ours = RowwiseLogitsProcessor([GenerationRequest(request_id="a", messages=[])], [3], penalty)
+    reference = RepetitionPenaltyLogitsProcessor(penalty)
+    for token in (5, 7, 1):
+        scores = torch.randn(1, 10)
+        expected = reference(row, scores.clone())
+        assert torch.equal(ours(padded, scores), expected)
+        new = torch.tensor([[token]])
+        row, padded = torch.cat([row, new], dim=1), torch.cat([padded, new], dim=1)
+
+
+def test_greedy_rows_are_not_touched_and_each_row_has_its_own_limit() -> None:
+    rows = [
+        GenerationRequest(request_id="greedy", messages=[], max_new_tokens=1),
+        GenerationRequest(request_id="nearly", messages=[], max_new_tokens=2, temperature=1e-9),
+        GenerationRequest(request_id="sampled", messages=[], max_new_tokens=3, temperature=1.0),
+    ]
+    ids, scores = torch.zeros(3, 4, dtype=torch.long), torch.arange(30.0).view(3, 10)
+    changed = RowwiseLogitsProcessor(rows, [0, 0, 0])(ids, scores)
+    assert [bool((changed[row] != scores[row]).any()) for row in range(3)] == [False, False, True]
+    criteria = RowwiseLengthCriteria(rows, num_prompt_tokens=2)
+    assert criteria(ids, scores).tolist() == [True, True, False]
