@@ -139,10 +139,6 @@ def test_answers_depend_on_the_image_and_on_the_question(make_engine: Any) -> No
     assert len(set(texts(make_engine().generate([base, other_image, other_question])))) == 3
 
 
-def test_no_requests_give_no_completions(make_engine: Any) -> None:
-    assert make_engine().generate([]) == []
-
-
 def test_sampled_texts_depend_on_seed_and_id_but_not_on_batch_or_order(make_engine: Any) -> None:
     requests = make_mixed_requests(9, temperature=1.0, top_p=0.9, seed=3)
     mixed = [request if n % 2 else make_request(n, 1) for n, request in enumerate(requests)]
@@ -304,9 +300,11 @@ def test_a_default_adapter_answers_requests_that_name_none(tiny_model: Path, tin
 
 
 def test_every_engine_meets_the_protocol(make_engine: Any) -> None:
-    assert isinstance(make_engine(), Engine)
-    assert isinstance(build_engine(engine="fake", model_id="fake"), FakeEngine)
-    assert isinstance(build_engine(engine="fake", model_id="fake"), Engine)
+    fake = build_engine(engine="fake", model_id="fake")
+    assert isinstance(fake, FakeEngine)
+    for engine in (make_engine(), fake):
+        assert isinstance(engine, Engine)
+        assert engine.generate([]) == []
 
 
 def test_unknown_engine_and_options_name_what_is_known() -> None:
@@ -316,8 +314,8 @@ def test_unknown_engine_and_options_name_what_is_known() -> None:
         TransformersEngine(None, None, batch_size=0)
 
 
-def test_tiny_random_is_built_once_even_by_processes_that_race(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tiny_random_is_built_once_and_the_same_by_processes_that_race(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "from vlmray.engines import resolve_model_id; print(resolve_model_id('tiny-random'))"
     monkeypatch.setenv("VLMRAY_CACHE", str(tmp_path))
@@ -327,10 +325,10 @@ def test_tiny_random_is_built_once_even_by_processes_that_race(
     folders = {process.communicate()[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0]
     assert folders == {resolve_model_id("tiny-random")}
-    assert [path.name for path in tmp_path.iterdir()] == [
-        Path(folders.pop()).name
-    ]  # no scratch folder is left
-    assert resolve_model_id("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert [str(path) for path in tmp_path.iterdir()] == [*folders]  # no scratch folder is left
+    for path in Path(folders.pop()).iterdir():
+        assert path.read_bytes() == (tiny_model / path.name).read_bytes()
+    assert resolve_model_id("Qwen/Qwen2.5-VL-7B") == "Qwen/Qwen2.5-VL-7B"
 
 
 @pytest.mark.parametrize(

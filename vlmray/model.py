@@ -73,7 +73,8 @@ def load_qwen_vl_model_and_processor(
     torch_dtype = resolve_dtype(dtype)
     kwargs: dict[str, Any] = {
         "dtype": torch_dtype,
-        "device_map": device_map if torch.cuda.is_available() else {"": "cpu"},
+        # On a CPU a map would only make PEFT wrap every layer in device hooks.
+        "device_map": device_map if torch.cuda.is_available() else None,
         "trust_remote_code": trust_remote_code,
     }
     if quantization != "none":
@@ -240,8 +241,8 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
         if Path(model_id).is_dir():
             raise
         raise ValueError(
-            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass tiny-random, a "
-            "local checkpoint folder, or set HF_HOME to a cache that holds it"
+            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass tiny-random, "
+            "a local checkpoint folder, or set HF_HOME to a cache that holds it"
         ) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])

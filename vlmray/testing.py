@@ -102,7 +102,7 @@ def build_tiny_random_model(
     return folder
 
 
-# Qwen2.5-VL's own values, but for the default upper limit, which is that of Qwen's later processors.
+# Qwen2.5-VL's own values, except max_pixels: transformers' default, not the 16384 tokens of the checkpoint.
 _PREPROCESSOR_CONFIG = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -242,8 +242,7 @@ def build_tiny_random_adapter(
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(base, use_safetensors=True)
-    # The constructor draws from the global generator, which is not ours to move.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
         peft_model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,397 @@
+"""`jobs/infer.py` as people run it: a process of its own, killed, interrupted, submitted, misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlmray.cli import run_job
+
+ROOT = Path(__file__).parents[1]
+SLICE = ROOT.parent / "shared" / "data" / "chartqa"
+FAKE = ["--engine", "fake", "--dataset_name", "charts?num_rows=96&seed=3", "--sample_slices", "[:]"]
+NO_HUB = {"HF_HUB_OFFLINE": "1"}
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, str(ROOT / "jobs" / "infer.py"), *map(str, options)]
+
+
+def run(*options: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*options), cwd=cwd, env={**os.environ, **NO_HUB, **env}, capture_output=True, text=True, timeout=280
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def start(*options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(folder: Path) -> set[str]:
+    return {path.name.removesuffix("_out.json") for path in folder.glob("*_out.json")}
+
+
+def parquet_rows(folder: Path) -> dict[str, dict[str, object]]:
+    rows = pq.read_table(folder / "predictions").to_pylist()
+    assert set(Counter(row["sample_id"] for row in rows).values()) == {1}
+    return {str(row["sample_id"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run(*FAKE, "--model_id", "fake", "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    return {name: row["prediction"] for name, row in parquet_rows(folder).items()}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_resumes(
+    tmp_path: Path, uninterrupted: dict[str, object], how: signal.Signals
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    options = [
+        *FAKE,
+        "--model_id",
+        f"fake?latency_s=0.05&log={log}",
+        "--output_dir",
+        out,
+        "--batch_size",
+        "2",
+    ]
+    job = start(*options)
+    wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
+    stopped_at = time.monotonic()
+    job.send_signal(how)
+    _, stderr = job.communicate(timeout=30)
+    if how == signal.SIGKILL:
+        # The workers notice within moments; what they still write counts as finished.
+        wait_until(
+            lambda: not [p for p in psutil.process_iter(["name"]) if "_Replica" in (p.info["name"] or "")]
+        )
+    else:
+        assert job.returncode == 130
+        assert time.monotonic() - stopped_at < 15
+        assert "the same command resumes" in stderr
+        assert "Traceback" not in stderr
+    kept = finished(out)
+    assert 8 <= len(kept) < 96
+    assert not (out / "run.json").exists()
+    log.write_text("")
+    again = run(*options)
+    assert again.returncode == 0, again.stderr
+    generated = Counter(log.read_text().split())
+    assert not kept & generated.keys()
+    assert set(generated.values()) == {1}
+    assert {name: row["prediction"] for name, row in parquet_rows(out).items()} == uninterrupted
+    assert (out / "run.json").exists()
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_kill_9_of_the_replica_loses_and_repeats_nothing(
+    tmp_path: Path, uninterrupted: dict[str, object]
+) -> None:
+    out = tmp_path / "out"
+    job = start(*FAKE, "--model_id", "fake?latency_s=0.05", "--output_dir", out, "--batch_size", "2")
+    wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
+    (replica,) = [
+        child for child in psutil.Process(job.pid).children(recursive=True) if "_Replica" in " ".join(child.cmdline())
+    ]  # fmt: skip
+    replica.kill()
+    _, stderr = job.communicate(timeout=200)
+    assert job.returncode == 0, stderr
+    assert {name: row["prediction"] for name, row in parquet_rows(out).items()} == uninterrupted
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """40 rows of ChartQA's columns, five of them with images that are not images."""
+    from vlmray.charts import ChartDataset, parse_charts_name
+
+    rows = []
+    for row in ChartDataset(parse_charts_name("charts?num_rows=40&questions_per_image=1"), "test"):
+        rows.append(
+            {
+                "image": {"bytes": row["image"], "path": None},
+                "query": row["question"],
+                "label": row["answers"],
+                "human_or_machine": 0,
+            }
+        )
+    for index, data in {
+        3: b"",
+        11: b"no image",
+        19: rows[19]["image"]["bytes"][:200],
+        20: None,
+        39: b"\x89PNG",
+    }.items():
+        rows[index]["image"] = {"bytes": data, "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    return tmp_path / "test.parquet"
+
+
+def test_broken_images_become_error_records(tmp_path: Path, broken: Path) -> None:
+    options = ["--engine", "fake", "--model_id", "fake", "--dataset_name", broken, "--sample_slices", "[:]"]
+    done = run(*options, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "40 rows in = 35 answered + 5 failed" in done.stdout
+    failed = {name: row["error"] for name, row in parquet_rows(tmp_path / "out").items() if row["error"]}
+    assert sorted(failed) == [f"test-{index:06d}" for index in (3, 11, 19, 20, 39)]
+    assert all("image" in str(error) for error in failed.values())
+    strict = run(*options, "--output_dir", tmp_path / "strict", "--max_errors", "0", "--batch_size", "1")
+    assert strict.returncode == 1
+    assert strict.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in strict.stderr
+    assert len(finished(tmp_path / "strict")) >= 1
+
+
+@pytest.mark.skipif(not SLICE.is_dir(), reason="the real ChartQA slice is not here")
+def test_real_chartqa_through_the_tiny_model(tmp_path: Path) -> None:
+    done = run(
+        "--model_id", "tiny-random", "--dataset_name", SLICE, "--dataset_split", "test", "--sample_slices", "[:40]",
+        "--max_new_tokens", "4", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "40 rows in = 40 answered + 0 failed" in done.stdout
+    assert {row["metric"] for row in parquet_rows(tmp_path).values()} == {"relaxed_accuracy"}
+    assert all(row["prediction"] is not None for row in parquet_rows(tmp_path).values())
+
+
+def test_the_defaults_run_from_a_local_hub_cache(tmp_path: Path, tiny_model: Path) -> None:
+    """No option but the required one, network off: Qwen2.5-VL-7B and ChartQA come from the hub cache."""
+    model = cache_repository(tmp_path, "models--Qwen--Qwen2.5-VL-7B-Instruct")
+    shutil.copytree(tiny_model, model, dirs_exist_ok=True)
+    dataset = cache_repository(tmp_path, "datasets--HuggingFaceM4--ChartQA")
+    write_chartqa(dataset / "data" / "test-00000-of-00001.parquet")
+    done = run("--sample_slices", "[0:8]", cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    assert "8 rows in = 8 answered + 0 failed" in done.stdout
+    rows = parquet_rows(tmp_path / "outputs" / "vlm")
+    assert sorted(rows) == [f"test-{index:06d}" for index in range(8)]
+    assert {row["family"] for row in rows.values()} <= {"human", "augmented"}
+
+
+def cache_repository(home: Path, name: str) -> Path:
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = home / "hf" / "hub" / name
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def write_chartqa(path: Path) -> None:
+    """The first rows of the real slice where it is, else charts in the same columns."""
+    import datasets
+
+    from vlmray.charts import ChartDataset, parse_charts_name
+
+    path.parent.mkdir(parents=True)
+    if SLICE.is_dir():
+        pq.write_table(pq.read_table(next((SLICE / "data").glob("test-*.parquet"))).slice(0, 20), path)
+        return
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "query": datasets.Value("string"),
+            "label": datasets.List(datasets.Value("string")),
+            "human_or_machine": datasets.ClassLabel(names=["human", "machine"]),
+        }
+    )
+    charts = ChartDataset(parse_charts_name("charts?num_rows=20"), "test")
+    rows = [
+        {"image": {"bytes": row["image"], "path": None}, "query": row["question"], "label": row["answers"],
+         "human_or_machine": 0}
+        for row in charts
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """A cluster as `ray start --head` makes it, token authentication included; gives its job address."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths below it have to be short
+    address = f"http://127.0.0.1:{free_port()}"
+    head = subprocess.Popen(
+        [
+            ray_executable(), "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port()),
+            "--dashboard-port", address.rpartition(":")[2], "--temp-dir", folder, "--disable-usage-stats",
+        ],
+        env={**os.environ, "RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: head.poll() is not None or answers(address))
+        assert head.poll() is None
+        yield address
+    finally:
+        for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+            process.kill()
+        head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ray_executable() -> str:
+    return str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def answers(address: str) -> bool:
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+def test_ray_job_submit_runs_it_on_a_cluster(tmp_path: Path, cluster: str) -> None:
+    done = subprocess.run(
+        [
+            ray_executable(), "job", "submit", "--address", cluster, "--working-dir", str(ROOT), "--",
+            sys.executable, "jobs/infer.py", *FAKE, "--model_id", "fake", "--output_dir", str(tmp_path),
+        ],
+        env={**os.environ, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = set(re.findall(r"raysubmit_\w+", done.stdout))
+    status = subprocess.run(
+        [ray_executable(), "job", "status", "--address", cluster, job],
+        env={**os.environ, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "SUCCEEDED" in (status.stdout + status.stderr).upper()
+    assert len(parquet_rows(tmp_path)) == 96
+    assert json.loads((tmp_path / "run.json").read_text())["summary"]["num_answered"] == 96
+
+
+def test_installed_wheel_needs_no_repository(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy: building leaves folders behind
+    shutil.copytree(ROOT / "vlmray", source / "vlmray", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
+    built = subprocess.run(
+        [*pip, "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", source], capture_output=True, text=True
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "import vlmray.cli; print(vlmray.cli.__file__); vlmray.cli.main()", "infer", *FAKE,
+         "--model_id", "fake", "--output_dir", tmp_path / "out"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+CHARTS = ["--engine", "fake", "--model_id", "fake", "--dataset_name", "charts"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*CHARTS, "--sample_slices", "[0:1:2:3]"], "--sample_slices '[0:1:2:3]' is not a list of Python slices"),
+        ([*CHARTS, "--sample_slices", "[5000:]"], "the split has 1000 rows"),
+        ([*CHARTS], "--sample_slices is required"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--batchsize", "3"], "did you mean --batch_size?"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--dataset_split", "tset"], "train, validation, test"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--question_column", "query"], "image, image_id, question, answers"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--prompt_template", "Say it."], "--prompt_template"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--metric", "acuracy"], "--metric"),
+        ([*CHARTS, "--sample_slices", "[:1]", "--output_dir", "/dev/null/x"], "--output_dir /dev/null/x cannot be"),
+        (["--dataset_name", "charts", "--sample_slices", "[:1]", "--model_id", "./nowhere"], "--model_id ./nowhere"),
+        (["--dataset_name", "charts", "--sample_slices", "[:1]"], "tiny-random"),
+        (["--engine", "fake", "--sample_slices", "[:1]"], "--dataset_name 'HuggingFaceM4/ChartQA'"),
+        (["--engine", "fake", "--dataset_name", "./no/file.parquet", "--sample_slices", "[:1]"], "no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_job("infer", options)
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+def test_mistakes_in_files_are_one_line_too(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
+    (tmp_path / "model").mkdir()
+    shutil.copy(tiny_model / "config.json", tmp_path / "model")
+    for options, message in [
+        (["--engine", "fake", "--dataset_name", tmp_path / "corrupt.parquet"], "--dataset_name"),
+        (["--dataset_name", "charts", "--model_id", tmp_path / "model"], "safetensors"),
+    ]:
+        done = run(*options, "--sample_slices", "[:1]", "--output_dir", tmp_path / "out")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_another_model_or_prompt_is_refused_in_the_same_folder(tmp_path: Path) -> None:
+    options = [
+        "--engine",
+        "fake",
+        "--dataset_name",
+        "charts",
+        "--sample_slices",
+        "[:2]",
+        "--output_dir",
+        tmp_path,
+    ]
+    assert run(*options, "--model_id", "fake").returncode == 0
+    done = run(*options, "--model_id", "fake?answer=7", "--system_prompt", "Be brief.")
+    assert done.returncode == 2
+    assert "model_id was 'fake', now 'fake?answer=7'" in done.stderr
+    assert "system_prompt" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert run(*options, "--model_id", "fake?answer=7", "--overwrite").returncode == 0
+    assert {row["prediction"] for row in parquet_rows(tmp_path).values()} == {"7"}
+
+
+def test_help_does_not_wait_for_torch_or_ray() -> None:
+    code = "import sys; from vlmray.cli import main\ntry: main()\nfinally: print(sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code, "infer", "--help"], capture_output=True, text=True)
+    assert "--sample_slices" in done.stdout
+    loaded = set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
+    assert not loaded & {"torch", "ray", "transformers", "datasets", "pyarrow"}
