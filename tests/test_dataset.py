@@ -220,7 +220,7 @@ CHOICES = dataclasses.replace(SPEC, choices_column="choices", metric="choice_acc
 
 
 def _row(**fields: Any) -> dict[str, Any]:
-    return {"question": "Which?", "image": None, "answer": None, "family": None, "choices": None, **fields}
+    return {"question": "Which?", "image": b"png", "answer": None, "family": None, "choices": None, **fields}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,13 @@ def test_more_choices_than_letters_are_left_to_the_prompt() -> None:
     ],
 )
 def test_shapes_of_images(image: Any, expected: bytes | str | None) -> None:
-    assert to_sample(_row(image=image), SPEC, "test-000000").image == expected
+    optional = dataclasses.replace(SPEC, image_optional=True)
+    assert to_sample(_row(image=image), optional, "test-000000").image == expected
+    if expected is None:
+        with pytest.raises(ValueError, match="no image in column"):
+            to_sample(_row(image=image), SPEC, "test-000000")
+    else:
+        assert to_sample(_row(image=image), SPEC, "test-000000").image == expected
 
 
 def test_several_images_are_an_error() -> None:

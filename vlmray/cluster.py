@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ def connect(log_level: str = "INFO") -> None:
     """
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    _init(log_level)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process in the middle of things
+
+
+def _init(log_level: str) -> None:
     if log_level == "DEBUG":
         ray.init(address=_address())
         return

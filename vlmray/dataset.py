@@ -33,6 +33,9 @@ class DatasetSpec:
     family_column: str | None = None
     choices_column: str | None = None
 
+    image_optional: bool = False
+    """Some questions come without an image; elsewhere a missing image is a failed row."""
+
     family_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names to show instead of the values of the family column."""
 
@@ -78,7 +81,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "lmms-lab/textvqa": dataclasses.replace(_VQA, answer_column="answers", metric="vqa_accuracy"),
     "lmms-lab/ai2d": dataclasses.replace(_MULTIPLE_CHOICE, choices_column="options"),
     "derek-thomas/ScienceQA": dataclasses.replace(
-        _MULTIPLE_CHOICE, choices_column="choices", family_column="subject"
+        _MULTIPLE_CHOICE, choices_column="choices", family_column="subject", image_optional=True
     ),
     "xai-org/RealworldQA": dataclasses.replace(_VQA, prompt_template="{question}"),
     "charts": dataclasses.replace(
@@ -228,7 +231,7 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     An empty question or a broken image is not judged here: it becomes an error record later.
 
     Raises:
-        ValueError: the row holds several images.
+        ValueError: the row holds several images, or none although its dataset is about images.
     """
     choices = _texts(row[spec.choices_column]) if spec.choices_column else ()
     answers = _texts(row[spec.answer_column]) if spec.answer_column else ()
@@ -238,11 +241,14 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     if isinstance(family, list):
         family = ", ".join(map(str, family))
     question = row[spec.question_column]
+    image = _image(row[spec.image_column]) if spec.image_column else None
+    if spec.image_column and image is None and not spec.image_optional:
+        raise ValueError(f"no image in column {spec.image_column!r}")
     return Sample(
         sample_id=sample_id,
         question="" if question is None else str(question),
         answers=answers,
-        image=_image(row[spec.image_column]) if spec.image_column else None,
+        image=image,
         choices=choices,
         family=None if family is None else spec.family_names.get(str(family), str(family)),
     )

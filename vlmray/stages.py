@@ -15,7 +15,7 @@ import functools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -98,10 +98,11 @@ def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border:
 def _read_row(row: Row, source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
     name = sample_id(split, index)
     try:
-        sample = to_sample(row, spec, name)
+        asked_row = sample_row(to_sample(row, spec, name), source.base_dir)
     except ValueError as error:
-        return {"row_index": index, **sample_row(Sample(sample_id=name, question="")), "error": str(error)}
-    return {"row_index": index, **sample_row(sample, source.base_dir)}
+        without_image = to_sample(row, replace(spec, image_column=None), name)
+        asked_row = {**sample_row(without_image), "error": str(error)}
+    return {"row_index": index, **asked_row}
 
 
 def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
