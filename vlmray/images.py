@@ -140,14 +140,34 @@ def encode_jpeg(image: Image.Image | bytes, *, max_pixels: int = MAX_PIXELS) -> 
     Raises:
         ImageError: The image cannot be decoded.
     """
-    if isinstance(image, bytes):
-        with _open_header(image, max_pixels) as opened:
-            if _is_plain_jpeg(opened):
-                return image
+    if isinstance(image, bytes) and is_plain_jpeg(image, max_pixels=max_pixels):
+        return image
     buffer = io.BytesIO()
     # Full colour resolution: halving it blurs the thin coloured lines and letters of charts.
     load_image_pil(image, max_pixels=max_pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
+
+
+def is_plain_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Return whether the header says a baseline RGB or grey JPEG without EXIF rotation.
+
+    Raises:
+        ImageError: The bytes are no image.
+    """
+    with _open_header(data, max_pixels) as image:
+        return _is_plain_jpeg(image)
+
+
+def image_size(image: Image.Image | bytes) -> tuple[int, int]:
+    """Return width and height in pixels as stored, from the header alone.
+
+    Raises:
+        ImageError: The bytes are no image.
+    """
+    if isinstance(image, Image.Image):
+        return image.size
+    with _open_header(image, MAX_PIXELS) as opened:
+        return opened.size
 
 
 # Reading: any source to bytes

@@ -131,7 +131,7 @@ def run_inference(run: InferenceRun) -> Summary:
     seconds: dict[str, float] = {}
     if run.pending:
         cluster.connect(run.config.log_level)
-        seconds = _consume(run, _pipeline(run))
+        seconds = _consume(run, pipeline(run))
     return _conclude(run, time.perf_counter() - started, seconds)
 
 
@@ -172,7 +172,7 @@ def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
     return {**options, **checkpoint, **dataclasses.asdict(spec)}
 
 
-def _pipeline(run: InferenceRun) -> Dataset:
+def pipeline(run: InferenceRun) -> Dataset:
     """Wire the stages; nothing runs until the result is consumed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -186,7 +186,8 @@ def _pipeline(run: InferenceRun) -> Dataset:
         override_num_blocks=num_blocks,
         label_selector=here if run.source.on_driver else None,
     )
-    rows = _map(rows, functools.partial(_prepare, task=run.task))
+    keep_images = run.config.output_format != "parquet"
+    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images))
     rows = _map(
         rows,
         _Replica,
@@ -256,8 +257,9 @@ def _read(
         yield _to_table(rows)
 
 
-def _prepare(block: pa.Table, *, task: Task) -> pa.Table:
-    return _to_table(_timed("prepare", stages.prepare_rows, block.to_pylist(), task))
+def _prepare(block: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
+    prepare = functools.partial(stages.prepare_rows, keep_images=keep_images)
+    return _to_table(_timed("prepare", prepare, block.to_pylist(), task))
 
 
 class _Replica:

@@ -49,8 +49,9 @@ class GenerationRequest:
     messages: list[dict[str, Any]]
     """Chat messages whose content is a list of parts; `{"type": "image"}` marks each image's place."""
 
-    images: list[Image] = field(default_factory=list)
-    """RGB images, one for each placeholder, in order."""
+    images: list[Image | bytes] = field(default_factory=list)
+    """RGB images or encoded bytes, one for each placeholder, in order. An engine decodes bytes itself,
+    ahead of the model."""
 
     max_new_tokens: int = 512
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 from vlmray import metrics
 from vlmray.dataset import DatasetSpec, sample_id, to_sample
 from vlmray.engines.base import Engine
-from vlmray.images import ImageError, decode_image, encode_jpeg, read_image_bytes
+from vlmray.images import ImageError, decode_image, encode_jpeg, is_plain_jpeg, read_image_bytes
 from vlmray.outputs import RESULT_SCHEMA, OutputDirectory
 from vlmray.prompts import format_data
 from vlmray.schema import Completion, GenerationRequest, Sample
@@ -37,6 +37,7 @@ ROW_SCHEMA = pa.schema(
     [
         *RESULT_SCHEMA,
         pa.field("image", pa.binary()),
+        pa.field("jpeg", pa.binary()),
         pa.field("image_url", pa.string()),
         pa.field("messages", pa.string()),
         *(pa.field(f"{stage}_s", pa.float64()) for stage in STAGES),
@@ -132,21 +133,25 @@ def _fetch(row: Row, image: bytes | str, base_dir: str | None = None) -> None:
         row["error"] = str(error)
 
 
-def prepare_rows(rows: Sequence[Row], task: Task) -> list[Row]:
-    """Fetch images that are URLs, see that all images decode, and build the messages."""
+def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -> list[Row]:
+    """Fetch images that are URLs, see that all images decode, and build the messages.
+
+    Args:
+        rows: Rows as `read_chunk` gives them.
+        task: How questions are asked.
+        keep_images: Encode what `_img.jpg` will hold, here where the image is decoded anyway.
+    """
     remote = [row for row in rows if row.get("image_url")]
     with ThreadPoolExecutor(_NUM_FETCHES) as pool:
         list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
-    last: bytes | None = None
+    check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
     for row in rows:
         if row["error"] is None:
-            # Rows of one image lie side by side: its bytes are decoded once.
-            _prepare_row(row, task, decoded=row.get("image") == last)
-            last = row.get("image") if row["error"] is None else None
+            _prepare_row(row, task, check)
     return list(rows)
 
 
-def _prepare_row(row: Row, task: Task, *, decoded: bool) -> None:
+def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:
     image = row.get("image")
     sample = Sample(
         sample_id=row["sample_id"],
@@ -156,30 +161,40 @@ def _prepare_row(row: Row, task: Task, *, decoded: bool) -> None:
     )
     try:
         messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
-        if image is not None and not decoded:
-            decode_image(image)
+        row["jpeg"] = None if image is None else check_image(image)
     except ValueError as error:
         row["error"] = str(error)
     else:
         row["messages"] = json.dumps(messages, ensure_ascii=False)
 
 
+def _check_image(data: bytes, *, keep: bool) -> bytes | None:
+    """Decode an image; return it as a JPEG to keep, if one is wanted and can hold it."""
+    image = decode_image(data)
+    if not keep:
+        return None
+    try:
+        return data if is_plain_jpeg(data) else encode_jpeg(image)
+    except OSError:  # more pixels to a side than a JPEG can have
+        return None
+
+
 def generate_rows(rows: Sequence[Row], engine: Engine, task: Task) -> list[Row]:
     """Answer the rows that have no error with one call of the engine."""
     pending = [row for row in rows if row["error"] is None]
-    completions = engine.generate(_requests(pending, task)) if pending else []
+    completions = engine.generate(make_requests(pending, task)) if pending else []
     for row, completion in zip(pending, completions, strict=True):
         row |= _result(completion)
     return list(rows)
 
 
-def _requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
-    decode = functools.lru_cache(maxsize=None)(decode_image)  # rows of one image share its pixels
+def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
+    """Turn prepared rows into requests; the engine decodes their images while it generates."""
     return [
         GenerationRequest(
             request_id=row["sample_id"],
             messages=json.loads(row["messages"]),
-            images=[] if row.get("image") is None else [decode(row["image"])],
+            images=[] if row.get("image") is None else [row["image"]],
             max_new_tokens=task.max_new_tokens,
             temperature=task.temperature,
             top_p=task.top_p,
@@ -210,34 +225,20 @@ def score_row(row: Row, task: Task) -> Row:
     return row
 
 
-def asked(row: Row, image: bytes | None) -> Row:
+def asked(row: Row) -> Row:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
     messages = row.get("messages")
     return {
         **{name: row.get(name) for name in ASKED_COLUMNS},
         "messages": json.loads(messages) if messages else None,
-        "image": None if image is None else f"{row['sample_id']}_img.jpg",
+        "image": f"{row['sample_id']}_img.jpg" if row.get("jpeg") else None,
     }
 
 
 def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
     """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
-    jpeg = functools.lru_cache(maxsize=2)(_jpeg_or_none)
-    with_files = folder.output_format != "parquet"
-    # Only what has messages was decoded: a JPEG cut short keeps a good header.
-    images = [
-        jpeg(row["image"]) if with_files and row.get("messages") and row.get("image") else None
-        for row in rows
-    ]
     results = [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
-    folder.save(results, [asked(row, image) for row, image in zip(rows, images, strict=True)], images)
-
-
-def _jpeg_or_none(image: bytes) -> bytes | None:
-    try:
-        return encode_jpeg(image)
-    except (ImageError, OSError):  # OSError: more pixels to a side than a JPEG can have
-        return None
+    folder.save(results, [asked(row) for row in rows], [row.get("jpeg") for row in rows])
 
 
 def process_single_sample(

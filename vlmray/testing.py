@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from vlmray.engines.base import check_request, failed_completion
+from vlmray.images import load_image_pil
 from vlmray.schema import Completion, GenerationRequest
 
 if TYPE_CHECKING:
@@ -393,7 +394,7 @@ def _plain_prompt(request: GenerationRequest) -> str:
 def _digest(request: GenerationRequest, prompt: str) -> str:
     """Hash what an answer depends on; the seed and the id only where the request samples."""
     digest = hashlib.sha256(f"{prompt}\0{request.adapter}".encode())
-    for image in request.images:
+    for image in map(load_image_pil, request.images):
         digest.update(f"{image.size}".encode() + image.tobytes())
     if request.temperature > 0:
         digest.update(f"{request.seed}\0{request.request_id}".encode())

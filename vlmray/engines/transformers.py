@@ -3,8 +3,8 @@
     requests -> prompts -> by adapter, longest first -> batches -> encode ahead -> generate -> completions
 
 Each row is encoded alone (so a bad one is found alone), on threads that work one batch ahead of the model,
-and rows meet only in the left-padded tensors of their batch. Images arrive as PIL images; nothing
-is decoded from files here. It covers decoder-only image-text-to-text models; video and audio it does not.
+and rows meet only in the left-padded tensors of their batch. Encoded images are decoded on these threads
+too. It covers decoder-only image-text-to-text models; video and audio it does not.
 
 Shapes: `B` rows of a batch, `T` tokens of the longest row, `P` patches or images of all rows.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,14 @@ from itertools import islice
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.engines.base import check_request, failed_completion
 from vlmray.engines.sampling import RowwiseLengthCriteria, RowwiseLogitsProcessor
+from vlmray.images import decode_image, image_size
 from vlmray.model import attach_adapter, is_peft_model, load_qwen_vl_model_and_processor
 from vlmray.schema import Completion, GenerationRequest
 
@@ -84,6 +87,8 @@ class TransformersEngine:
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
         self._token_budget: int | None = None
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
+        # Questions on one image are of like length, so they come close together.
+        self._decode = functools.lru_cache(maxsize=8)(decode_image)
 
     @classmethod
     def from_pretrained(
@@ -163,11 +168,12 @@ class TransformersEngine:
         num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
         return _Row(index, request, prompt, num_tokens)
 
-    def _count_visual_tokens(self, image: Any) -> int:
+    def _count_visual_tokens(self, image: Image | bytes) -> int:
+        width, height = image_size(image)
         image_processor = self.processor.image_processor
         if not hasattr(image_processor, "merge_size"):
-            return max(1, image.width * image.height // _PIXELS_PER_TOKEN)
-        patches = image_processor.get_number_of_image_patches(image.height, image.width, {})
+            return max(1, width * height // _PIXELS_PER_TOKEN)
+        patches = image_processor.get_number_of_image_patches(height, width, {})
         return int(patches) // image_processor.merge_size**2
 
     def _answer(self, queue: deque[_Row]) -> Iterator[tuple[_Row, Completion]]:
@@ -202,7 +208,8 @@ class TransformersEngine:
 
     def _encode(self, row: _Row) -> dict[str, torch.Tensor]:
         """Turn one row into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
-        inputs = self.processor(text=[row.prompt], images=row.request.images or None, return_tensors="pt")
+        images = [self._decode(image) if isinstance(image, bytes) else image for image in row.request.images]
+        inputs = self.processor(text=[row.prompt], images=images or None, return_tensors="pt")
         _check_placeholders(self.processor, inputs)
         return dict(inputs)
 
