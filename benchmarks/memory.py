@@ -42,8 +42,8 @@ def main() -> None:
 
 
 def run_child(num_rows: int, output_format: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", "--num_rows", str(num_rows), "--output_format", output_format]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    child = f"{__file__} --child --num_rows {num_rows} --output_format {output_format}".split()
+    done = subprocess.run([sys.executable, *child], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -37,5 +37,6 @@ def test_head_has_no_gpu_and_gpu_workers_scale_from_zero(config: dict[str, Any])
 
 
 def test_image_has_the_tested_ray_version(config: dict[str, Any]) -> None:
-    (ray,) = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray==")]
-    assert f":{ray.removeprefix('ray==')}-" in config["docker"]["image"]
+    tested = (ROOT / "constraints.txt").read_text().splitlines()
+    (version,) = [line.removeprefix("ray==") for line in tested if line.startswith("ray==")]
+    assert f":{version}-" in config["docker"]["image"]

@@ -13,51 +13,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from running import ROOT, finished, parquet_rows, run, start, wait_until
 
-from vlmray.cli import run_job
-
-ROOT = Path(__file__).parents[1]
 SLICE = ROOT.parent / "shared" / "data" / "chartqa"
 FAKE = ["--engine", "fake", "--dataset_name", "charts?num_rows=96&seed=3", "--sample_slices", "[:]"]
-NO_HUB = {"HF_HUB_OFFLINE": "1"}
 
 
-def command(*options: object) -> list[str]:
-    return [sys.executable, str(ROOT / "jobs" / "infer.py"), *map(str, options)]
-
-
-def run(*options: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*options), cwd=cwd, env={**os.environ, **NO_HUB, **env}, capture_output=True, text=True, timeout=280
-    )  # fmt: skip
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def start(*options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(folder: Path) -> set[str]:
-    return {path.name.removesuffix("_out.json") for path in folder.glob("*_out.json")}
-
-
-def parquet_rows(folder: Path) -> dict[str, dict[str, object]]:
-    rows = pq.read_table(folder / "predictions").to_pylist()
-    assert set(Counter(row["sample_id"] for row in rows).values()) == {1}
-    return {str(row["sample_id"]): row for row in rows}
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return "_Replica" in " ".join(process.cmdline())
+    except psutil.Error:  # gone, or another user's
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +62,7 @@ def test_a_run_that_is_stopped_resumes(
     _, stderr = job.communicate(timeout=30)
     if how == signal.SIGKILL:
         # The workers notice within moments; what they still write counts as finished.
-        wait_until(
-            lambda: not [p for p in psutil.process_iter(["name"]) if "_Replica" in (p.info["name"] or "")]
-        )
+        wait_until(lambda: not any(map(is_replica, psutil.process_iter())))
     else:
         assert job.returncode == 130
         assert time.monotonic() - stopped_at < 15
@@ -117,9 +88,7 @@ def test_kill_9_of_the_replica_loses_and_repeats_nothing(
     out = tmp_path / "out"
     job = start(*FAKE, "--model_id", "fake?latency_s=0.05", "--output_dir", out, "--batch_size", "2")
     wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
-    (replica,) = [
-        child for child in psutil.Process(job.pid).children(recursive=True) if "_Replica" in " ".join(child.cmdline())
-    ]  # fmt: skip
+    (replica,) = filter(is_replica, psutil.Process(job.pid).children(recursive=True))
     replica.kill()
     _, stderr = job.communicate(timeout=200)
     assert job.returncode == 0, stderr
@@ -141,13 +110,8 @@ def broken(tmp_path: Path) -> Path:
                 "human_or_machine": 0,
             }
         )
-    for index, data in {
-        3: b"",
-        11: b"no image",
-        19: rows[19]["image"]["bytes"][:200],
-        20: None,
-        39: b"\x89PNG",
-    }.items():
+    whole = rows[19]["image"]["bytes"]
+    for index, data in {3: b"", 11: b"no image", 19: whole[:200], 20: None, 39: b"\x89PNG"}.items():
         rows[index]["image"] = {"bytes": data, "path": None}
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
     return tmp_path / "test.parquet"
@@ -171,8 +135,8 @@ def test_broken_images_become_error_records(tmp_path: Path, broken: Path) -> Non
 @pytest.mark.skipif(not SLICE.is_dir(), reason="the real ChartQA slice is not here")
 def test_real_chartqa_through_the_tiny_model(tmp_path: Path) -> None:
     done = run(
-        "--model_id", "tiny-random", "--dataset_name", SLICE, "--dataset_split", "test", "--sample_slices", "[:40]",
-        "--max_new_tokens", "4", "--output_dir", tmp_path,
+        "--model_id", "tiny-random", "--dataset_name", SLICE, "--dataset_split", "test",
+        "--sample_slices", "[:40]", "--max_new_tokens", "4", "--output_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "40 rows in = 40 answered + 0 failed" in done.stdout
@@ -294,104 +258,21 @@ def test_installed_wheel_needs_no_repository(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "vlmray", source / "vlmray", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
+    install = "pip install --quiet --no-index --no-deps --no-build-isolation --disable-pip-version-check"
     built = subprocess.run(
-        [*pip, "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", source], capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-m", *install.split(), "--target", tmp_path / "site", source],
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0, built.stderr
     done = subprocess.run(
-        [sys.executable, "-c", "import vlmray.cli; print(vlmray.cli.__file__); vlmray.cli.main()", "infer", *FAKE,
-         "--model_id", "fake", "--output_dir", tmp_path / "out"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
+        [
+            sys.executable, "-c", "import vlmray.cli; print(vlmray.cli.__file__); vlmray.cli.main()", "infer",
+            *FAKE, "--model_id", "fake", "--output_dir", tmp_path / "out",
+        ],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout
     assert (tmp_path / "out" / "report.html").exists()
-
-
-CHARTS = ["--engine", "fake", "--model_id", "fake", "--dataset_name", "charts"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([*CHARTS, "--sample_slices", "[0:1:2:3]"], "--sample_slices '[0:1:2:3]' is not a list of Python slices"),
-        ([*CHARTS, "--sample_slices", "[5000:]"], "the split has 1000 rows"),
-        ([*CHARTS], "--sample_slices is required"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--batchsize", "3"], "did you mean --batch_size?"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--dataset_split", "tset"], "train, validation, test"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--question_column", "query"], "image, image_id, question, answers"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--prompt_template", "Say it."], "--prompt_template"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--metric", "acuracy"], "--metric"),
-        ([*CHARTS, "--sample_slices", "[:1]", "--output_dir", "/dev/null/x"], "--output_dir /dev/null/x cannot be"),
-        (["--dataset_name", "charts", "--sample_slices", "[:1]", "--model_id", "./nowhere"], "--model_id ./nowhere"),
-        (["--dataset_name", "charts", "--sample_slices", "[:1]"], "tiny-random"),
-        (["--engine", "fake", "--sample_slices", "[:1]"], "--dataset_name 'HuggingFaceM4/ChartQA'"),
-        (["--engine", "fake", "--dataset_name", "./no/file.parquet", "--sample_slices", "[:1]"], "no such file"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_a_mistake_is_one_line_and_exit_code_2(
-    options: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run_job("infer", options)
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert message in stderr
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-
-
-def test_mistakes_in_files_are_one_line_too(tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
-    (tmp_path / "model").mkdir()
-    shutil.copy(tiny_model / "config.json", tmp_path / "model")
-    for options, message in [
-        (["--engine", "fake", "--dataset_name", tmp_path / "corrupt.parquet"], "--dataset_name"),
-        (["--dataset_name", "charts", "--model_id", tmp_path / "model"], "safetensors"),
-    ]:
-        done = run(*options, "--sample_slices", "[:1]", "--output_dir", tmp_path / "out")
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-
-
-def test_another_model_or_prompt_is_refused_in_the_same_folder(tmp_path: Path) -> None:
-    options = [
-        "--engine",
-        "fake",
-        "--dataset_name",
-        "charts",
-        "--sample_slices",
-        "[:2]",
-        "--output_dir",
-        tmp_path,
-    ]
-    assert run(*options, "--model_id", "fake").returncode == 0
-    done = run(*options, "--model_id", "fake?answer=7", "--system_prompt", "Be brief.")
-    assert done.returncode == 2
-    assert "model_id was 'fake', now 'fake?answer=7'" in done.stderr
-    assert "system_prompt" in done.stderr
-    assert "--overwrite" in done.stderr
-    assert run(*options, "--model_id", "fake?answer=7", "--overwrite").returncode == 0
-    assert {row["prediction"] for row in parquet_rows(tmp_path).values()} == {"7"}
-
-
-def test_help_does_not_wait_for_torch_or_ray() -> None:
-    code = "import sys; from vlmray.cli import main\ntry: main()\nfinally: print(sorted({m.split('.')[0] for m in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code, "infer", "--help"], capture_output=True, text=True)
-    assert "--sample_slices" in done.stdout
-    loaded = set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1]))
-    assert not loaded & {"torch", "ray", "transformers", "datasets", "pyarrow"}

@@ -1,4 +1,4 @@
-"""The pipeline on a real Ray of two CPUs: same answers however the work is cut, nothing lost, nothing twice."""
+"""The pipeline on a real Ray of two CPUs: same answers however the work is cut, nothing lost or repeated."""
 
 from __future__ import annotations
 
@@ -112,6 +112,18 @@ def test_a_finished_folder_needs_no_ray_and_no_model(tmp_path: Path) -> None:
     assert infer(tmp_path / "out", model_id=f"fake?log={log}").num_resumed == 48
     assert set(generated(log).values()) == {1}
     assert (tmp_path / "out" / "test-000000_out.json").stat().st_mtime_ns == before
+
+
+def test_another_model_or_prompt_is_refused_in_the_same_folder(tmp_path: Path) -> None:
+    infer(tmp_path, sample_slices="[:2]")
+    other = {"sample_slices": "[:2]", "model_id": "fake?answer=7", "system_prompt": "Be brief."}
+    with pytest.raises(
+        ValueError, match=r"model_id was 'fake', now 'fake\?answer=7'.*system_prompt.*--overwrite"
+    ):
+        infer(tmp_path, **other)
+    assert "7" not in predictions(tmp_path).values()
+    infer(tmp_path, overwrite=True, **other)
+    assert set(predictions(tmp_path).values()) == {"7"}
 
 
 def test_failed_rows_are_recorded_and_tried_again(tmp_path: Path) -> None:

@@ -311,7 +311,8 @@ def test_an_engine_is_asked_once_for_the_rows_without_error() -> None:
     generate_rows(_rows(8), engine, task)
     (requests,) = engine.calls
     assert [request.request_id for request in requests] == [f"test-{n:06d}" for n in (0, 1, 2, 4, 5, 6)]
-    assert requests[0].images[0] is requests[1].images[0]  # decoded once
+    assert requests[0].images == requests[1].images  # encoded: the engine decodes, ahead of the model
+    assert all(isinstance(image, bytes) for request in requests for image in request.images)
     for request in requests:
         assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (7, 0.5, 0.9, 3)
         assert len(request.images) == 1

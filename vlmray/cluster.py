@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,12 +51,13 @@ def connect(log_level: str = "INFO") -> None:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     _init(log_level)
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process in the middle of things
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process midway
 
 
 def _init(log_level: str) -> None:
     if log_level == "DEBUG":
-        ray.init(address=_address())
+        ray.init(address=_address(), include_dashboard=False)
         return
     # Ray's own messages drown the progress bar: banners, advice, and core-worker lines that name no
     # problem. What goes wrong still reaches the driver, as an exception; all of it is in Ray's log files.
@@ -65,7 +67,12 @@ def _init(log_level: str) -> None:
             handler.setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _silent_stderr():  # the core worker announces its log level
-        ray.init(address=_address(), logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            address=_address(),
+            include_dashboard=False,  # of a cluster started here, which nobody would look at
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
 
 
 def _address() -> str:

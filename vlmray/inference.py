@@ -31,7 +31,7 @@ from tqdm import tqdm
 from vlmray import __version__, checkpoints, cluster, hub, stages
 from vlmray.config import InferConfig
 from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices, sample_id
-from vlmray.engines import TINY_RANDOM, build_engine
+from vlmray.engines import TINY_RANDOM, build_engine, resolve_model_id
 from vlmray.metrics import METRICS
 from vlmray.outputs import OutputDirectory, prepare_output_directory
 from vlmray.page import GalleryItem
@@ -137,13 +137,14 @@ def run_inference(run: InferenceRun) -> Summary:
 
 def _check_model(config: InferConfig) -> None:
     """Check on the driver what a replica would only find after it started."""
-    if config.engine == "fake" or config.model_id == TINY_RANDOM:
+    if config.engine == "fake":
         return
-    checkpoints.check_model_folder(config.model_id)
-    if checkpoints.local_folder(config.model_id) is None:
-        hub.check_reachable(config.model_id, "model", option="--model_id")
+    if config.model_id != TINY_RANDOM:
+        checkpoints.check_model_folder(config.model_id)
+        if checkpoints.local_folder(config.model_id) is None:
+            hub.check_reachable(config.model_id, "model", option="--model_id")
     if config.adapter:
-        checkpoints.check_adapter_folder(config.adapter, config.model_id)
+        checkpoints.check_adapter_folder(config.adapter, resolve_model_id(config.model_id))
 
 
 def _task(config: InferConfig, spec: DatasetSpec) -> Task:
