@@ -4,7 +4,7 @@
 
 Rows lie in a Parquet file, so neither side draws charts. The bare engine gets requests that are ready,
 images decoded; the pipeline reads, decodes, generates, scores and writes files and Parquet. Both rates
-are steady ones, over all but the first third of the rows: model loading, Ray's start and the blocks that
+are steady ones, over all but the first third of the rows: model loading, Ray's start and the chunks that
 pile up while its workers start are not counted. Sides alternate, so a slow spell hits both.
 """
 
@@ -27,7 +27,7 @@ from vlmray.charts import ChartDataset, ChartsConfig
 from vlmray.config import InferConfig
 from vlmray.engines import Engine, build_engine
 from vlmray.images import load_image_pil
-from vlmray.inference import InferenceRun, pipeline, plan_inference
+from vlmray.inference import InferenceRun, iter_finished, pipeline, plan_inference
 from vlmray.schema import GenerationRequest
 
 ROWS_PER_CALL = 64
@@ -98,12 +98,12 @@ def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> flo
 
 def measure_pipeline(run: InferenceRun) -> float:
     """Return the steady rate in samples per second."""
-    blocks = pipeline(run).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    return steady_rate([(time.perf_counter(), block.num_rows) for block in blocks])
+    chunks = iter_finished(pipeline(run))
+    return steady_rate([(time.perf_counter(), len(rows)) for rows in chunks])
 
 
 def steady_rate(finished: Sequence[tuple[float, int]]) -> float:
-    """Return rows per second from (time, rows) of finished blocks, after the first third of them."""
+    """Return rows per second from (time, rows) of finished chunks, after the first third of them."""
     first = max(1, len(finished) // 3)
     return sum(rows for _, rows in finished[first:]) / (finished[-1][0] - finished[first - 1][0])
 

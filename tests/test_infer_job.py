@@ -197,12 +197,13 @@ def write_chartqa(path: Path) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """A cluster as `ray start --head` makes it, token authentication included; gives its job address."""
+    """A cluster as `ray start --head` makes it, with token authentication and one GPU, if only in name."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths below it have to be short
     address = f"http://127.0.0.1:{free_port()}"
     head = subprocess.Popen(
         [
-            ray_executable(), "start", "--head", "--block", "--num-cpus", "2", "--port", str(free_port()),
+            ray_executable(), "start", "--head", "--block", "--num-cpus", "1", "--num-gpus", "1",
+            "--port", str(free_port()),
             "--dashboard-port", address.rpartition(":")[2], "--temp-dir", folder, "--disable-usage-stats",
         ],
         env={**os.environ, "RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import ray
 import ray.data
+import yaml
 from ray._private.utils import read_ray_address
 
+_BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
 
 
@@ -128,7 +130,7 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     total_gpus = _most("GPU")
     num_gpus = gpus_per_replica if gpus_per_replica is not None else float(min(1, total_gpus))
     fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
-    low, high = replica_range or (1, fitting)
+    low, high = replica_range or (max(1, min(fitting, int(_present("GPU") / (num_gpus or 1)))), fitting)
     if num_gpus * low > total_gpus:
         raise ValueError(
             f"--gpus_per_replica {num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs; the "
@@ -139,7 +141,7 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
         return ReplicaPlan(
             min_replicas=low, max_replicas=high, num_gpus=num_gpus, num_cpus=0, num_threads=None
         )
-    total_cpus = _most("CPU")
+    total_cpus = _present("CPU")
     return ReplicaPlan(
         min_replicas=low,
         max_replicas=high,
@@ -149,13 +151,34 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     )
 
 
+def cpus_per_task() -> float:
+    """Return the CPUs that a task of the other stages may ask for: replicas always leave that much."""
+    return min(1.0, _present("CPU") / 2) or 1.0
+
+
+def _present(resource: str) -> float:
+    return ray.cluster_resources().get(resource, 0)
+
+
 def _most(resource: str) -> float:
     """Return what the cluster has of a resource, or could start if it autoscales."""
-    # Private, but the call with which Ray Train and Ray Data ask the same question of the autoscaler.
-    from ray._private.state import state
+    return max(_present(resource), _startable(resource))
 
-    configured = state.get_max_resources_from_cluster_config() or {}
-    return max(ray.cluster_resources().get(resource, 0), configured.get(resource, 0))
+
+def _startable(resource: str) -> float:
+    """Return what the autoscaler may start, by the config that `ray up` leaves on the head node.
+
+    No call of Ray's answers this for clusters of the launcher before a node of the type runs.
+    """
+    try:
+        config = yaml.safe_load(_BOOTSTRAP_CONFIG.expanduser().read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return 0
+    limit = config.get("max_workers", 0)
+    return sum(
+        node.get("resources", {}).get(resource, 0) * min(node.get("max_workers", limit), limit)
+        for node in config.get("available_node_types", {}).values()
+    )
 
 
 def _node_cpus() -> float:

@@ -5,8 +5,9 @@
     progress, failures, closing table  <- a few numbers per row -- the driver
 
 The pipeline streams: what is in flight is bounded, whatever the size of the dataset, and neither
-images nor texts pass through the driver. A block of rows is the unit of work and of loss: a replica
-that dies has its block generated again elsewhere, a run that dies loses the blocks in flight.
+images nor texts pass through the driver. A chunk of rows is the unit of work and of loss: a replica
+that dies has its chunk generated again elsewhere, a run that dies loses the chunks in flight. A chunk
+travels as one Arrow row that holds its samples, so Ray neither merges chunks nor splits them.
 """
 
 from __future__ import annotations
@@ -51,14 +52,18 @@ _ANSWER_OPTIONS = (
     "max_pixels", "output_format",
 )  # fmt: skip
 
-_BATCHES_PER_BLOCK = 4
-"""Rows of like length are batched together within a block, so it holds several batches."""
+_BATCHES_PER_CHUNK = 4
+"""Rows of like length are batched together within a chunk, so it holds several batches."""
+
+_NUM_LOCAL_TASKS = 4
+"""Reading or writing tasks at a time on the driver's machine."""
 
 _MAX_TASK_RETRIES = 4
 """A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
 
 _SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
-_PROGRESS_COLUMNS = ["sample_id", "error", *(f"{stage}_s" for stage in STAGES)]
+_CHUNK_SCHEMA = pa.schema({"rows": pa.list_(pa.struct(list(ROW_SCHEMA)))})
+_PROGRESS_COLUMNS = ("sample_id", "error", *(f"{stage}_s" for stage in STAGES))
 
 
 class InferenceError(RuntimeError):
@@ -179,41 +184,42 @@ def pipeline(run: InferenceRun) -> Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
-    rows_per_block = _rows_per_block(len(run.pending), run.config.batch_size, replicas.max_replicas)
-    num_blocks = -(-len(run.pending) // rows_per_block)
-    here = cluster.driver_node()
+    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
+    num_chunks = -(-len(run.pending) // chunk_size)
+    # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
+    here = {"label_selector": cluster.driver_node(), "num_cpus": 0, "concurrency": _NUM_LOCAL_TASKS}
+    anywhere = {"num_cpus": cluster.cpus_per_task()}
     rows = ray.data.read_datasource(
-        _RowSource(run, rows_per_block),
-        override_num_blocks=num_blocks,
-        label_selector=here if run.source.on_driver else None,
+        _RowSource(run, chunk_size),
+        override_num_blocks=num_chunks,
+        **(here if run.source.on_driver else anywhere),
     )
     keep_images = run.config.output_format != "parquet"
-    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images))
+    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images), **anywhere)
     rows = _map(
         rows,
         _Replica,
         fn_constructor_kwargs={"engine": _engine_options(run.config, replicas), "task": run.task},
         compute=ActorPoolStrategy(
-            min_size=min(replicas.min_replicas, num_blocks),
-            max_size=min(replicas.max_replicas, num_blocks),
+            min_size=min(replicas.min_replicas, num_chunks),
+            max_size=min(replicas.max_replicas, num_chunks),
         ),
         num_cpus=replicas.num_cpus,
         num_gpus=replicas.num_gpus,
         max_task_retries=_MAX_TASK_RETRIES,
     )
-    # A local folder means this machine's; behind a URI any node can write.
     finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)
-    return _map(rows, finish, num_cpus=0.5, label_selector=here if run.folder.is_local else None)
+    return _map(rows, finish, **(here if run.folder.is_local else anywhere))
 
 
 def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
-    return rows.map_batches(fn, batch_size=None, batch_format="pyarrow", **options)
+    return rows.map_batches(fn, batch_size=1, batch_format="pyarrow", **options)
 
 
-def _rows_per_block(num_rows: int, batch_size: int, num_replicas: int) -> int:
+def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
     per_replica = -(-num_rows // (4 * num_replicas))
-    return max(1, min(_BATCHES_PER_BLOCK * batch_size, max(batch_size, per_replica)))
+    return max(1, min(_BATCHES_PER_CHUNK * batch_size, max(batch_size, per_replica)))
 
 
 def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
@@ -222,22 +228,22 @@ def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[
 
 
 class _RowSource(Datasource):
-    """A source as Ray Data reads it: one task for each block of the pending rows."""
+    """A source as Ray Data reads it: one task for each chunk of the pending rows."""
 
-    def __init__(self, run: InferenceRun, rows_per_block: int) -> None:
+    def __init__(self, run: InferenceRun, chunk_size: int) -> None:
         super().__init__()
         self._run = run
-        self._rows_per_block = rows_per_block
+        self._chunk_size = chunk_size
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         source = ray.put(self._run.source)
-        pending, size = self._run.pending, self._rows_per_block
+        pending, size = self._run.pending, self._chunk_size
         tasks = []
         for start in range(0, len(pending), size):
-            # A task gets the row before its block and a block more, to move its borders (see read_chunk).
+            # A task gets the row before its chunk and a chunk more, to move its borders (see read_chunk).
             first = max(0, start - 1)
             read = functools.partial(
                 _read, source, self._run.spec, self._run.config.dataset_split,
@@ -255,12 +261,12 @@ def _read(
 ) -> Iterator[pa.Table]:
     rows = _timed("read", stages.read_chunk, ray.get(source), spec, split, selected, start, start + size)
     if rows:
-        yield _to_table(rows)
+        yield _pack(rows)
 
 
-def _prepare(block: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
+def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
     prepare = functools.partial(stages.prepare_rows, keep_images=keep_images)
-    return _to_table(_timed("prepare", prepare, block.to_pylist(), task))
+    return _pack(_timed("prepare", prepare, _unpack(chunk), task))
 
 
 class _Replica:
@@ -270,13 +276,11 @@ class _Replica:
         self._engine = build_engine(**engine)
         self._task = task
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return _to_table(
-            _timed("generate", stages.generate_rows, block.to_pylist(), self._engine, self._task)
-        )
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        return _pack(_timed("generate", stages.generate_rows, _unpack(chunk), self._engine, self._task))
 
 
-def _score_and_save(block: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
+def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
     """Score and write rows, and leave of them what the driver counts."""
 
     def finish(rows: list[Row]) -> list[Row]:
@@ -284,7 +288,8 @@ def _score_and_save(block: pa.Table, *, task: Task, folder: OutputDirectory) -> 
         stages.save_rows(rows, folder)
         return rows
 
-    return _to_table(_timed("write", finish, block.to_pylist())).select(_PROGRESS_COLUMNS)
+    rows = _timed("write", finish, _unpack(chunk))
+    return _pack([{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows])
 
 
 def _timed(stage: str, function: Callable[..., list[Row]], *args: Any) -> list[Row]:
@@ -295,8 +300,19 @@ def _timed(stage: str, function: Callable[..., list[Row]], *args: Any) -> list[R
     return [{**row, f"{stage}_s": share} for row in rows]
 
 
-def _to_table(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(rows, ROW_SCHEMA)
+def _pack(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist([{"rows": rows}], _CHUNK_SCHEMA)
+
+
+def _unpack(chunk: pa.Table) -> list[Row]:
+    (rows,) = chunk["rows"].to_pylist()
+    return rows
+
+
+def iter_finished(results: Dataset) -> Iterator[list[Row]]:
+    """Run the pipeline; yield of each chunk, once it is written, ids, errors and seconds by stage."""
+    for chunk in results.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield _unpack(chunk)
 
 
 def _consume(run: InferenceRun, results: Dataset) -> dict[str, float]:
@@ -305,13 +321,12 @@ def _consume(run: InferenceRun, results: Dataset) -> dict[str, float]:
     num_failed = 0
     try:
         with _progress_bar(run) as bar:
-            block: pa.Table
-            for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                num_failed += block.num_rows - block["error"].null_count
+            for rows in iter_finished(results):
+                num_failed += sum(row["error"] is not None for row in rows)
                 for stage in seconds:
-                    seconds[stage] += pc.sum(block[f"{stage}_s"]).as_py() or 0.0
+                    seconds[stage] += sum(row[f"{stage}_s"] or 0.0 for row in rows)
                 bar.set_postfix(failed=num_failed, refresh=False)
-                bar.update(block.num_rows)
+                bar.update(len(rows))
                 _check_errors(num_failed, run.config.max_errors)
     except ray.exceptions.RayError as error:
         raise InferenceError(_root_cause(error)) from error
