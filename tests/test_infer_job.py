@@ -199,20 +199,20 @@ def write_chartqa(path: Path) -> None:
 def cluster() -> Iterator[str]:
     """A cluster as `ray start --head` makes it, with token authentication and one GPU, if only in name."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths below it have to be short
-    address = f"http://127.0.0.1:{free_port()}"
+    jobs, agent = free_port(), free_port()  # Ray's default ports may be another cluster's
     head = subprocess.Popen(
         [
             ray_executable(), "start", "--head", "--block", "--num-cpus", "1", "--num-gpus", "1",
-            "--port", str(free_port()),
-            "--dashboard-port", address.rpartition(":")[2], "--temp-dir", folder, "--disable-usage-stats",
+            "--port", str(free_port()), "--dashboard-port", str(jobs),
+            "--dashboard-agent-listen-port", str(agent), "--temp-dir", folder, "--disable-usage-stats",
         ],
         env={**os.environ, "RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
-        wait_until(lambda: head.poll() is not None or answers(address))
+        wait_until(lambda: head.poll() is not None or (answers(jobs) and answers(agent)))
         assert head.poll() is None
-        yield address
+        yield f"http://127.0.0.1:{jobs}"
     finally:
         for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
             process.kill()
@@ -229,10 +229,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def answers(address: str) -> bool:
-    host, _, port = address.removeprefix("http://").partition(":")
+def answers(port: int) -> bool:
     with socket.socket() as client:
-        return client.connect_ex((host, int(port))) == 0
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_ray_job_submit_runs_it_on_a_cluster(tmp_path: Path, cluster: str) -> None:

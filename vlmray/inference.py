@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from tqdm import tqdm
@@ -187,7 +187,8 @@ def pipeline(run: InferenceRun) -> Dataset:
     chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_chunks = -(-len(run.pending) // chunk_size)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
-    here = {"label_selector": cluster.driver_node(), "num_cpus": 0, "concurrency": _NUM_LOCAL_TASKS}
+    few = TaskPoolStrategy(_NUM_LOCAL_TASKS)
+    here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
     anywhere = {"num_cpus": cluster.cpus_per_task()}
     rows = ray.data.read_datasource(
         _RowSource(run, chunk_size),
