@@ -27,7 +27,8 @@ from vlmray.charts import ChartDataset, ChartsConfig
 from vlmray.config import InferConfig
 from vlmray.engines import Engine, build_engine
 from vlmray.images import load_image_pil
-from vlmray.inference import InferenceRun, iter_finished, pipeline, plan_inference
+from vlmray.inference import plan_inference
+from vlmray.pipeline import InferenceRun, iter_finished
 from vlmray.schema import GenerationRequest
 
 ROWS_PER_CALL = 64
@@ -98,8 +99,7 @@ def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> flo
 
 def measure_pipeline(run: InferenceRun) -> float:
     """Return the steady rate in samples per second."""
-    chunks = iter_finished(pipeline(run))
-    return steady_rate([(time.perf_counter(), len(rows)) for rows in chunks])
+    return steady_rate([(time.perf_counter(), len(rows)) for rows in iter_finished(run)])
 
 
 def steady_rate(finished: Sequence[tuple[float, int]]) -> float:

@@ -127,15 +127,30 @@ class OutputDirectory:
             else:
                 self._delete(f"{_PARTS}/{name}")
 
-    def read_results(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read all result rows, from Parquet where there is any, else from the files."""
+    def read_results(
+        self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
+    ) -> pa.Table:
+        """Read result rows, from Parquet where there is any, else from the files.
+
+        Args:
+            columns: Columns of `RESULT_SCHEMA`; all without.
+            sample_ids: Samples to read, where they are there; all without.
+        """
         wanted = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(c) for c in columns])
         if self.output_format == "files":
+            names = set(self._sample_ids())
+            names &= names if sample_ids is None else set(sample_ids)
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                rows = pool.map(self._read_out_file, self._sample_ids())
+                rows = pool.map(self._read_out_file, sorted(names))
                 return pa.Table.from_pylist([{c: row.get(c) for c in wanted.names} for row in rows], wanted)
+        only = None if sample_ids is None else pa.array(sorted(sample_ids), pa.string())
+
+        def read(name: str) -> pa.Table:
+            table = self._read_part(name, wanted.names)
+            return table if only is None else table.filter(pc.is_in(table["sample_id"], only))
+
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            tables = list(pool.map(lambda name: self._read_part(name, wanted.names), self._parts()))
+            tables = list(pool.map(read, self._parts()))
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
     def read_image(self, sample_id: str) -> bytes | None:

@@ -1,0 +1,209 @@
+"""The pipeline on Ray Data: read, prepare, generate on a pool of model replicas, score, write.
+
+    read + prepare (CPU tasks) -> generate (actors that hold the model) -> score + write (CPU tasks)
+                                                                              |
+                          iter_finished  <- a few numbers per row -- the driver
+
+It streams: what is in flight is bounded, whatever the size of the dataset, and neither images nor texts
+pass through the driver. A chunk of rows is the unit of work and of loss: a replica that dies has its
+chunk generated again elsewhere, a run that dies loses the chunks in flight. A chunk travels as one
+Arrow row that holds its samples, so Ray neither merges chunks nor splits them.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from vlmray import cluster, stages
+from vlmray.config import InferConfig
+from vlmray.dataset import DatasetSpec
+from vlmray.engines import build_engine
+from vlmray.outputs import OutputDirectory
+from vlmray.sources import Source
+from vlmray.stages import ROW_SCHEMA, STAGES, Row, Task
+
+_ENGINE_OPTIONS = (
+    "engine", "model_id", "adapter", "quantization", "dtype", "batch_size", "min_pixels", "max_pixels",
+    "trust_remote_code",
+)  # fmt: skip
+
+_BATCHES_PER_CHUNK = 4
+"""Rows of like length are batched together within a chunk, so it holds several batches."""
+
+_NUM_LOCAL_TASKS = 4
+"""Reading or writing tasks at a time on the driver's machine."""
+
+_MAX_TASK_RETRIES = 4
+"""A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
+
+_CHUNK_SCHEMA = pa.schema({"rows": pa.list_(pa.struct(list(ROW_SCHEMA)))})
+_PROGRESS_COLUMNS = ("sample_id", "error", *(f"{stage}_s" for stage in STAGES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRun:
+    """A run before it starts: everything checked, nothing loaded."""
+
+    config: InferConfig
+    source: Source
+    spec: DatasetSpec
+    task: Task
+    folder: OutputDirectory
+
+    selected: Sequence[int]
+    """Row indices of the selection."""
+
+    pending: Sequence[int]
+    """Row indices still to answer."""
+
+
+def iter_finished(run: InferenceRun) -> Iterator[list[Row]]:
+    """Answer the pending rows; yield of each chunk, once it is written, what the driver counts.
+
+    Yields:
+        Rows with id, error and the seconds they took in each stage.
+    """
+    for chunk in _wire(run).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield _unpack(chunk)
+
+
+def _wire(run: InferenceRun) -> Dataset:
+    """Connect the stages; nothing runs until the result is consumed."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
+    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
+    num_chunks = -(-len(run.pending) // chunk_size)
+    # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
+    few = TaskPoolStrategy(_NUM_LOCAL_TASKS)
+    here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
+    anywhere = {"num_cpus": cluster.cpus_per_task()}
+    rows = ray.data.read_datasource(
+        _RowSource(run, chunk_size),
+        override_num_blocks=num_chunks,
+        **(here if run.source.on_driver else anywhere),
+    )
+    keep_images = run.config.output_format != "parquet"
+    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images), **anywhere)
+    rows = _map(
+        rows,
+        _Replica,
+        fn_constructor_kwargs={"engine": _engine_options(run.config, replicas), "task": run.task},
+        compute=ActorPoolStrategy(
+            min_size=min(replicas.min_replicas, num_chunks),
+            max_size=min(replicas.max_replicas, num_chunks),
+        ),
+        num_cpus=replicas.num_cpus,
+        num_gpus=replicas.num_gpus,
+        max_task_retries=_MAX_TASK_RETRIES,
+    )
+    finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)
+    return _map(rows, finish, **(here if run.folder.is_local else anywhere))
+
+
+def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
+    return rows.map_batches(fn, batch_size=1, batch_format="pyarrow", **options)
+
+
+def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
+    """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
+    per_replica = -(-num_rows // (4 * num_replicas))
+    return max(1, min(_BATCHES_PER_CHUNK * batch_size, max(batch_size, per_replica)))
+
+
+def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
+    options = {name: getattr(config, name) for name in _ENGINE_OPTIONS}
+    return {**options, "num_threads": replicas.num_threads}
+
+
+class _RowSource(Datasource):
+    """A source as Ray Data reads it: one task for each chunk of the pending rows."""
+
+    def __init__(self, run: InferenceRun, chunk_size: int) -> None:
+        super().__init__()
+        self._run = run
+        self._chunk_size = chunk_size
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        source = ray.put(self._run.source)
+        pending, size = self._run.pending, self._chunk_size
+        tasks = []
+        for start in range(0, len(pending), size):
+            # A task gets the row before its chunk and a chunk more, to move its borders (see read_chunk).
+            first = max(0, start - 1)
+            read = functools.partial(
+                _read, source, self._run.spec, self._run.config.dataset_split,
+                selected=pending[first : start + 2 * size + 1], start=start - first, size=size,
+            )  # fmt: skip
+            metadata = BlockMetadata(
+                num_rows=min(size, len(pending) - start), size_bytes=None, input_files=None, exec_stats=None
+            )
+            tasks.append(ReadTask(read, metadata))
+        return tasks
+
+
+def _read(
+    source: ray.ObjectRef, spec: DatasetSpec, split: str, *, selected: Sequence[int], start: int, size: int
+) -> Iterator[pa.Table]:
+    rows = _timed("read", stages.read_chunk, ray.get(source), spec, split, selected, start, start + size)
+    if rows:
+        yield _pack(rows)
+
+
+def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
+    prepare = functools.partial(stages.prepare_rows, keep_images=keep_images)
+    return _pack(_timed("prepare", prepare, _unpack(chunk), task))
+
+
+class _Replica:
+    """An actor that holds the model."""
+
+    def __init__(self, engine: Mapping[str, Any], task: Task) -> None:
+        self._engine = build_engine(**engine)
+        self._task = task
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        return _pack(_timed("generate", stages.generate_rows, _unpack(chunk), self._engine, self._task))
+
+
+def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
+    """Score and write rows, and leave of them what the driver counts."""
+
+    def finish(rows: list[Row]) -> list[Row]:
+        rows = [stages.score_row(row, task) for row in rows]
+        stages.save_rows(rows, folder)
+        return rows
+
+    rows = _timed("write", finish, _unpack(chunk))
+    return _pack([{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows])
+
+
+def _timed(stage: str, function: Callable[..., list[Row]], *args: Any) -> list[Row]:
+    """Run a stage on rows and note each row's share of the time it took."""
+    started = time.perf_counter()
+    rows = function(*args)
+    share = (time.perf_counter() - started) / max(1, len(rows))
+    return [{**row, f"{stage}_s": share} for row in rows]
+
+
+def _pack(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist([{"rows": rows}], _CHUNK_SCHEMA)
+
+
+def _unpack(chunk: pa.Table) -> list[Row]:
+    (rows,) = chunk["rows"].to_pylist()
+    return rows
