@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlmray.charts import ChartDataset, parse_charts_name
+from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.images import decode_image
 from vlmray.inference import InferenceError, plan_inference, run_inference
@@ -136,6 +137,43 @@ def test_failed_rows_are_recorded_and_tried_again(tmp_path: Path) -> None:
     again = {name for name, times in generated(log).items() if times == 2}
     assert again == {f"test-{index:06d}" for index in range(0, 48, 6)}
     assert len(predictions(tmp_path / "out")) == 48
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """40 rows of ChartQA's columns, five of them with images that are not images."""
+    charts = ChartDataset(parse_charts_name("charts?num_rows=40&questions_per_image=1"), "test")
+    rows: list[dict[str, Any]] = [
+        {"image": {"bytes": row["image"], "path": None}, "query": row["question"], "label": row["answers"],
+         "human_or_machine": 0}
+        for row in charts
+    ]  # fmt: skip
+    whole = rows[19]["image"]["bytes"]
+    for index, data in {3: b"", 11: b"no image", 19: whole[:200], 20: None, 39: b"\x89PNG"}.items():
+        rows[index]["image"] = {"bytes": data, "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    return tmp_path / "test.parquet"
+
+
+def test_broken_images_become_error_records(
+    tmp_path: Path, broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--engine fake --model_id fake --dataset_name {broken} --sample_slices [:]".split()
+    with pytest.raises(SystemExit) as stopped:
+        run_job("infer", [*options, "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 0
+    assert "40 rows in = 35 answered + 5 failed" in capsys.readouterr().out
+    rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
+    failed = {row["sample_id"]: row["error"] for row in rows if row["error"]}
+    assert sorted(failed) == [f"test-{index:06d}" for index in (3, 11, 19, 20, 39)]
+    assert all("image" in error for error in failed.values())
+
+    strict = ["--output_dir", str(tmp_path / "strict"), "--max_errors", "0", "--batch_size", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        run_job("infer", [*options, *strict])
+    assert stopped.value.code == 1
+    assert "error: 1 rows failed, --max_errors allows 0" in capsys.readouterr().err
+    assert list((tmp_path / "strict").glob("*_out.json"))
 
 
 def test_max_errors_stops_and_keeps_what_is_finished(tmp_path: Path) -> None:
