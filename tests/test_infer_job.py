@@ -218,8 +218,10 @@ def test_installed_wheel_needs_no_repository(tmp_path: Path) -> None:
         text=True,
     )
     assert built.returncode == 0, built.stderr
+    # Templates travel with the code only if the package says so.
     code = (
-        "from vlmray import cli, inference, page; page.render_page(page.Page(title='t')); print(cli.__file__)"
+        "from vlmray import cli, inference, page; fact = page.Fact(label='l', value='v');"
+        "page.render_page(page.Page(title='t', headline=fact)); print(cli.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -86,7 +86,7 @@ def _wire(run: InferenceRun) -> Dataset:
     chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_chunks = -(-len(run.pending) // chunk_size)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
-    few = TaskPoolStrategy(_NUM_LOCAL_TASKS)
+    few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
     anywhere = {"num_cpus": cluster.cpus_per_task()}
     rows = ray.data.read_datasource(
