@@ -50,7 +50,8 @@ def main() -> None:
         rates: dict[str, list[float]] = {"bare engine": [], "pipeline": []}
         for repeat in range(options.repeats):
             rates["bare engine"].append(measure_engine(engine, requests))
-            rates["pipeline"].append(measure_pipeline(plan_run(options, data, f"{folder}/{repeat}")))
+            run = plan_run(options, data, f"{folder}/{repeat}")
+            rates["pipeline"].append(measure_pipeline(run, replicas))
     print_table(rates, options.num_rows)
 
 
@@ -97,9 +98,9 @@ def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> flo
     return steady_rate(finished)
 
 
-def measure_pipeline(run: InferenceRun) -> float:
+def measure_pipeline(run: InferenceRun, replicas: cluster.ReplicaPlan) -> float:
     """Return the steady rate in samples per second."""
-    return steady_rate([(time.perf_counter(), len(rows)) for rows in iter_finished(run)])
+    return steady_rate([(time.perf_counter(), len(rows)) for rows in iter_finished(run, replicas)])
 
 
 def steady_rate(finished: Sequence[tuple[float, int]]) -> float:

@@ -337,7 +337,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert [name for name in _names(tmp_path) if name.endswith(".tmp")]
     (tmp_path / ".mine.tmp").write_text("mine")
     _open(tmp_path)
-    assert _names(tmp_path) == {"options.json", "test-000000_img.jpg", ".mine.tmp"}
+    assert _names(tmp_path) == {"options.json", ".mine.tmp"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"\x00" * 500, None])
@@ -415,3 +415,11 @@ def test_the_parts_are_plain_parquet(tmp_path: Path) -> None:
     assert table.schema.remove_metadata() == RESULT_SCHEMA
     assert sorted(table["sample_id"].to_pylist()) == ["test-000000", "test-000001", "test-000002"]
     assert pa.types.is_list(table.schema.field("answers").type)
+
+
+def test_a_run_that_ended_before_its_first_result_binds_nobody(tmp_path: Path) -> None:
+    prepare_output_directory(str(tmp_path), {"model_id": "a"})
+    (tmp_path / "test-000000_in.json").write_text("{}")  # died between this file and the answer
+    prepare_output_directory(str(tmp_path), {"model_id": "b"})
+    assert json.loads((tmp_path / "options.json").read_text()) == {"model_id": "b"}
+    assert not (tmp_path / "test-000000_in.json").exists()

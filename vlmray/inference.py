@@ -88,13 +88,15 @@ def run_inference(run: InferenceRun) -> Summary:
     """Answer the pending rows, write report and manifest, and return the run in numbers.
 
     Raises:
+        ValueError: the cluster has not the GPUs asked for.
         InferenceError: a replica failed, or more rows failed than `--max_errors` allows.
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     if run.pending:
         cluster.connect(run.config.log_level)
-        seconds = _consume(run)
+        replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
+        seconds = _consume(run, replicas)
     return _conclude(run, time.perf_counter() - started, seconds)
 
 
@@ -136,13 +138,13 @@ def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
     return {**options, **checkpoint, **dataclasses.asdict(spec)}
 
 
-def _consume(run: InferenceRun) -> dict[str, float]:
+def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan) -> dict[str, float]:
     """Pull the pipeline to its end, show how far it is, and return the seconds of work by stage."""
     seconds = dict.fromkeys(STAGES, 0.0)
     num_failed = 0
     try:
         with _progress_bar(run) as bar:
-            for rows in iter_finished(run):
+            for rows in iter_finished(run, replicas):
                 num_failed += sum(row["error"] is not None for row in rows)
                 for stage in seconds:
                     seconds[stage] += sum(row[f"{stage}_s"] or 0.0 for row in rows)

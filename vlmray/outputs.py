@@ -285,15 +285,16 @@ def prepare_output_directory(
         filesystem, root = _open(folder.uri)
         filesystem.create_dir(root if output_format == "files" else f"{root}/{_PARTS}", recursive=True)
         found = folder.read_options()
-        if found is not None and overwrite:
-            folder.clear()
-        elif found is not None and found != options:
-            raise ValueError(_difference(output_dir, found, options))
-        elif found is None and folder.has_results():
+        has_results = folder.has_results()
+        if found is None and has_results:
             raise ValueError(
                 f"--output_dir {output_dir} holds results but no {_OPTIONS} that says what they are of; "
                 "choose another folder"
             )
+        if found is not None and (overwrite or not has_results):
+            folder.clear()  # a run that ended before its first result binds nobody to its options
+        elif found is not None and found != options:
+            raise ValueError(_difference(output_dir, found, options))
         folder.remove_leftovers()
         folder.write_text(_OPTIONS, _json(options))  # written again, to see that the folder takes files
     except (OSError, pa.ArrowInvalid) as error:

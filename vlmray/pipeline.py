@@ -67,22 +67,21 @@ class InferenceRun:
     """Row indices still to answer."""
 
 
-def iter_finished(run: InferenceRun) -> Iterator[list[Row]]:
+def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[list[Row]]:
     """Answer the pending rows; yield of each chunk, once it is written, what the driver counts.
 
     Yields:
         Rows with id, error and the seconds they took in each stage.
     """
-    for chunk in _wire(run).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+    for chunk in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield _unpack(chunk)
 
 
-def _wire(run: InferenceRun) -> Dataset:
+def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     """Connect the stages; nothing runs until the result is consumed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
     chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_chunks = -(-len(run.pending) // chunk_size)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
