@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import pytest
 
-from vlmray.config import InferConfig, build_config, field_docs, parse_args
+from vlmray.config import InferConfig
+from vlmray.options import build_config, field_docs, parse_args
 
 HEAVY = ("torch", "ray", "transformers", "pyarrow", "datasets", "numpy", "PIL", "yaml")
 

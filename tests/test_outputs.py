@@ -229,7 +229,7 @@ def test_discard_touches_only_what_it_must(tmp_path: Path) -> None:
 def test_other_options_are_named(tmp_path: Path) -> None:
     _save(_open(tmp_path), _row(0))
     _open(tmp_path, choices=["a", "b"])  # the same in JSON
-    with pytest.raises(ValueError, match="holds answers of another run") as error_info:
+    with pytest.raises(ValueError, match="holds another run") as error_info:
         _open(tmp_path, max_new_tokens=7, adapter="x\ny")
     message = str(error_info.value)
     assert "(adapter was None, now 'x\\ny'; max_new_tokens was 5, now 7)" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import random
 import re
 import shutil
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image, ImageDraw
 
 from vlmray import page
-from vlmray.page import Cell, Column, Fact, Gallery, GalleryItem, Page, Table
+from vlmray.page import Cell, Column, Fact, Gallery, GalleryItem, Mark, Page, Table
+from vlmray.plots import Plot, Series
 
 VOID_TAGS = {"meta", "img", "wbr", "br", "link", "rect"}
 
@@ -35,6 +38,24 @@ def make_item(index: int = 0, **values: Any) -> GalleryItem:
 def make_table(text: str = "bar") -> Table:
     columns = (Column(text), Column(text, numeric=True), Column(text))
     return Table(title=text, columns=columns, rows=((text, Cell(text, 0.5), text),), note=text)
+
+
+def make_plot(text: str = "bar", **values: Any) -> Plot:
+    """Make a plot with all there is to draw, the same text in every place there is."""
+    points = tuple((float(x), x / 7 if x != 4 else math.nan) for x in range(8))
+    bars = tuple((y - 0.1, y + 0.1) for _, y in points)
+    series = (
+        Series(name=text, points=points, style="faint"),
+        Series(name=text, points=points, intervals=bars, style="dots"),
+        Series(name=text, points=points, intervals=bars),
+    )
+    return Plot(
+        **({"title": text, "x_label": text, "y_label": text, "note": text, "series": series} | values)
+    )
+
+
+def render_sections(*sections: Table | Plot | Gallery) -> str:
+    return page.render_page(Page(title="T", headline=Fact("a", "1"), sections=sections))
 
 
 def render(*items: GalleryItem, text: str = "bar") -> str:
@@ -220,7 +241,97 @@ def test_unreadable_images_are_named(image: bytes) -> None:
     assert "The image cannot be read" in Reader(render(make_item(image=image))).text
 
 
+# Plots
+
+
+def read_svg(html: str) -> list[ElementTree.Element]:
+    """Parse the pictures of all plots as XML."""
+    charts = re.findall(r'<svg class="plot".*?</svg>\s*</div>', html, re.DOTALL)
+    return [ElementTree.fromstring(chart.removesuffix("</div>").strip()) for chart in charts]
+
+
+def test_a_plot_is_a_picture_with_a_name_and_a_description() -> None:
+    html = render_sections(make_plot("a"), make_table(), make_plot("b", collapsed=True), make_plot("c"))
+    pictures = read_svg(html)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert picture.get("role") == "img"
+        name, description = picture.findall("title") + picture.findall("desc")
+        assert (picture.get("aria-labelledby"), picture.get("aria-describedby")) == (
+            name.get("id"),
+            description.get("id"),
+        )
+        assert "8 values" in (description.text or "") or "7 values" in (description.text or "")
+    ids = [attrs["id"] for _, attrs in Reader(html).tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) == 6
+
+
+def test_texts_of_a_plot_stay_text() -> None:
+    attack = "</svg></title><script>alert(1)</script><b onclick='x'>\" & ]]> {{ 7*7 }} \x00"
+    html = render_sections(make_plot(attack))
+    reader = Reader(html)
+    assert len(list(reader.find("script"))) == 1
+    assert not list(reader.find("b"))
+    assert not [name for _, attrs in reader.tags for name in attrs if name.startswith("on")]
+    (picture,) = read_svg(html)
+    assert attack.replace("\x00", "\ufffd") in {text.strip() for text in picture.itertext()}
+
+
+def test_a_plot_needs_no_network_and_no_style_of_its_own() -> None:
+    html = render_sections(make_plot())
+    for _, attrs in Reader(html).tags:
+        assert not {"style", "href", "src", "xlink:href", "fill", "stroke"} & attrs.keys()
+    assert not re.search(r"//[a-z]|url\(|@import", html)
+
+
+def test_values_of_a_plot_are_listed_below_it() -> None:
+    (plotted,) = re.findall(
+        r'<details class="fold values">(.*?)</details>', render_sections(make_plot()), re.DOTALL
+    )
+    assert plotted.count("<tr>") == 9  # the heading and eight values
+    assert "0.2857 (0.1857 to 0.3857)" in plotted
+    assert plotted.count("NaN") == 3
+
+
+def test_long_series_make_small_pages() -> None:
+    rng = random.Random(0)
+    series = tuple(
+        Series(
+            name=f"s{number}",
+            points=tuple((step, rng.random()) for step in range(20_000)),
+            intervals=((0.0, 1.0),) * 20_000,
+            style="dots",
+        )
+        for number in range(5)
+    )
+    html = render_sections(make_plot(series=series))
+    assert len(html) < 130_000
+    (picture,) = read_svg(html)
+    assert len(picture.findall(".//path")) == 10  # five lines, five bands
+
+
+def test_a_plot_without_values_says_so() -> None:
+    html = render_sections(
+        make_plot(series=()), make_plot(series=(Series(name="s", points=((0, math.inf),)),))
+    )
+    assert not read_svg(html)
+    assert Reader(html).text.count("No finite values to show.") == 2
+
+
+def test_plots_in_a_row_share_it() -> None:
+    html = render_sections(make_plot(), make_plot(), make_table(), make_plot(collapsed=True), make_plot())
+    assert html.count('<div class="plots">') == 2
+    assert [attrs.get("class") for attrs in Reader(html).find("section")].count("folded") == 1
+
+
 # Tables and numbers
+
+
+def test_a_mark_is_a_word_and_a_sign() -> None:
+    table = Table(title="T", columns=(Column("a"), Column("b")), rows=(("x", Mark("wrong", "failed")),))
+    assert "✕ failed" in Reader(render_sections(table)).text
+    assert "failed" in table.to_text()
+    assert not table.is_barred(1)
 
 
 def test_one_table_three_ways() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vlmray.charts import ChartDataset, parse_charts_name
-from vlmray.config import InferConfig, field_docs, parse_args
+from vlmray.config import InferConfig
+from vlmray.options import field_docs, parse_args
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -348,7 +348,15 @@ def _parse_whole_number(key: str, value: str) -> int:
         raise ValueError(f"charts: {key} must be a whole number, got {value!r}") from None
 
 
-class Row(TypedDict):
+class QuestionRow(TypedDict):
+    """One question."""
+
+    question: str
+    answers: list[str]
+    family: str
+
+
+class Row(QuestionRow):
     """One question about one chart."""
 
     image: bytes
@@ -356,10 +364,6 @@ class Row(TypedDict):
 
     image_id: str
     """Split and image number: rows of the same image share it."""
-
-    question: str
-    answers: list[str]
-    family: str
 
 
 class ChartDataset:
@@ -393,16 +397,18 @@ class ChartDataset:
         Raises:
             IndexError: `index` is negative or not below the number of rows.
         """
+        _, png = self._draw(self._locate(index)[0])
+        return Row(image=png, image_id=self.image_id(index), **self.ask(index))
+
+    def image_id(self, index: int) -> str:
+        """Name the image of a row; rows of one image follow each other."""
+        return f"{self.split}-{self._locate(index)[0]:06d}"
+
+    def ask(self, index: int) -> QuestionRow:
+        """Return what a row asks, without drawing its image."""
         image_index, slot = self._locate(index)
-        chart, png = self._draw(image_index)
-        family, question = self._ask(chart, image_index, slot)
-        return Row(
-            image=png,
-            image_id=f"{self.split}-{image_index:06d}",
-            question=question.text,
-            answers=[question.answer],
-            family=family,
-        )
+        family, question = self._ask(self._chart(image_index), image_index, slot)
+        return QuestionRow(question=question.text, answers=[question.answer], family=family)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))

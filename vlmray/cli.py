@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 from vlmray import __version__
-from vlmray.config import InferConfig, parse_args
+from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.options import parse_args
 
-C = TypeVar("C", bound=InferConfig)
+C = TypeVar("C", bound=QuestionsConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,21 @@ def infer(config: InferConfig) -> int:
     return 0 if summary.num_answered else 1
 
 
-JOBS: dict[str, Job[Any]] = {"infer": Job(InferConfig, infer)}
+def finetune(config: FinetuneConfig) -> int:
+    """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
+    from vlmray.finetune import plan_finetune, run_finetune
+    from vlmray.training_report import format_training_table
+
+    run = plan_finetune(config)
+    report = run_finetune(run)
+    print(f"\n{format_training_table(report)}\n\nreport: {run.folder.uri}/report.html")
+    return 0 if all(check.passed for check in report.checks) else 1
+
+
+JOBS: dict[str, Job[Any]] = {
+    "infer": Job(InferConfig, infer),
+    "finetune": Job(FinetuneConfig, finetune),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

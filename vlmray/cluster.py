@@ -40,6 +40,17 @@ class ReplicaPlan:
     """CPU threads of the model in each replica; None on a GPU, where torch's default will do."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """How many training workers to start and what each asks Ray for."""
+
+    num_workers: int
+    resources: dict[str, float]
+
+    num_threads: int | None
+    """CPU threads of each worker; None on a GPU, where torch's default will do."""
+
+
 def connect(log_level: str = "INFO") -> None:
     """Connect to the cluster this process belongs to, or start Ray on this machine.
 
@@ -151,9 +162,47 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     )
 
 
+def plan_workers(num_workers: int | None) -> WorkerPlan:
+    """Divide the cluster among training workers: a GPU each, or a share of the CPUs where there are none.
+
+    Args:
+        num_workers: Workers asked for; None: one per GPU, or two on CPUs.
+
+    Raises:
+        ValueError: the cluster neither has nor can start what so many workers need.
+    """
+    kind = "GPU" if _most("GPU") >= 1 else "CPU"
+    most = int(_most(kind))
+    wanted = num_workers or (max(1, int(_present("GPU") or most)) if kind == "GPU" else min(2, most))
+    if wanted > most:
+        raise ValueError(
+            f"--num_workers {wanted} needs {wanted} {kind}s; the cluster has {most} and can start no more. "
+            "Lower --num_workers"
+        )
+    if kind == "GPU":
+        return WorkerPlan(num_workers=wanted, resources={"GPU": 1}, num_threads=None)
+    # The tasks that read and decode need room beside the workers, or both wait for each other.
+    share = max(0.01, int(100 * (_present("CPU") - cpus_per_task()) / wanted) / 100)
+    per_node = -(-wanted // max(1, sum(node["Alive"] for node in ray.nodes())))
+    num_threads = max(1, int(_node_cpus() // per_node))
+    return WorkerPlan(num_workers=wanted, resources={"CPU": share}, num_threads=num_threads)
+
+
 def cpus_per_task() -> float:
     """Return the CPUs that a task of the other stages may ask for: replicas always leave that much."""
     return min(1.0, _present("CPU") / 2) or 1.0
+
+
+def root_cause(error: BaseException) -> str:
+    """Name what went wrong in a worker, without the layers that carried it here."""
+    failures = getattr(error, "worker_failures", None)  # of Ray Train, by rank
+    if failures:
+        error = failures[min(failures)]
+    while (cause := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
+        error = cause
+    # The error of an actor that died while starting is a whole traceback, what was raised last in it.
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _present(resource: str) -> float:

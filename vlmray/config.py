@@ -1,40 +1,22 @@
 """Options: one frozen dataclass per job; the text under a field is its `--help`.
 
-Standard library only, so that `--help` and a mistyped option are answered at once. The dataclasses
-are what the library's functions take; `parse_args` builds one from a command line and a YAML file.
+Standard library only. The dataclasses are what the library's functions take; `vlmray.options` builds
+one from a command line and a YAML file.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import dataclasses
-import difflib
-import inspect
-import math
-import sys
-import textwrap
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
-
-C = TypeVar("C")
-
-_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+from dataclasses import dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InferConfig:
-    """Answer a visual-question dataset with a vision-language model on Ray."""
+class QuestionsConfig:
+    """Which model is asked which questions, and how: what the jobs have in common."""
 
     model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Model on the hub, a local folder, or tiny-random (built in, random weights, needs no network)."""
-
-    adapter: str | None = None
-    """PEFT adapter folder to put on the model."""
 
     dataset_name: str = "HuggingFaceM4/ChartQA"
     """Dataset on the hub, a local folder or file (Parquet, JSONL, ...), s3://, gs:// or hf:// Parquet, or
@@ -42,34 +24,6 @@ class InferConfig:
 
     dataset_config: str | None = None
     """Configuration (subset) of the dataset, where it has several."""
-
-    dataset_split: str = "test"
-    """Split to answer."""
-
-    sample_slices: str
-    """Rows to answer, as Python slices: '[0:100]', '[:]', '[-5:]', '[::10]', '[7]', '[:10],[50:60]'."""
-
-    output_dir: str = "outputs/vlm"
-    """Where results go: a local folder of this machine, or a URI that every node can write. The same
-    command with the same folder resumes."""
-
-    output_format: Literal["files", "parquet", "both"] = "both"
-    """files: three files per sample; parquet: the same rows as Parquet; or both."""
-
-    overwrite: bool = False
-    """Delete what an earlier run left in --output_dir instead of resuming it."""
-
-    max_new_tokens: int = 512
-    """Tokens to generate per answer, at most."""
-
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-
-    top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with this probability."""
-
-    seed: int = 0
-    """Seed of the sampling; a sampled answer does not depend on batch size or order."""
 
     system_prompt: str | None = None
     """System message; without it the model's chat template decides."""
@@ -92,9 +46,6 @@ class InferConfig:
     metric: str | None = None
     """Metric of the score; default: the dataset's own."""
 
-    engine: Literal["transformers", "fake"] = "transformers"
-    """What generates: transformers, or a scripted stand-in for tests of the pipeline."""
-
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the weights quantized by bitsandbytes."""
 
@@ -110,6 +61,59 @@ class InferConfig:
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 
+    seed: int = 0
+    """Seed of everything random."""
+
+    max_errors: int | None = None
+    """Stop once more rows than this have failed; default: never stop for failed rows."""
+
+    overwrite: bool = False
+    """Delete what an earlier run left in --output_dir instead of resuming it."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Verbosity of the log."""
+
+    def __post_init__(self) -> None:
+        # Only an empty system prompt means something; elsewhere it is a shell variable that was not set.
+        _not_empty(self, except_for="system_prompt")
+        _at_least(self, 1, "min_pixels", "max_pixels")
+        _at_least(self, 0, "seed", "max_errors")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferConfig(QuestionsConfig):
+    """Answer a visual-question dataset with a vision-language model on Ray."""
+
+    adapter: str | None = None
+    """PEFT adapter folder to put on the model."""
+
+    dataset_split: str = "test"
+    """Split to answer."""
+
+    sample_slices: str
+    """Rows to answer, as Python slices: '[0:100]', '[:]', '[-5:]', '[::10]', '[7]', '[:10],[50:60]'."""
+
+    output_dir: str = "outputs/vlm"
+    """Where results go: a local folder of this machine, or a URI that every node can write. The same
+    command with the same folder resumes."""
+
+    output_format: Literal["files", "parquet", "both"] = "both"
+    """files: three files per sample; parquet: the same rows as Parquet; or both."""
+
+    max_new_tokens: int = 512
+    """Tokens to generate per answer, at most."""
+
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+
+    engine: Literal["transformers", "fake"] = "transformers"
+    """What generates: transformers, or a scripted stand-in for tests of the pipeline."""
+
     batch_size: int = 16
     """Rows per forward pass, at most; halved and remembered when memory runs out."""
 
@@ -119,21 +123,12 @@ class InferConfig:
     gpus_per_replica: float | None = None
     """GPUs of each replica; default: 1 where the cluster has GPUs, else 0."""
 
-    max_errors: int | None = None
-    """Stop once more rows than this have failed; default: never stop for failed rows."""
-
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Verbosity of the log."""
-
     def __post_init__(self) -> None:
-        # Only an empty system prompt means something; elsewhere it is a shell variable that was not set.
-        _not_empty(self, except_for="system_prompt")
-        _at_least(self, 1, "max_new_tokens", "batch_size", "min_pixels", "max_pixels")
-        _at_least(self, 0, "temperature", "gpus_per_replica", "max_errors")
+        QuestionsConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        _at_least(self, 1, "max_new_tokens", "batch_size")
+        _at_least(self, 0, "temperature", "gpus_per_replica")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
         self.replica_range()
 
     def replica_range(self) -> tuple[int, int] | None:
@@ -149,6 +144,181 @@ class InferConfig:
         return bounds[0], bounds[-1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig(QuestionsConfig):
+    """Fine-tune a vision-language model on a visual-question dataset, with LoRA or in full, on Ray Train."""
+
+    dataset_split: str = "train"
+    """Split to train on."""
+
+    sample_slices: str = "[:]"
+    """Rows to train on, as Python slices: '[:1000]', '[:]', '[-500:]', '[::10]'."""
+
+    max_turns: int = 1
+    """Ask up to this many consecutive rows about one image in one conversation, which encodes it once."""
+
+    max_length: int | None = None
+    """Longest sample in tokens, image included; longer ones are counted as failed, never cut."""
+
+    eval_split: str | None = None
+    """Split to evaluate on; default: no evaluation, or --dataset_split where --eval_slices is given."""
+
+    eval_slices: str | None = None
+    """Rows to evaluate on, as Python slices; default: all of --eval_split."""
+
+    eval_steps: int = 100
+    """Evaluate every this many optimizer steps, and before the first and after the last."""
+
+    eval_samples: int = 100
+    """Evaluation rows that the model also answers, for the metric; the first ones; 0: the loss alone."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate per answer of an evaluation, at most."""
+
+    output_dir: str = "outputs/finetune"
+    """Where adapter, checkpoints and report go: a local folder, or a URI that every node can write."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in --output_dir."""
+
+    use_peft: bool = True
+    """Train a LoRA adapter; false trains all parameters."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+
+    lora_alpha: int = 32
+    """Scale of the adapter: it is multiplied by lora_alpha / lora_r."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input."""
+
+    lora_target_modules: str | None = None
+    """Modules to adapt: names ('q_proj,v_proj') or a regular expression over full module names; default:
+    attention and MLP projections of the language model."""
+
+    lora_vision: bool = False
+    """Adapt the vision tower too."""
+
+    lora_merger: bool = False
+    """Adapt the merger between vision tower and language model too."""
+
+    freeze_vision: bool = False
+    """Without LoRA: keep the vision tower as it is."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+
+    max_steps: int = -1
+    """Optimizer steps; above 0 it overrides --num_train_epochs."""
+
+    per_device_train_batch_size: int = 4
+    """Samples per worker and forward pass."""
+
+    per_device_eval_batch_size: int = 8
+    """Samples per worker and forward pass of an evaluation."""
+
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+
+    lr_scheduler_type: str = "cosine"
+    """Learning rate schedule: cosine, linear, constant_with_warmup, ..."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass to save memory; default: on a GPU."""
+
+    bf16: bool | None = None
+    """Mixed precision in bfloat16; default: on a GPU that has it."""
+
+    logging_steps: int = 5
+    """Log the loss every this many optimizer steps."""
+
+    save_steps: int = 100
+    """Write a checkpoint every this many optimizer steps, and after the last."""
+
+    save_total_limit: int | None = 2
+    """Checkpoints to keep."""
+
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better score (or loss, where there is no score)."""
+
+    load_best_model_at_end: bool = False
+    """Keep the best evaluated checkpoint instead of the last; needs --save_steps equal to --eval_steps."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """Where to send the curves, beside the report."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the workers, for a model that does not fit on one GPU."""
+
+    sft_config: dict[str, Any] | None = None
+    """Any other field of TRL's SFTConfig: a mapping in the YAML file, or JSON: '{"max_grad_norm": 0.5}'."""
+
+    num_workers: int | None = None
+    """Training workers; default: one per GPU, or two on CPUs."""
+
+    max_failures: int = 3
+    """Times to start again from the last checkpoint when a worker or node dies."""
+
+    merge_adapter: bool = False
+    """Also write the model with the adapter merged into the unquantized base."""
+
+    def __post_init__(self) -> None:
+        QuestionsConfig.__post_init__(self)
+        _at_least(
+            self, 1, "max_turns", "max_length", "eval_steps", "max_new_tokens", "lora_r", "lora_alpha",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience", "num_workers",
+        )  # fmt: skip
+        _at_least(self, 0, "eval_samples", "learning_rate", "weight_decay", "max_failures")
+        if not 0 <= self.lora_dropout < 1 or not 0 <= self.warmup_ratio < 1:
+            raise ValueError("--lora_dropout and --warmup_ratio must be at least 0 and below 1")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"--max_steps must be -1 (not set) or at least 1, got {self.max_steps}")
+        if not self.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume keeps what --overwrite deletes; pass one of them")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that contradict each other or would be ignored."""
+        if not self.use_peft:
+            for name in ("lora_target_modules", "lora_vision", "lora_merger", "merge_adapter"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is about LoRA and --use_peft false trains without it")
+            if self.quantization != "none":
+                raise ValueError(
+                    f"--quantization {self.quantization} needs LoRA: quantized weights cannot be trained; "
+                    "leave out --use_peft false or --quantization"
+                )
+        elif self.freeze_vision:
+            raise ValueError("--freeze_vision is for --use_peft false; LoRA leaves all base weights frozen")
+        if not self.evaluates:
+            for name in ("early_stopping_patience", "load_best_model_at_end"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} needs an evaluation; pass --eval_split or --eval_slices")
+        if self.load_best_model_at_end and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"--load_best_model_at_end needs --save_steps {self.save_steps} equal to --eval_steps "
+                f"{self.eval_steps}, so that what was evaluated was kept"
+            )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.eval_split is not None or self.eval_slices is not None
+
+
 def _not_empty(config: Any, *, except_for: str) -> None:
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == "" and field.name != except_for:
@@ -160,170 +330,3 @@ def _at_least(config: object, minimum: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too
             raise ValueError(f"--{name} must be at least {minimum}, got {value}")
-
-
-def parse_args(config_class: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None) -> C:
-    """Build a config from a command line; options on it win over those of `--config file.yaml`.
-
-    Hyphens in option names are accepted too. A mistake prints one line on stderr and exits with 2.
-    """
-    parser = _Parser(prog=prog, description=inspect.getdoc(config_class), allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins")
-    helps = field_docs(config_class)
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        _add_option(parser, field, hints[field.name], helps.get(field.name, ""))
-    given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    path = given.pop("config", None)
-    try:
-        return build_config(config_class, {**(_read_yaml(path) if path else {}), **given})
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def build_config(config_class: type[C], options: Mapping[str, Any]) -> C:
-    """Build a config from plain values, as a YAML file gives them.
-
-    Raises:
-        ValueError: an option is unknown, missing, of the wrong type or out of range.
-    """
-    hints = typing.get_type_hints(config_class)
-    for name in options:
-        if name not in hints:
-            raise ValueError(f"unknown option {name!r}{_suggestion(name, hints)}")
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        if field.default is MISSING and field.name not in options:
-            raise ValueError(f"--{field.name} is required: {_first_sentence(config_class, field.name)}")
-    return config_class(**{name: _convert(name, hints[name], value) for name, value in options.items()})
-
-
-def field_docs(config_class: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                docs[name] = " ".join(doc.split())
-    return docs
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that suggest the near option."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=_Help, argument_default=argparse.SUPPRESS, **kwargs)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(self._join_values(args or ()), namespace)
-        if unknown:
-            near = _suggestion(unknown[0].partition("=")[0].replace("-", "_").strip("_"), self._names(), "--")
-            what = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
-            self.error(f"{what} {unknown[0].partition('=')[0]}{near}; see --help")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}\n")
-
-    def _join_values(self, args: Sequence[str]) -> list[str]:
-        """Join options to values that begin with a hyphen (`--sample_slices -5:`), as argparse wants them."""
-        options = self._option_string_actions
-        joined: list[str] = []
-        for arg in args:
-            before = options.get(joined[-1]) if joined else None
-            hyphened = arg.startswith("-") and not arg.startswith("--") and arg not in options
-            if hyphened and before is not None and before.nargs is None:
-                joined[-1] += f"={arg}"
-            else:
-                joined.append(arg)
-        return joined
-
-    def _names(self) -> list[str]:
-        return [action.dest for action in self._actions]
-
-
-class _Help(argparse.HelpFormatter):
-    """Shows each option once: the hyphenated spelling works but would double the page."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        options = [option for option in action.option_strings if "-" not in option.lstrip("-")]
-        value = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
-        return ", ".join(options) + value
-
-
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any, doc: str) -> None:
-    names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
-    choices = next((typing.get_args(arg) for arg in (hint, *typing.get_args(hint)) if _is_literal(arg)), None)
-    default = " (required)" if field.default is MISSING else f" (default: {field.default})"
-    text = (doc + ("" if field.default is None else default)).replace("%", "%%")
-    if hint is bool:
-        # `--flag`, `--flag true` and `--flag=false` are all in use among Hugging Face's scripts.
-        parser.add_argument(*names, nargs="?", const="true", metavar="BOOL", help=text)
-    else:
-        metavar = "{" + ",".join(choices) + "}" if choices else field.name.rpartition("_")[2].upper()
-        parser.add_argument(*names, metavar=metavar, help=text)
-
-
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """Turn a string of the command line or a value of a YAML file into the field's type."""
-    args = typing.get_args(hint)
-    optional = types.NoneType in args
-    kind = args[0] if optional else hint
-    if value is None:
-        if optional:
-            return None
-        raise ValueError(f"--{name} needs a value")
-    if isinstance(value, list | dict):
-        raise ValueError(f"--{name} must be one value, got {value!r}; quote it if it is text")
-    if _is_literal(kind):
-        if value in typing.get_args(kind):
-            return value
-        raise ValueError(f"--{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
-    try:
-        if kind is bool:
-            return _BOOLS[str(value).lower()]
-        converted = kind(str(value))
-        if kind is float and not math.isfinite(converted):
-            raise ValueError
-        return converted
-    except (ValueError, KeyError):
-        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"--{name} must be {expected}, got {value!r}") from None
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Leaves values as they are written: YAML would read 1:30 as 90, `no` as false and 1.10 as 1.1."""
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"--config {path} must hold 'option: value' lines, found {type(options).__name__}")
-    return {str(name).lstrip("-").replace("-", "_"): value for name, value in options.items()}
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is Literal
-
-
-def _suggestion(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _first_sentence(config_class: type, name: str) -> str:
-    return field_docs(config_class).get(name, "see --help").rstrip(".")

@@ -18,17 +18,15 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from vlmray import __version__, checkpoints, cluster, hub, stages
+from vlmray import __version__, checkpoints, cluster, stages
 from vlmray.config import InferConfig
-from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices, sample_id
-from vlmray.engines import TINY_RANDOM, resolve_model_id
-from vlmray.metrics import METRICS
+from vlmray.dataset import DatasetSpec, sample_id
+from vlmray.engines import resolve_model_id
 from vlmray.outputs import prepare_output_directory
 from vlmray.page import GalleryItem
 from vlmray.pipeline import InferenceRun, iter_finished
-from vlmray.prompts import check_prompt_template
+from vlmray.questions import check_model, open_questions
 from vlmray.report import Report, Summary, choose_gallery, group_errors, render_html, summarize
-from vlmray.sources import open_source
 from vlmray.stages import STAGES, Row, Task
 
 # What an answer depends on. The rest of the options says how fast it comes, or where it goes.
@@ -53,19 +51,8 @@ def plan_inference(config: InferConfig) -> InferenceRun:
         FileNotFoundError: the model or adapter is not there.
     """
     _check_model(config)
-    source = open_source(config.dataset_name, config.dataset_split, config.dataset_config)
-    spec = get_dataset_columns(
-        config.dataset_name,
-        source.column_names,
-        dataset_config=config.dataset_config,
-        image_column=config.image_column,
-        question_column=config.question_column,
-        answer_column=config.answer_column,
-        family_column=config.family_column,
-        prompt_template=config.prompt_template,
-        metric=config.metric,
-    )
-    selected = parse_sample_slices(config.sample_slices, len(source))
+    questions = open_questions(config, config.dataset_split, config.sample_slices)
+    source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
     folder = prepare_output_directory(
         config.output_dir,
@@ -104,21 +91,12 @@ def _check_model(config: InferConfig) -> None:
     """Check on the driver what a replica would only find after it started."""
     if config.engine == "fake":
         return
-    if config.model_id != TINY_RANDOM:
-        checkpoints.check_model_folder(config.model_id)
-        if checkpoints.local_folder(config.model_id) is None:
-            hub.check_reachable(config.model_id, "model", option="--model_id")
+    check_model(config.model_id)
     if config.adapter:
         checkpoints.check_adapter_folder(config.adapter, resolve_model_id(config.model_id))
 
 
 def _task(config: InferConfig, spec: DatasetSpec) -> Task:
-    if spec.metric not in METRICS:
-        raise ValueError(f"--metric {spec.metric!r} is unknown; known: {', '.join(METRICS)}")
-    try:
-        check_prompt_template(spec.prompt_template)
-    except ValueError as error:
-        raise ValueError(f"--prompt_template: {error}") from error
     return Task(
         prompt_template=spec.prompt_template,
         system_prompt=config.system_prompt,
@@ -152,7 +130,7 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan) -> dict[str, floa
                 bar.update(len(rows))
                 _check_errors(num_failed, run.config.max_errors)
     except ray.exceptions.RayError as error:
-        raise InferenceError(_root_cause(error)) from error
+        raise InferenceError(cluster.root_cause(error)) from error
     return seconds
 
 
@@ -173,15 +151,6 @@ def _progress_bar(run: InferenceRun) -> tqdm:
         dynamic_ncols=True,
         smoothing=0,
     )
-
-
-def _root_cause(error: BaseException) -> str:
-    """Name what went wrong in a worker, without the layers that carried it here."""
-    while (cause := getattr(error, "cause", None)) is not None:
-        error = cause
-    # The error of an actor that died while starting is a whole traceback, what was raised last in it.
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _conclude(run: InferenceRun, elapsed_s: float, seconds: Mapping[str, float]) -> Summary:
@@ -230,5 +199,5 @@ def _image_of(run: InferenceRun, row: Row) -> bytes | None:
     if image is not None or run.folder.output_format != "parquet" or row["error"]:
         return image
     index = row["row_index"]
-    (source_row,) = stages.read_chunk(run.source, run.spec, run.config.dataset_split, [index], 0, 1)
+    (source_row,) = stages.read_rows(run.source, run.spec, run.config.dataset_split, [index])
     return source_row.get("image")

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 Row = dict[str, Any]
 
@@ -70,6 +70,38 @@ class OutputDirectory:
     def is_local(self) -> bool:
         """Whether it lies on one machine's disk rather than where every node can write."""
         return "://" not in self.uri or self.uri.startswith("file://")
+
+    @classmethod
+    def create(cls, output_dir: str, output_format: str = "both") -> OutputDirectory:
+        """Make the folder, or open it where it is there.
+
+        Raises:
+            ValueError: it cannot be made.
+        """
+        folder = cls(_absolute(output_dir), output_format)
+        try:
+            filesystem, root = open_filesystem(folder.uri)
+            filesystem.create_dir(root, recursive=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
+        return folder
+
+    def write_options(self, options: Mapping[str, Any]) -> None:
+        """Record what a run depends on."""
+        self.write_text(_OPTIONS, _json(options))
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Check that the run in here had these options.
+
+        Raises:
+            ValueError: it had others, or there is none.
+        """
+        found = self.read_options()
+        if found is None:
+            raise ValueError(f"--output_dir {self.uri} holds no run to go on with; leave out --resume")
+        if found != json.loads(_json(options)):
+            raise ValueError(_difference(self.uri, found, json.loads(_json(options))))
 
     def save(self, rows: Sequence[Row], inputs: Sequence[Row], images: Sequence[bytes | None]) -> None:
         """Write finished rows, files first: whatever has an `_out.json` is never generated again.
@@ -166,7 +198,7 @@ class OutputDirectory:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file so that it appears whole or not at all."""
-        filesystem, root = _open(self.uri)
+        filesystem, root = open_filesystem(self.uri)
         path = f"{root}/{name}"
         atomic = filesystem.type_name in _ATOMIC_FILESYSTEMS
         target = path if atomic else f"{root}/.{name.replace('/', '-')}-{uuid.uuid4().hex}.tmp"
@@ -174,6 +206,32 @@ class OutputDirectory:
             stream.write(data)
         if not atomic:
             filesystem.move(target, path)
+
+    def write_folder(self, name: str, source: Path) -> None:
+        """Copy a local folder so that it appears whole, in place of what was there under the name."""
+        filesystem, root = open_filesystem(self.uri)
+        atomic = filesystem.type_name in _ATOMIC_FILESYSTEMS
+        target = f"{root}/{name}" if atomic else f"{root}/.{name}-{uuid.uuid4().hex}.tmp"
+        if atomic:
+            self.delete_folder(name)
+        filesystem.create_dir(target, recursive=True)
+        copy_files(
+            str(source), target, source_filesystem=LocalFileSystem(), destination_filesystem=filesystem
+        )
+        if not atomic:
+            self.delete_folder(name)
+            filesystem.move(target, f"{root}/{name}")
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder in here with all it holds, if it is there."""
+        filesystem, root = open_filesystem(self.uri)
+        if filesystem.get_file_info(f"{root}/{name}").type == FileType.Directory:
+            filesystem.delete_dir(f"{root}/{name}")
+
+    def has(self, name: str) -> bool:
+        """Tell whether a file or folder of this name is in here."""
+        filesystem, root = open_filesystem(self.uri)
+        return filesystem.get_file_info(f"{root}/{name}").type != FileType.NotFound
 
     def reopen(self) -> None:
         """Mark the folder as holding an unfinished run."""
@@ -249,17 +307,17 @@ class OutputDirectory:
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def _read(self, name: str) -> bytes:
-        filesystem, root = _open(self.uri)
+        filesystem, root = open_filesystem(self.uri)
         with filesystem.open_input_file(f"{root}/{name}") as file:
             return file.read()
 
     def _delete(self, name: str) -> None:
-        filesystem, root = _open(self.uri)
+        filesystem, root = open_filesystem(self.uri)
         if filesystem.get_file_info(f"{root}/{name}").type == FileType.File:
             filesystem.delete_file(f"{root}/{name}")
 
     def _list(self, folder: str, *, hidden: bool = False) -> list[str]:
-        filesystem, root = _open(self.uri)
+        filesystem, root = open_filesystem(self.uri)
         selector = FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True)
         names = (info.base_name for info in filesystem.get_file_info(selector) if info.is_file)
         return sorted(name for name in names if hidden or not name.startswith("."))
@@ -282,7 +340,7 @@ def prepare_output_directory(
     folder = OutputDirectory(_absolute(output_dir), output_format)
     options = json.loads(_json(options))
     try:
-        filesystem, root = _open(folder.uri)
+        filesystem, root = open_filesystem(folder.uri)
         filesystem.create_dir(root if output_format == "files" else f"{root}/{_PARTS}", recursive=True)
         found = folder.read_options()
         has_results = folder.has_results()
@@ -325,7 +383,7 @@ def _difference(output_dir: str, found: Mapping[str, Any], options: Mapping[str,
     )
     details = "; ".join(f"{name} was {found.get(name)!r}, now {options.get(name)!r}" for name in changed)
     return (
-        f"--output_dir {output_dir} holds answers of another run ({details}); "
+        f"--output_dir {output_dir} holds another run ({details}); "
         "choose another folder, or pass --overwrite to delete them"
     )
 
@@ -334,7 +392,7 @@ def _absolute(output_dir: str) -> str:
     return output_dir.rstrip("/") if "://" in output_dir else str(Path(output_dir).expanduser().resolve())
 
 
-def _open(uri: str) -> tuple[FileSystem, str]:
+def open_filesystem(uri: str) -> tuple[FileSystem, str]:
     if "://" not in uri:
         return LocalFileSystem(), uri
     filesystem, path = FileSystem.from_uri(uri)

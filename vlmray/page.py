@@ -1,6 +1,6 @@
-"""One self-contained HTML page from tables, galleries and facts; measures nothing.
+"""One self-contained HTML page from tables, plots, galleries and facts; measures nothing.
 
-    Table, Gallery, Fact -> Page -> render_page -> HTML text
+    Table, Plot, Gallery, Fact -> Page -> render_page -> HTML text
 
 The building blocks that any report is made of, and the formatting of their texts and numbers. What a
 report says is up to its own module; see `report.py` for that of an inference run. A table can also be
@@ -15,14 +15,17 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
+
+from vlmray.plots import PATH_SIZE, Plot, draw, list_values
 
 Row = Mapping[str, Any]
 """A result row; `GalleryItem.from_row` says what it reads."""
@@ -68,6 +71,14 @@ class Cell:
     bar: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A table cell that says how something ended, with the sign and colour of its verdict."""
+
+    verdict: Verdict
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
     """A table of texts, for the page, for Markdown and for a terminal."""
@@ -76,7 +87,7 @@ class Table:
     columns: tuple[Column, ...]
     """The first column names the row."""
 
-    rows: tuple[tuple[str | Cell, ...], ...]
+    rows: tuple[tuple[str | Cell | Mark, ...], ...]
     note: str = ""
     collapsed: bool = False
     """Fold the table away behind its title on the page."""
@@ -104,7 +115,7 @@ class Table:
     def _texts(self) -> list[list[str]]:
         """Return the heading and the rows as texts of one line each, safe to print."""
         heading = [column.label for column in self.columns]
-        rows = ([cell.text if isinstance(cell, Cell) else cell for cell in row] for row in self.rows)
+        rows = ([cell if isinstance(cell, str) else cell.text for cell in row] for row in self.rows)
         return [[" ".join(clean_text(text).split()) for text in row] for row in (heading, *rows)]
 
 
@@ -164,6 +175,9 @@ class Fact:
     note: str = ""
 
 
+Section = Table | Plot | Gallery
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """What `render_page` lays out, top to bottom."""
@@ -173,7 +187,8 @@ class Page:
     """The one number to take away."""
 
     facts: tuple[Fact, ...] = ()
-    sections: tuple[Table | Gallery, ...] = ()
+    sections: tuple[Section, ...] = ()
+    """Plots that follow each other stand side by side where there is room."""
 
 
 def verdict_of(score: float | None, error: str | None) -> Verdict:
@@ -259,8 +274,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(clean=clean_text, excerpt=_excerpt, sha256=_sha256, thumbnail=_thumbnail)
-    environment.tests["gallery"] = lambda section: isinstance(section, Gallery)
-    environment.globals["verdict_labels"] = VERDICT_LABELS
+    environment.filters.update(draw=draw, value_table=_value_table, group_plots=_group_plots)
+    environment.tests.update(
+        gallery=lambda section: isinstance(section, Gallery),
+        plot=lambda section: isinstance(section, Plot),
+        mark=lambda cell: isinstance(cell, Mark),
+    )
+    environment.globals.update(verdict_labels=VERDICT_LABELS, path_size=PATH_SIZE)
     return environment
 
 
@@ -276,6 +296,21 @@ def _sha256(text: str) -> str:
 
 def _thumbnail(image: bytes | None) -> str | None:
     return None if image is None else thumbnail_data_uri(image)
+
+
+def _value_table(plot: Plot) -> Table:
+    """List the values of a plot, for those who want to read them off."""
+    return Table(
+        title=f"{plot.title}: values",
+        columns=(Column(plot.x_label), *(Column(series.name, numeric=True) for series in plot.series)),
+        rows=tuple(map(tuple, list_values(plot))),
+    )
+
+
+def _group_plots(sections: Iterable[Section]) -> list[tuple[bool, list[Section]]]:
+    """Group open plots that follow each other: (True, plots) or (False, other sections)."""
+    groups = groupby(sections, key=lambda section: isinstance(section, Plot) and not section.collapsed)
+    return [(are_plots, list(group)) for are_plots, group in groups]
 
 
 def _excerpt(text: str) -> tuple[str, str]:
@@ -357,9 +392,13 @@ def _char_width(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
+def fit(text: str, width: int = TERMINAL_WIDTH) -> str:
+    """Cut a text to `width` terminal columns."""
+    return text if display_width(text) <= width else _cut(text, width - 1) + "…"
+
+
 def _pad(text: str, width: int, flush_right: bool) -> str:
-    if display_width(text) > width:
-        text = _cut(text, width - 1) + "…"
+    text = fit(text, width)
     padding = " " * (width - display_width(text))
     return padding + text if flush_right else text + padding
 

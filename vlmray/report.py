@@ -325,9 +325,9 @@ def render_html(report: Report) -> str:
     if report.gallery:
         sections.append(_run_gallery(report))
     if report.errors:
-        sections.append(_error_table(report.errors))
+        sections.append(error_table(report.errors))
     if report.options:
-        sections.append(_option_table(report.options))
+        sections.append(option_table(report.options))
     return render_page(
         Page(
             title=report.title,
@@ -373,7 +373,9 @@ def _stage_table(stages: Mapping[str, float]) -> Table:
     )
 
 
-def _error_table(errors: Sequence[ErrorGroup], num_ids: int = 8) -> Table:
+def error_table(errors: Sequence[ErrorGroup], num_ids: int = 8) -> Table:
+    """List causes with how many rows they hit, and the first few of these."""
+
     def list_ids(group: ErrorGroup) -> str:
         more = group.num_rows - num_ids
         return ", ".join(group.sample_ids[:num_ids]) + (f" and {more:,} more" if more > 0 else "")
@@ -385,7 +387,9 @@ def _error_table(errors: Sequence[ErrorGroup], num_ids: int = 8) -> Table:
     )
 
 
-def _option_table(options: Mapping[str, Any]) -> Table:
+def option_table(options: Mapping[str, Any]) -> Table:
+    """List options, folded away; values of secret ones are hidden."""
+
     def text_of(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

@@ -74,7 +74,11 @@ def read_chunk(
     reach = stop - start
     begin = _run_end(source, spec, selected, start, reach)
     end = _run_end(source, spec, selected, stop, reach)
-    indices = selected[begin:end]
+    return read_rows(source, spec, split, selected[begin:end])
+
+
+def read_rows(source: Source, spec: DatasetSpec, split: str, indices: Sequence[int]) -> list[Row]:
+    """Read rows by index; a row that cannot be read as a sample has an `error`."""
     return [
         _read_row(row, source, spec, split, index)
         for row, index in zip(source.read(indices), indices, strict=True)
@@ -141,14 +145,19 @@ def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -
         task: How questions are asked.
         keep_images: Encode what `_img.jpg` will hold, here where the image is decoded anyway.
     """
-    remote = [row for row in rows if row.get("image_url")]
-    with ThreadPoolExecutor(_NUM_FETCHES) as pool:
-        list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
+    fetch_images(rows)
     check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
     for row in rows:
         if row["error"] is None:
             _prepare_row(row, task, check)
     return list(rows)
+
+
+def fetch_images(rows: Sequence[Row]) -> None:
+    """Fetch the images that are still URLs; one that cannot be had becomes the row's `error`."""
+    remote = [row for row in rows if row.get("image_url")]
+    with ThreadPoolExecutor(_NUM_FETCHES) as pool:
+        list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
 
 
 def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:

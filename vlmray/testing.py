@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl
 
 from vlmray.engines.base import check_request, failed_completion
 from vlmray.images import load_image_pil
+from vlmray.lora import LANGUAGE_TARGETS
 from vlmray.schema import Completion, GenerationRequest
 
 if TYPE_CHECKING:
@@ -62,9 +63,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 """Qwen's chat format: a default system prompt, one placeholder triple an image, plain string content too."""
-
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-"""The language model's projections only: bare suffixes would also hit the vision tower (peft#2615)."""
 
 
 def build_tiny_random_model(
@@ -244,7 +242,7 @@ def build_tiny_random_adapter(
 
     model = AutoModelForImageTextToText.from_pretrained(base, use_safetensors=True)
     with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
-        peft_model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS))
+        peft_model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LANGUAGE_TARGETS))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

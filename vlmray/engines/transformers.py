@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
+from vlmray.encoding import encode_text, join_rows, row_signature
 from vlmray.engines.base import check_request, failed_completion
 from vlmray.engines.sampling import RowwiseLengthCriteria, RowwiseLogitsProcessor
 from vlmray.images import decode_image, image_size
@@ -184,7 +184,7 @@ class TransformersEngine:
             ready: dict[Any, list[_Row]] = {}
             for row in batch:
                 try:
-                    ready.setdefault(_signature(row.inputs), []).append(row)
+                    ready.setdefault(row_signature(row.inputs), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
                     yield row, failed_completion(error, prompt=row.prompt)
             for rows in ready.values():
@@ -209,9 +209,7 @@ class TransformersEngine:
     def _encode(self, row: _Row) -> dict[str, torch.Tensor]:
         """Turn one row into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
         images = [self._decode(image) if isinstance(image, bytes) else image for image in row.request.images]
-        inputs = self.processor(text=[row.prompt], images=images or None, return_tensors="pt")
-        _check_placeholders(self.processor, inputs)
-        return dict(inputs)
+        return encode_text(self.processor, row.prompt, images)
 
     def _run_or_halve(self, rows: list[_Row]) -> list[Completion]:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
@@ -234,9 +232,12 @@ class TransformersEngine:
 
     def _run(self, rows: list[_Row]) -> list[Completion]:
         """Generate for rows that share a forward pass."""
-        inputs, num_padding = _collate([row.inputs for row in rows], self.processor.tokenizer.pad_token_id)
+        inputs = join_rows(
+            [row.inputs for row in rows], pad_id=self.processor.tokenizer.pad_token_id, side="left"
+        )
         requests = [row.request for row in rows]
         num_tokens = inputs["input_ids"].shape[1]
+        num_padding = [num_tokens - row.inputs["input_ids"].shape[1] for row in rows]
         config = copy.deepcopy(self.model.generation_config)
         penalty = config.repetition_penalty or 1.0
         config.update(
@@ -291,53 +292,6 @@ class TransformersEngine:
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
-
-
-def _check_placeholders(processor: Any, inputs: Any) -> None:
-    """Refuse a row whose text holds placeholders of its own: it would take a neighbour's image features."""
-    ids = inputs["input_ids"]
-    if "image_grid_thw" in inputs:
-        expected = int(inputs["image_grid_thw"].prod(dim=-1).sum()) // processor.image_processor.merge_size**2
-    else:
-        expected = None if "pixel_values" in inputs else 0
-    image_id, video_id = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
-    found = int((ids == image_id).sum()) if image_id is not None else expected
-    if expected is not None and found != expected:
-        raise ValueError(f"the prompt has {found} image tokens where its images give {expected}")
-    if video_id is not None and bool((ids == video_id).any()):
-        raise ValueError("the prompt holds a video placeholder, and this engine takes no video")
-
-
-def _signature(inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
-    """Rows of equal signatures can be joined: token-wise tensors by padding, the others end to end."""
-    num_tokens = inputs["input_ids"].shape[1]
-    return tuple(
-        (name, "tokens" if tensor.shape == (1, num_tokens) else tensor.shape[1:])
-        for name, tensor in sorted(inputs.items())
-    )
-
-
-def _collate(
-    rows: Sequence[dict[str, torch.Tensor]], pad_id: int
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Join encoded rows of one signature.
-
-    Returns:
-        Token-wise tensors (B, T) padded on the left, with zeros where they are not ids; the others (P, ...);
-        and the padding of each row.
-    """
-    lengths = [row["input_ids"].shape[1] for row in rows]
-    num_padding = [max(lengths) - length for length in lengths]
-    joined = {}
-    for name, kind in _signature(rows[0]):
-        tensors = [row[name] for row in rows]
-        if kind == "tokens":
-            fill = pad_id if name == "input_ids" else 0
-            tensors = [
-                pad(tensor, (n, 0), value=fill) for tensor, n in zip(tensors, num_padding, strict=True)
-            ]
-        joined[name] = torch.cat(tensors)
-    return joined, num_padding
 
 
 def _end_ids(config: Any) -> set[int]:

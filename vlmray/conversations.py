@@ -1,0 +1,202 @@
+"""Training samples: questions and answers about one image, as the chat that the model is to learn.
+
+    rows -> group_turns -> Conversations.read -> open_images -> to_feature -> the collator
+                           messages, image bytes  pixels         PIL image
+
+The questions are worded exactly as inference words them. A sample whose image is broken or whose answer
+is missing gets an `error`, travels on untouched and is counted in the end. No Ray here, and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from vlmray import stages
+from vlmray.dataset import DatasetSpec
+from vlmray.images import decode_image
+from vlmray.prompts import format_data
+from vlmray.schema import Sample
+from vlmray.sources import Source
+
+Row = dict[str, Any]
+
+Feature = Mapping[str, Any]
+"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`."""
+
+Features = Sequence[Feature | None]
+"""Samples of a batch; None is an empty slot."""
+
+SAMPLE_SCHEMA = pa.schema(
+    {
+        "batch": pa.int64(),
+        "sample_id": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "family": pa.string(),
+        "messages": pa.string(),
+        "image": pa.binary(),
+        "image_url": pa.string(),
+        "pixels": pa.binary(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "error": pa.string(),
+    }
+)
+"""Columns of a sample on its way to a training worker; a row without a sample_id is an empty slot."""
+
+_ROWS_PER_READ = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversations:
+    """Samples of one split, addressed by number."""
+
+    source: Source
+    spec: DatasetSpec
+    split: str
+    system_prompt: str | None = None
+
+    turns: Sequence[Sequence[int]]
+    """For each sample the rows it asks: several only where they are about one image."""
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def read(self, samples: Sequence[int | None]) -> list[Row]:
+        """Read samples, images still encoded; None gives an empty slot."""
+        wanted = [row for sample in samples if sample is not None for row in self.turns[sample]]
+        rows = iter(stages.read_rows(self.source, self.spec, self.split, wanted))
+        return [
+            {} if sample is None else self._join([next(rows) for _ in self.turns[sample]])
+            for sample in samples
+        ]
+
+    def _join(self, rows: Sequence[Row]) -> Row:
+        """Make one sample of rows that ask about one image; the first row names it."""
+        sample = {name: rows[0].get(name) for name in SAMPLE_SCHEMA.names}
+        sample["error"] = next((row["error"] for row in rows if row["error"] is not None), None)
+        if sample["error"] is None:
+            try:
+                messages = [message for turn, row in enumerate(rows) for message in self._turn(row, turn)]
+                sample["messages"] = json.dumps(messages, ensure_ascii=False)
+            except ValueError as error:
+                sample["error"] = str(error)
+        return sample
+
+    def _turn(self, row: Row, turn: int) -> list[dict[str, Any]]:
+        """Word one question and its answer; the image and the system prompt come with the first."""
+        sample = Sample(
+            sample_id=row["sample_id"],
+            question=row["question"],
+            choices=tuple(row["choices"]),
+            answers=tuple(row["answers"]),
+            image=row.get("image") or row.get("image_url"),
+        )
+        return format_data(
+            sample if turn == 0 else replace(sample, image=None),
+            system_prompt=self.system_prompt if turn == 0 else None,
+            prompt_template=self.spec.prompt_template,
+            with_answer=True,
+        )
+
+
+def group_turns(
+    source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int
+) -> list[Sequence[int]]:
+    """Group consecutive rows about one image into samples of at most `max_turns` rows.
+
+    Args:
+        source: Where the rows are.
+        spec: Names the image column.
+        selected: Rows to train on.
+        max_turns: 1 makes every row a sample of its own, and reads nothing.
+    """
+    if max_turns == 1:
+        return [(index,) for index in selected]
+    groups: list[Sequence[int]] = []
+    group: list[int] = []
+    last = None
+    for index, image in zip(selected, _images(source, spec, selected), strict=True):
+        if group and (image is None or image != last or len(group) == max_turns):
+            groups.append(tuple(group))
+            group = []
+        group.append(index)
+        last = image
+    return [*groups, tuple(group)]
+
+
+def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:
+    """Yield what tells the image of each row from others."""
+    # The charts say which rows share an image; elsewhere the images themselves are compared.
+    column = "image_id" if "image_id" in source.column_names else spec.image_column
+    for start in range(0, len(selected), _ROWS_PER_READ):
+        indices = selected[start : start + _ROWS_PER_READ]
+        if column is None:
+            yield from (None for _ in indices)
+        else:
+            yield from (row[column] for row in source.read(indices, [column]))
+
+
+def check_answers(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> None:
+    """Check that there is something to learn.
+
+    Raises:
+        ValueError: no answer column is known, or no selected row has an answer in it.
+    """
+    if spec.answer_column is None:
+        raise ValueError(
+            f"--answer_column is needed to train; the columns are {', '.join(source.column_names)}"
+        )
+    for start in range(0, len(selected), _ROWS_PER_READ):
+        rows = source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column])
+        if any(_is_answer(row[spec.answer_column]) for row in rows):
+            return
+    raise ValueError(
+        f"--answer_column: all {len(selected)} selected rows have an empty {spec.answer_column!r}; "
+        "there is nothing to learn from them"
+    )
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_answer, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_answer, value))
+    return value is not None and str(value).strip() != ""
+
+
+def open_images(rows: Sequence[Row]) -> list[Row]:
+    """Fetch and decode the images of samples: their pixels take the place of the encoded bytes."""
+    asked = [row for row in rows if row.get("sample_id") and row["error"] is None]
+    stages.fetch_images(asked)
+    for row in asked:
+        data = row.pop("image", None)
+        if row["error"] is not None or data is None:
+            continue
+        try:
+            picture = decode_image(data)
+        except ValueError as error:
+            row["error"] = str(error)
+        else:
+            row |= {"pixels": picture.tobytes(), "width": picture.width, "height": picture.height}
+    return list(rows)
+
+
+def to_feature(row: Row) -> Row | None:
+    """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
+    if not row.get("sample_id"):
+        return None
+    feature = {name: row.get(name) for name in ("sample_id", "question", "answers", "family")}
+    if row["error"] is not None:
+        return {**feature, "error": row["error"]}
+    images = []
+    if row.get("pixels") is not None:
+        size = (row["width"], row["height"])
+        images.append(Image.frombuffer("RGB", size, row["pixels"], "raw", "RGB", 0, 1))
+    return {**feature, "messages": json.loads(row["messages"]), "images": images}
