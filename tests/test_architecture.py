@@ -48,7 +48,9 @@ LEVELS: dict[str, int] = {
     "vlmray.engines": 4,
     "vlmray.questions": 4,
     "vlmray.cluster": 4,
+    "vlmray.training_run": 4,
     "vlmray.trainer": 4,
+    "vlmray.sft_options": 5,
     "vlmray.training": 5,
     "vlmray.pipeline": 5,
     "vlmray.shards": 5,
@@ -145,6 +147,7 @@ def test_ray_is_imported_nowhere_else() -> None:
 def test_only_the_model_and_its_engine_import_torch() -> None:
     with_torch = (
         "model", "encoding", "collator", "engines.transformers", "engines.sampling", "trainer", "training",
+        "sft_options",
         "artifacts",
     )  # fmt: skip
     heavy = (*(f"vlmray.{name}" for name in with_torch), *WITH_RAY)

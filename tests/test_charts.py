@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vlmray import charts
 from vlmray.chart_drawing import Box, Chart, draw_chart
 from vlmray.charts import FAMILIES, KINDS, SPLITS, ChartDataset, ChartsConfig, Row, parse_charts_name
 
@@ -61,6 +63,17 @@ def test_rows_do_not_depend_on_the_process() -> None:
     ]
     here = repr([dataset(split="test")[index] for index in range(8)])
     assert {run.stdout.strip() for run in runs} == {hashlib.sha256(here.encode()).hexdigest()}
+
+
+@pytest.mark.parametrize("name", ["charts?num_rows=60", "charts?num_rows=60&questions_per_image=5&seed=3"])
+def test_what_is_asked_is_known_without_drawing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(dataset(name, "test"))
+    monkeypatch.setattr(charts, "draw_chart", lambda chart: pytest.fail("a chart was drawn"))
+    view = dataset(name, "test")
+    for index, row in reversed(list(enumerate(rows))):
+        assert {**view.ask(index), "image_id": view.image_id(index), "image": row["image"]} == row
+    for one, other in combinations(rows, 2):
+        assert (one["image_id"] == other["image_id"]) == (one["image"] == other["image"])
 
 
 def test_num_rows_only_says_where_a_split_ends() -> None:
@@ -352,5 +365,6 @@ def test_unknown_split_lists_the_splits() -> None:
 def test_out_of_range_is_an_index_error(index: int) -> None:
     with pytest.raises(IndexError, match=f"row {index} is out of range, train has 1000 rows"):
         dataset()[index]
-    with pytest.raises(IndexError):
-        dataset().chart(index)
+    for read in (dataset().chart, dataset().ask, dataset().image_id):
+        with pytest.raises(IndexError):
+            read(index)

@@ -1,268 +1,50 @@
-"""Options: every type and spelling, the YAML file, and one line for each mistake."""
+"""The jobs' options: each has help, a range, and no contradiction goes unnoticed."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from vlmray.config import InferConfig
-from vlmray.options import build_config, field_docs, parse_args
+from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.options import field_docs, parse_args
 
-HEAVY = ("torch", "ray", "transformers", "pyarrow", "datasets", "numpy", "PIL", "yaml")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Every:
-    """One option of each kind."""
-
-    name: str
-    """A text. It has two sentences."""
-
-    num_rows: int = 3
-    """A whole number."""
-
-    learning_rate: float = 0.5
-    """A number."""
-
-    overwrite: bool = False
-    """A flag."""
-
-    output_format: Literal["files", "parquet"] = "files"
-    """One of two,
-    over two lines."""
-
-    adapter: str | None = None
-    """A text, or nothing."""
-
-    max_pixels: int | None = None
-    """A whole number, or nothing: 100 % of it."""
-
-    dtype: Literal["auto", "float32"] | None = None
-    """One of two, or nothing."""
+NAN = float("nan")
 
 
-def _parse(*argv: str) -> Every:
-    return parse_args(Every, ["--name", "x", *argv])
-
-
-def _mistake(capsys: pytest.CaptureFixture[str], config_class: type, *argv: str) -> str:
-    """Return the one line that a mistake prints."""
-    with pytest.raises(SystemExit) as exit_info:
-        parse_args(config_class, argv)
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    return err.removeprefix("error: ").rstrip("\n")
-
-
-def test_defaults_and_every_type() -> None:
-    assert _parse() == Every(name="x")
-    given = _parse(
-        "--num_rows", "7", "--learning_rate", "1e-4", "--overwrite", "--output_format", "parquet",
-        "--adapter", "a b", "--max_pixels", "9", "--dtype", "float32",
-    )  # fmt: skip
-    assert given == Every(
-        name="x", num_rows=7, learning_rate=1e-4, overwrite=True, output_format="parquet",
-        adapter="a b", max_pixels=9, dtype="float32",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--overwrite"], True),
-        (["--overwrite", "true"], True),
-        (["--overwrite", "True"], True),
-        (["--overwrite=yes"], True),
-        (["--overwrite=1"], True),
-        (["--overwrite=false"], False),
-        (["--overwrite", "FALSE"], False),
-        (["--overwrite", "no"], False),
-        (["--overwrite", "0"], False),
-        (["--overwrite", "--num_rows", "2"], True),
-        ([], False),
-    ],
-)
-def test_flags_are_spelled_in_many_ways(argv: list[str], expected: bool) -> None:
-    assert _parse(*argv).overwrite is expected
-
-
-def test_hyphens_in_option_names() -> None:
-    assert _parse("--num-rows", "7", "--output-format=parquet") == _parse(
-        "--num_rows=7", "--output_format", "parquet"
-    )
-
-
-@pytest.mark.parametrize("value", ["-1", "-5:", "-5:,3", "-", "[-5:]", "-x y", "--5=6"])
-def test_values_that_begin_with_a_hyphen(value: str) -> None:
-    assert parse_args(Every, [f"--name={value}"]).name == value
-    if not value.startswith("--"):
-        assert parse_args(Every, ["--name", value, "--num_rows", "4"]) == Every(name=value, num_rows=4)
-
-
-def test_negative_numbers() -> None:
-    assert _parse("--num_rows", "-4", "--learning_rate", "-1e-3") == Every(
-        name="x", num_rows=-4, learning_rate=-1e-3
-    )
-
-
-def test_an_option_is_not_taken_for_a_value(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected one argument" in _mistake(capsys, Every, "--name", "--overwrite")
-    with pytest.raises(SystemExit) as exit_info:
-        parse_args(Every, ["--name", "-h"])
-    assert exit_info.value.code != 0
-
-
-def test_the_last_one_counts() -> None:
-    assert _parse("--num_rows", "4", "--num-rows", "5").num_rows == 5
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--num_rows", "many"], "--num_rows must be a whole number, got 'many'"),
-        (["--num_rows", "1.0"], "--num_rows must be a whole number, got '1.0'"),
-        (["--num_rows", ""], "--num_rows must be a whole number, got ''"),
-        (["--learning_rate", "fast"], "--learning_rate must be a number, got 'fast'"),
-        (["--learning_rate", "nan"], "--learning_rate must be a number, got 'nan'"),
-        (["--learning_rate", "inf"], "--learning_rate must be a number, got 'inf'"),
-        (["--overwrite", "maybe"], "--overwrite must be true or false, got 'maybe'"),
-        (["--output_format", "csv"], "--output_format must be one of files, parquet, got 'csv'"),
-        (["--dtype", "int4"], "--dtype must be one of auto, float32, got 'int4'"),
-        (["--num_row", "3"], "unknown option --num_row; did you mean --num_rows?; see --help"),
-        (["--learning-rat=3"], "unknown option --learning-rat; did you mean --learning_rate?; see --help"),
-        (["--zzz"], "unknown option --zzz; see --help"),
-        (["--a\nb"], "unknown option --a b; see --help"),
-        (["stray"], "unexpected argument stray; see --help"),
-        (["--config", "gone.yaml"], "--config gone.yaml: No such file or directory"),
-    ],
-)
-def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _mistake(capsys, Every, "--name", "x", *argv) == message
-
-
-def test_required_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _mistake(capsys, Every) == "--name is required: A text. It has two sentences"
-    assert _mistake(capsys, InferConfig).startswith("--sample_slices is required: Rows to answer")
-
-
-def test_help_shows_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        parse_args(Every, ["--help"], prog="every")
-    out = capsys.readouterr().out
-    assert exit_info.value.code == 0
-    assert "One option of each kind." in out
-    assert "100 % of it" in out
-    assert "(default: 3)" in out
-    assert "(required)" in out
-    for field in dataclasses.fields(Every):
-        assert out.count(f"\n  --{field.name} ") == 1
-    assert "--num-rows" not in out
-
-
-# The YAML file
-
-
-@pytest.fixture
-def yaml_file(tmp_path: Path) -> Any:
-    def write(text: str) -> str:
-        path = tmp_path / "options.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def test_the_command_line_wins_over_yaml(yaml_file: Any) -> None:
-    path = yaml_file("name: from yaml\nnum_rows: 8\nlearning-rate: 1e-4\noverwrite: true\nadapter: null\n")
-    assert parse_args(Every, ["--config", path]) == Every(
-        name="from yaml", num_rows=8, learning_rate=1e-4, overwrite=True
-    )
-    assert parse_args(Every, ["--num_rows", "9", f"--config={path}", "--overwrite=false"]) == Every(
-        name="from yaml", num_rows=9, learning_rate=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-    "text", ["1:30", "no", "on", "1.10", "007", "2024-01-01", "1_000", "0x10", "[0:100]", "[1:30]", "~x"]
-)
-def test_yaml_values_are_taken_as_they_are_written(text: str, yaml_file: Any) -> None:
-    assert parse_args(Every, ["--config", yaml_file(f"name: '{text}'")]).name == text
-    if not text.startswith("["):
-        assert parse_args(Every, ["--config", yaml_file(f"name: {text}")]).name == text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("num_row: 3", "unknown option 'num_row'; did you mean num_rows?"),
-        ("num_rows: many", "--num_rows must be a whole number, got 'many'"),
-        ("num_rows: 1.5", "--num_rows must be a whole number, got '1.5'"),
-        ("num_rows:", "--num_rows needs a value"),
-        ("overwrite: maybe", "--overwrite must be true or false, got 'maybe'"),
-        ("output_format: csv", "--output_format must be one of files, parquet, got 'csv'"),
-        ("name: [1:30]", "--name must be one value, got ['1:30']; quote it if it is text"),
-        ("name: {a: b}", "--name must be one value, got {'a': 'b'}; quote it if it is text"),
-        ("[name, num_rows]", "--config {path} must hold 'option: value' lines, found list"),
-        ("just text", "--config {path} must hold 'option: value' lines, found str"),
-    ],
-)
-def test_mistakes_in_yaml(
-    text: str, message: str, yaml_file: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = yaml_file(text)
-    found = _mistake(capsys, Every, "--config", path, *([] if "name:" in text else ["--name", "x"]))
-    assert found == message.replace("{path}", path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["name: [", "name: 'x", "a: b: c", "name: !!python/object:os.system {}", "\tname: x", "name: \x00"],
-)
-def test_a_file_that_is_not_yaml(text: str, yaml_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    path = yaml_file(text)
-    assert _mistake(capsys, Every, "--config", path).startswith(f"--config {path} is not YAML: ")
-
-
-def test_a_yaml_file_that_is_a_folder_or_binary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _mistake(capsys, Every, "--config", str(tmp_path)).endswith("Is a directory")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xd8")
-    assert "is not YAML" in _mistake(capsys, Every, "--config", str(tmp_path / "binary"))
-
-
-def test_plain_values_build_a_config() -> None:
-    values = {"name": "x", "num_rows": 4, "overwrite": True, "max_pixels": None, "learning_rate": 1}
-    config = build_config(Every, values)
-    assert config == Every(name="x", num_rows=4, overwrite=True, learning_rate=1.0)
-    assert isinstance(config.learning_rate, float)
-    with pytest.raises(ValueError, match="--num_rows needs a value"):
-        build_config(Every, {"name": "x", "num_rows": None})
-
-
-# The real options
-
-
-def test_every_option_has_help() -> None:
-    docs = field_docs(InferConfig)
-    for field in dataclasses.fields(InferConfig):
+@pytest.mark.parametrize("config_class", [InferConfig, FinetuneConfig])
+def test_every_option_has_help(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = field_docs(config_class)
+    for field in dataclasses.fields(config_class):
         doc = docs.get(field.name, "")
         assert len(doc) > 10, field.name
         assert doc.endswith((".", "'")), field.name
         assert "\n" not in doc
+    with pytest.raises(SystemExit):
+        parse_args(config_class, ["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(config_class):
+        assert shown.count(f"\n  --{field.name} ") == 1, field.name
 
 
-@pytest.mark.parametrize("value", ["-1", "-5:", "[-5:]", "[::-1]", ":10,-3"])
-def test_sample_slices_from_the_end(value: str) -> None:
-    assert parse_args(InferConfig, ["--sample_slices", value]).sample_slices == value
+def test_the_jobs_share_their_options_about_questions() -> None:
+    shared = field_docs(QuestionsConfig)
+    assert len(shared) > 10
+    for config_class in (InferConfig, FinetuneConfig):
+        docs = field_docs(config_class)
+        assert {name: docs[name] for name in shared} == shared
+        assert len(docs) > len(shared)
+
+
+# Ranges
+
+
+def _mistake(config_class: type, **options: Any) -> str:
+    with pytest.raises(ValueError, match="--") as error_info:
+        config_class(**options)
+    assert "\n" not in str(error_info.value)
+    return str(error_info.value)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +53,7 @@ def test_sample_slices_from_the_end(value: str) -> None:
         ("max_new_tokens", 0, "--max_new_tokens must be at least 1, got 0"),
         ("batch_size", -2, "--batch_size must be at least 1, got -2"),
         ("temperature", -0.1, "--temperature must be at least 0, got -0.1"),
-        ("temperature", float("nan"), "--temperature must be at least 0, got nan"),
+        ("temperature", NAN, "--temperature must be at least 0, got nan"),
         ("top_p", 0.0, "--top_p must be above 0 and at most 1, got 0.0"),
         ("top_p", 1.5, "--top_p must be above 0 and at most 1, got 1.5"),
         ("max_errors", -1, "--max_errors must be at least 0, got -1"),
@@ -285,15 +67,57 @@ def test_sample_slices_from_the_end(value: str) -> None:
     ],
 )
 def test_values_out_of_range(option: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match="--") as error_info:
-        InferConfig(sample_slices="[:]", **{option: value})  # type: ignore[arg-type]
-    assert str(error_info.value) == message
+    assert _mistake(InferConfig, sample_slices="[:]", **{option: value}) == message
+
+
+@pytest.mark.parametrize(
+    ("least", "names"),
+    [
+        (
+            1,
+            "max_turns max_length eval_steps max_new_tokens lora_r lora_alpha per_device_train_batch_size "
+            "per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps "
+            "save_total_limit early_stopping_patience num_workers min_pixels max_pixels",
+        ),
+        (0, "eval_samples learning_rate weight_decay max_failures seed max_errors"),
+    ],
+)
+def test_least_values_of_training(least: int, names: str) -> None:
+    for name in names.split():
+        FinetuneConfig(eval_split="validation", **{name: least})
+        for value in (least - 1, NAN):
+            message = _mistake(FinetuneConfig, eval_split="validation", **{name: value})
+            assert message == f"--{name} must be at least {least}, got {value}"
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad", "expected"),
+    [
+        ("lora_dropout", (0, 0.99), (-0.1, 1, NAN), "must be at least 0 and below 1"),
+        ("warmup_ratio", (0, 0.99), (-0.1, 1, NAN), "must be at least 0 and below 1"),
+        ("max_steps", (-1, 1), (0, -2), "must be -1 (not set) or at least 1"),
+        ("num_train_epochs", (0.01, 3), (0, -1, NAN), "must be above 0"),
+    ],
+)
+def test_ranges_of_training(option: str, good: Any, bad: Any, expected: str) -> None:
+    for value in good:
+        FinetuneConfig(**{option: value})
+    for value in bad:
+        assert _mistake(FinetuneConfig, **{option: value}) == f"--{option} {expected}, got {value}"
+
+
+def test_only_the_system_prompt_may_be_empty() -> None:
+    FinetuneConfig(system_prompt="")
+    for field in dataclasses.fields(FinetuneConfig):
+        if field.type in ("str", "str | None") and field.name != "system_prompt":
+            assert _mistake(FinetuneConfig, **{field.name: ""}) == f"--{field.name} is empty"
 
 
 def test_pixel_bounds_and_an_empty_system_prompt() -> None:
-    InferConfig(sample_slices="[:]", min_pixels=5, max_pixels=5, system_prompt="")
-    with pytest.raises(ValueError, match="--min_pixels 6 is above --max_pixels 5"):
-        InferConfig(sample_slices="[:]", min_pixels=6, max_pixels=5)
+    for config_class, options in ((InferConfig, {"sample_slices": "[:]"}), (FinetuneConfig, {})):
+        config_class(min_pixels=5, max_pixels=5, system_prompt="", **options)
+        message = _mistake(config_class, min_pixels=6, max_pixels=5, **options)
+        assert message == "--min_pixels 6 is above --max_pixels 5"
 
 
 @pytest.mark.parametrize(("text", "expected"), [(None, None), ("1", (1, 1)), ("4", (4, 4)), ("1,4", (1, 4))])
@@ -301,22 +125,49 @@ def test_replica_range(text: str | None, expected: tuple[int, int] | None) -> No
     assert InferConfig(sample_slices="[:]", num_replicas=text).replica_range() == expected
 
 
+# Contradictions
+
+
 @pytest.mark.parametrize(
-    ("argv", "code"), [(["infer", "--help"], 0), (["infer", "--batch_siz", "3"], 2), (["infr"], 2)]
+    ("options", "message", "cure"),
+    [
+        *(
+            ({"use_peft": False, name: value}, f"--{name} is about LoRA", {"use_peft": True})
+            for name, value in {
+                "lora_target_modules": "q_proj",
+                "lora_vision": True,
+                "lora_merger": True,
+                "merge_adapter": True,
+            }.items()
+        ),
+        ({"use_peft": False, "quantization": "8bit"}, "--quantization 8bit needs LoRA", {"use_peft": True}),
+        ({"use_peft": False, "quantization": "4bit"}, "--quantization 4bit needs", {"quantization": "none"}),
+        ({"freeze_vision": True}, "--freeze_vision is for --use_peft false", {"use_peft": False}),
+        (
+            {"early_stopping_patience": 2},
+            "--early_stopping_patience needs an evaluation",
+            {"eval_slices": "[:9]"},
+        ),
+        (
+            {"load_best_model_at_end": True},
+            "--load_best_model_at_end needs an evaluation",
+            {"eval_split": "validation"},
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_split": "validation", "save_steps": 10, "eval_steps": 20},
+            "--load_best_model_at_end needs --save_steps 10 equal to --eval_steps 20",
+            {"eval_steps": 10},
+        ),
+        ({"resume": True, "overwrite": True}, "--resume keeps what --overwrite", {"overwrite": False}),
+    ],
 )
-def test_help_and_mistakes_import_nothing_heavy(argv: list[str], code: int) -> None:
-    script = (
-        "import sys\n"
-        "from vlmray.cli import main\n"
-        "try:\n"
-        "    main(sys.argv[1:])\n"
-        "finally:\n"
-        f"    print('heavy:', *sorted(set({HEAVY!r}) & set(sys.modules)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
-    assert done.stderr.count("\n") == (0 if code == 0 else 1)
-    assert code != 0 or "--sample_slices" in done.stdout
+def test_contradictions_are_refused(options: Any, message: str, cure: Any) -> None:
+    assert _mistake(FinetuneConfig, **options).startswith(message)
+    FinetuneConfig(**{**options, **cure})
+
+
+def test_either_option_turns_the_evaluation_on() -> None:
+    assert not FinetuneConfig().evaluates
+    assert not FinetuneConfig(eval_samples=5, eval_steps=5).evaluates
+    assert FinetuneConfig(eval_split="validation").evaluates
+    assert FinetuneConfig(eval_slices="[-9:]").evaluates

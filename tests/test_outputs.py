@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlmray import outputs
 from vlmray.outputs import RESULT_SCHEMA, OutputDirectory, prepare_output_directory, save_sample_outputs
 
 OPTIONS = {"model_id": "tiny", "max_new_tokens": 5, "choices": ("a", "b")}
@@ -233,7 +234,7 @@ def test_other_options_are_named(tmp_path: Path) -> None:
         _open(tmp_path, max_new_tokens=7, adapter="x\ny")
     message = str(error_info.value)
     assert "(adapter was None, now 'x\\ny'; max_new_tokens was 5, now 7)" in message
-    assert message.endswith("choose another folder, or pass --overwrite to delete them")
+    assert message.endswith("choose another folder, or pass --overwrite to delete it")
     assert "model_id" not in message
     assert "\n" not in message
     assert OutputDirectory(str(tmp_path)).finished() == {"test-000000": True}
@@ -282,7 +283,125 @@ def test_overwrite_takes_no_folder_that_is_not_ours(tmp_path: Path) -> None:
     assert _names(tmp_path) == {"options.json", "test-000000_img.jpg", "report.html", "run.json"}
 
 
+def test_an_option_that_is_new_and_not_set_changes_nothing(tmp_path: Path) -> None:
+    _save(_open(tmp_path), _row(0))
+    _open(tmp_path, invented_later=None)
+    _open(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run \(invented_later was None, now 5\)"):
+        _open(tmp_path, invented_later=5)
+
+
+def test_a_folder_of_another_job_is_left_alone(tmp_path: Path) -> None:
+    """It holds no answers, but its options, report and manifest are not those of a run that never began."""
+    folder = OutputDirectory.create(str(tmp_path))
+    folder.write_options({"job": "finetune", "lora_r": 4})
+    folder.finish({"steps": 9}, "<html>")
+    before = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+    with pytest.raises(ValueError, match=r"holds another run \(job was 'finetune', now None\)"):
+        _open(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)} == before
+    _open(tmp_path, overwrite=True)
+    assert _names(tmp_path) == {"options.json"}
+
+
+def test_options_are_checked_before_a_run_goes_on(tmp_path: Path) -> None:
+    folder = OutputDirectory.create(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=f"--output_dir {tmp_path} holds no run to go on with; leave out --re"
+    ):
+        folder.check_options(OPTIONS)
+    folder.write_options(OPTIONS)
+    folder.check_options(OPTIONS)
+    folder.check_options({**OPTIONS, "choices": ["a", "b"], "new": None})  # the same in JSON
+    for changed in ({**OPTIONS, "model_id": "large"}, {**OPTIONS, "seed": 1}, {"model_id": "tiny"}):
+        with pytest.raises(ValueError, match=r"holds another run \(\w+ was .+, now .+\); choose another"):
+            folder.check_options(changed)
+    assert folder.read_options() == json.loads(json.dumps(OPTIONS))
+
+
 # Folders
+
+
+@pytest.mark.parametrize("by_uri", [False, True])
+def test_a_folder_is_made_or_opened(by_uri: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "c"
+    name = path.as_uri() if by_uri else str(path)
+    OutputDirectory.create(name).write_text("x.txt", "x")
+    assert path.is_dir()
+    again = OutputDirectory.create(name)
+    assert (again.has("x.txt"), again.has("y.txt"), again.has("x.txt/z")) == (True, False, False)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a regular file")
+    for output_dir in (str(tmp_path / name), (tmp_path / name).as_uri(), "s4://bucket/x"):
+        with pytest.raises(ValueError, match=f"--output_dir {output_dir} cannot be written: ") as error_info:
+            OutputDirectory.create(output_dir)
+        assert "\n" not in str(error_info.value)
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path) -> None:
+    folder = OutputDirectory.create(str(tmp_path))
+    (tmp_path / "options.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path} cannot be written: "):
+        folder.write_options(OPTIONS)
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _local_folder(path: Path, text: str, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("by_uri", [False, True])
+def test_a_folder_replaces_the_one_before(by_uri: bool, tmp_path: Path) -> None:
+    first = _local_folder(tmp_path / "first", "1", "a.json", "only-first.bin", "sub/deep/b")
+    second = _local_folder(tmp_path / "second", "2", "a.json", "sub/c")
+    out = tmp_path / "out"
+    folder = OutputDirectory.create(out.as_uri() if by_uri else str(out))
+    folder.write_folder("adapter_2", first)
+    for source in (first, second, first):
+        folder.write_folder("adapter", source)
+        assert _tree(out / "adapter") == _tree(source)
+        assert folder.has("adapter")
+    assert _tree(out / "adapter_2") == _tree(first)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "adapter_2"]
+    folder.delete_folder("adapter")
+    folder.delete_folder("adapter")
+    assert not folder.has("adapter")
+    assert _tree(out / "adapter_2") == _tree(first)
+
+
+def test_a_folder_that_was_not_copied_to_its_end_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (_local_folder(tmp_path / text, text, "a", "b/c") for text in ("1", "2"))
+    out = tmp_path / "out"
+    folder = OutputDirectory.create(str(out))
+    folder.write_folder("adapter", first)
+
+    def die_midway(source: str, target: str, **filesystems: Any) -> None:
+        Path(target, "a").write_text("2")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "copy_files", die_midway)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_folder("adapter", second)
+    assert _tree(out / "adapter") == _tree(first)
+    assert len(list(out.iterdir())) == 2
+    (out / f".adapter_2-{'0' * 32}.tmp").mkdir()  # that of another name, perhaps being written
+    folder.write_folder("adapter", second)
+    assert _tree(out / "adapter") == _tree(second)
+    assert sorted(path.name for path in out.iterdir()) == [f".adapter_2-{'0' * 32}.tmp", "adapter"]
+    folder.remove_leftovers()
+    assert [path.name for path in out.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])

@@ -9,32 +9,33 @@ from pathlib import Path
 import pytest
 
 from vlmray.charts import ChartDataset, parse_charts_name
-from vlmray.config import InferConfig
+from vlmray.cli import JOBS
 from vlmray.options import field_docs, parse_args
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SOURCES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "cluster.yaml", ROOT / "jobs" / "infer.py"]
+SOURCES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "cluster.yaml", *(ROOT / "jobs").glob("*.py")]
 
 
-def commands(path: Path) -> list[str]:
-    """Every `vlmray infer` and `jobs/infer.py` command of a file, its options alone."""
+def commands(path: Path) -> list[tuple[str, str]]:
+    """Every `vlmray JOB` and `jobs/JOB.py` command of a file: the job and its options."""
     text = re.sub(r"\\\n[#\s]*", "", path.read_text()).replace("$$", "$")
-    return re.findall(r"(?:vlmray infer|python jobs/infer\.py)( --[^\n`]*)", text)
+    return re.findall(r"(?:vlmray |python jobs/)(\w+)(?:\.py)?( --[^\n`]*)", text)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_commands_are_accepted(path: Path) -> None:
-    found = [options for options in commands(path) if "--help" not in options]
+    found = [(job, options) for job, options in commands(path) if "--help" not in options]
     assert found
-    for options in found:
-        assert parse_args(InferConfig, shlex.split(options, comments=True)).sample_slices
+    for job, options in found:
+        assert parse_args(JOBS[job].config_class, shlex.split(options, comments=True)).sample_slices
 
 
 def test_options_of_the_table_exist() -> None:
-    named = re.findall(r"^\| `--(\w+)` \|", README, flags=re.MULTILINE)
-    assert len(named) >= 6
-    assert set(named) <= {*field_docs(InferConfig), "config"}
+    rows = re.findall(r"^\| (`--.*?`) \|", README, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"--(\w+)", row)}
+    assert len(named) >= 30
+    assert named <= {name for job in JOBS.values() for name in field_docs(job.config_class)} | {"config"}
 
 
 def test_the_python_example_runs(

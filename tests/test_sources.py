@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlmray import hub
+from vlmray import charts, hub
 from vlmray.dataset import DATASETS, get_dataset_columns, sample_id, to_sample
 from vlmray.images import load_image_pil
 from vlmray.sources import ParquetSource, Source, open_source
@@ -303,10 +303,58 @@ def test_files_of_different_columns(tmp_path: Path) -> None:
     assert "b.parquet has columns question, but" in _mistake(tmp_path.as_uri())
 
 
+def _check_columns(source: Source) -> None:
+    """Any columns in any order of rows are those columns of the whole rows."""
+    order = [5, 2, 2, 7, 0]
+    whole = source.read(order)
+    names = list(source.column_names)
+    rng = random.Random(0)
+    for columns in [[name] for name in names] + [
+        rng.sample(names, rng.randint(1, len(names))) for _ in range(8)
+    ]:
+        rows = source.read(order, columns)
+        assert rows == [{name: row[name] for name in columns} for row in whole]
+        assert source.read([], columns) == []
+    assert source.read(order, names) == source.read(order) == whole
+
+
+@pytest.mark.parametrize("write", [_parquet_folder, _parquet_file, _saved, _saved_splits])
+def test_columns_of_local_datasets(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    _check_columns(open_source(str(write(tmp_path)), "test"))
+
+
+def test_columns_of_other_sources(parquet_parts: Path, tmp_path: Path) -> None:
+    _check_columns(open_source(parquet_parts.as_uri(), "test"))
+    _check_columns(open_source("charts?num_rows=12", "test"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"query": f"{n}", "image": "a.png", "n": n}) for n in range(9)))
+    _check_columns(open_source(str(path), "test"))
+
+
+def test_columns_are_kept_apart_between_reads(parquet_parts: Path) -> None:
+    """The row group that was read last is kept, but only for the same columns."""
+    source = open_source(parquet_parts.as_uri(), "test")
+    for columns in (["query"], None, ["label", "query"], ["query"]):
+        assert list(source.read([3], columns)[0]) == (columns or list(source.column_names))
+    assert source.read([1], ["human_or_machine"]) == [{"human_or_machine": "machine"}]
+
+
+def test_a_chart_is_drawn_only_for_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = charts.draw_chart
+    monkeypatch.setattr(charts, "draw_chart", lambda chart: drawn.append(chart) or draw(chart))
+    source = open_source("charts?num_rows=12", "test")
+    source.read(range(12), ["image_id", "question", "answers", "family"])
+    assert not drawn
+    source.read([4], ["answers", "image"])
+    assert len(drawn) == 1
+
+
 def test_a_row_that_is_not_there(parquet_parts: Path) -> None:
     for name in (str(parquet_parts), parquet_parts.as_uri(), "charts?num_rows=23"):
-        with pytest.raises(IndexError):
-            open_source(name, "test").read([NUM_ROWS])
+        for columns in (None, ["question" if name.startswith("charts") else "query"]):
+            with pytest.raises(IndexError):
+                open_source(name, "test").read([NUM_ROWS], columns)
 
 
 # Charts and ChartQA

@@ -23,10 +23,12 @@ from vlmray.sources import open_source
 from vlmray.stages import (
     ROW_SCHEMA,
     Task,
+    fetch_images,
     generate_rows,
     prepare_rows,
     process_single_sample,
     read_chunk,
+    read_rows,
     sample_row,
     save_rows,
     score_row,
@@ -56,8 +58,8 @@ class _ListSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [dict(self._rows[index]) for index in indices]
+    def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        return [{name: self._rows[index][name] for name in columns or self.column_names} for index in indices]
 
 
 def _runs(rng: random.Random) -> _ListSource:
@@ -128,6 +130,15 @@ def test_rows_carry_what_the_dataset_says() -> None:
         assert row["error"] is None
         for column in ("image", "question", "answers", "family"):
             assert row[column] == expected[column]
+
+
+def test_rows_by_index_are_those_of_chunks() -> None:
+    name = "charts?num_rows=20"
+    source = open_source(name, "test")
+    spec = get_dataset_columns(name, source.column_names)
+    whole = read_chunk(source, spec, "test", range(20), 0, 20)
+    for order in ([7, 3, 3, 19, 0], [], range(20)):
+        assert read_rows(source, spec, "test", order) == [whole[index] for index in order]
 
 
 def test_a_row_that_is_no_sample_is_an_error_row() -> None:
@@ -259,6 +270,17 @@ def test_urls_are_fetched_when_rows_are_prepared(address: str, monkeypatch: pyte
     assert rows[1]["error"] == f"HTTP 404 for {address}/gone.png"
     assert "cannot identify image" in rows[2]["error"]
     assert "cannot fetch http://127.0.0.1:9/a.png" in rows[3]["error"]
+
+
+def test_only_urls_are_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    images = [_image(1), None, f"{address}/a.png", f"{address}/gone.png"]
+    rows = [sample_row(Sample(sample_id="test-000000", question="Why?", image=image)) for image in images]
+    before = [dict(row) for row in rows]
+    fetch_images(rows)
+    assert rows[:2] == before[:2]
+    assert rows[2] == {**before[2], "image": _image(9)}
+    assert rows[3] == {**before[3], "error": f"HTTP 404 for {address}/gone.png"}
 
 
 # Generate and score

@@ -48,7 +48,10 @@ class BatchPlan:
 
     def num_steps(self, epochs: float, max_steps: int = -1) -> int:
         """Return the optimizer steps of a run; `max_steps` above 0 decides alone."""
-        return max_steps if max_steps > 0 else max(1, math.ceil(epochs * self.steps_per_epoch))
+        if max_steps > 0:
+            return max_steps
+        # Rounded: 0.28 epochs of 25 steps are 7 steps, but the product is 7.000000000000001.
+        return max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
     def batch(self, rank: int, number: int) -> list[int | None]:
         """Return the samples of a worker's batch, counted from the start of the run.

@@ -111,6 +111,11 @@ def local_folder(model_id: str) -> Path | None:
     return snapshot if (snapshot / "config.json").is_file() else None
 
 
+def cache_folder() -> Path:
+    """Return where vlmray keeps what it can make again: `$VLMRAY_CACHE`, or `~/.cache/vlmray`."""
+    return Path(os.environ.get("VLMRAY_CACHE") or Path.home() / ".cache" / "vlmray")
+
+
 def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a safetensors file, by name.
 

@@ -43,6 +43,8 @@ def infer(config: InferConfig) -> int:
 
 def finetune(config: FinetuneConfig) -> int:
     """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
+    # A lost worker is told in one line beside the bar; the raylet would add a paragraph.
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
     from vlmray.finetune import plan_finetune, run_finetune
     from vlmray.training_report import format_training_table
 

@@ -280,8 +280,9 @@ class FinetuneConfig(QuestionsConfig):
             "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience", "num_workers",
         )  # fmt: skip
         _at_least(self, 0, "eval_samples", "learning_rate", "weight_decay", "max_failures")
-        if not 0 <= self.lora_dropout < 1 or not 0 <= self.warmup_ratio < 1:
-            raise ValueError("--lora_dropout and --warmup_ratio must be at least 0 and below 1")
+        for name in ("lora_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max_steps must be -1 (not set) or at least 1, got {self.max_steps}")
         if not self.num_train_epochs > 0:

@@ -18,11 +18,11 @@ import pyarrow as pa
 from PIL import Image
 
 from vlmray import stages
-from vlmray.dataset import DatasetSpec
+from vlmray.dataset import DatasetSpec, to_sample
 from vlmray.images import decode_image
 from vlmray.prompts import format_data
 from vlmray.schema import Sample
-from vlmray.sources import Source
+from vlmray.sources import ChartsSource, Source
 
 Row = dict[str, Any]
 
@@ -50,6 +50,7 @@ SAMPLE_SCHEMA = pa.schema(
 )
 """Columns of a sample on its way to a training worker; a row without a sample_id is an empty slot."""
 
+_NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
 _ROWS_PER_READ = 256
 
 
@@ -123,7 +124,7 @@ def group_turns(
     group: list[int] = []
     last = None
     for index, image in zip(selected, _images(source, spec, selected), strict=True):
-        if group and (image is None or image != last or len(group) == max_turns):
+        if group and (image in _NO_IMAGE or image != last or len(group) == max_turns):
             groups.append(tuple(group))
             group = []
         group.append(index)
@@ -133,8 +134,8 @@ def group_turns(
 
 def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:
     """Yield what tells the image of each row from others."""
-    # The charts say which rows share an image; elsewhere the images themselves are compared.
-    column = "image_id" if "image_id" in source.column_names else spec.image_column
+    # The charts say which rows share an image; elsewhere, whatever a column is called, images are compared.
+    column = "image_id" if isinstance(source, ChartsSource) else spec.image_column
     for start in range(0, len(selected), _ROWS_PER_READ):
         indices = selected[start : start + _ROWS_PER_READ]
         if column is None:
@@ -143,7 +144,7 @@ def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Itera
             yield from (row[column] for row in source.read(indices, [column]))
 
 
-def check_answers(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> None:
+def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]) -> None:
     """Check that there is something to learn.
 
     Raises:
@@ -153,22 +154,15 @@ def check_answers(source: Source, spec: DatasetSpec, selected: Sequence[int]) ->
         raise ValueError(
             f"--answer_column is needed to train; the columns are {', '.join(source.column_names)}"
         )
+    answers = DatasetSpec(question_column=spec.answer_column, answer_column=spec.answer_column)
     for start in range(0, len(selected), _ROWS_PER_READ):
         rows = source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column])
-        if any(_is_answer(row[spec.answer_column]) for row in rows):
+        if any(answer.strip() for row in rows for answer in to_sample(row, answers, "").answers):
             return
     raise ValueError(
-        f"--answer_column: all {len(selected)} selected rows have an empty {spec.answer_column!r}; "
-        "there is nothing to learn from them"
+        f"--answer_column: all {len(selected)} selected rows of split {split!r} have an empty "
+        f"{spec.answer_column!r}; there is nothing to learn from them, or to compare with"
     )
-
-
-def _is_answer(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_is_answer, value.values()))
-    if isinstance(value, list):
-        return any(map(_is_answer, value))
-    return value is not None and str(value).strip() != ""
 
 
 def open_images(rows: Sequence[Row]) -> list[Row]:

@@ -35,24 +35,16 @@ from vlmray.artifacts import ADAPTER, MERGED, MODEL, training_record, write_arti
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import Conversations, Features, check_answers, group_turns
 from vlmray.engines import resolve_model_id
-from vlmray.outputs import OutputDirectory
+from vlmray.outputs import OutputDirectory, open_filesystem
 from vlmray.page import GalleryItem
 from vlmray.progress import Board, ProgressBar, TellFailures
 from vlmray.questions import Questions, check_model, open_questions
 from vlmray.report import group_errors
+from vlmray.sft_options import check_sft_options
 from vlmray.shards import PlannedShards, Shard
-from vlmray.training import (
-    EVALUATION,
-    TRAIN,
-    Outcome,
-    TrainingData,
-    TrainingMistake,
-    TrainingRun,
-    lora_config_of,
-    parse_sft_config,
-    train_loop_per_worker,
-)
+from vlmray.training import Outcome, TrainingMistake, lora_config_of, train_loop_per_worker
 from vlmray.training_report import Check, TrainingReport, render_training_html
+from vlmray.training_run import EVALUATION, TRAIN, TrainingData, TrainingRun
 
 CHECKPOINTS = "checkpoints"
 
@@ -96,7 +88,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
         FileNotFoundError: the model is not there.
     """
     check_model(config.model_id)
-    parse_sft_config({"optim": "adamw_torch", **(config.sft_config or {})})
+    check_sft_options(config)
     data = open_training_data(config)
     if config.use_peft:
         _check_lora_targets(config)
@@ -104,6 +96,8 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     workers = cluster.plan_workers(config.num_workers)
     if config.bf16 and "GPU" not in workers.resources:
         raise ValueError("--bf16 needs a GPU with bfloat16; the cluster has no GPU. Leave it out")
+    if config.fsdp and workers.num_workers == 1:
+        raise ValueError("--fsdp shards over several workers, and there is one; leave it out")
     training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
     folder = _open_folder(training, data)
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
@@ -129,7 +123,7 @@ def open_training_data(config: FinetuneConfig) -> TrainingData:
 
 def _conversations(questions: Questions, max_turns: int) -> Conversations:
     source, spec, selected = questions.source, questions.spec, questions.selected
-    check_answers(source, spec, selected)
+    check_answers(source, spec, questions.split, selected)
     return Conversations(
         source=source,
         spec=spec,
@@ -173,16 +167,27 @@ def _open_folder(training: TrainingRun, data: TrainingData) -> OutputDirectory:
         "samples_per_step": training.samples_per_step,
         **dataclasses.asdict(data.train.spec),
     }
-    if config.overwrite:
-        for name in (CHECKPOINTS, ADAPTER, MODEL, MERGED):
-            folder.delete_folder(name)
-    elif config.resume:
-        folder.check_options(options)
-    elif folder.read_options() is not None:
+    found = folder.read_options()
+    results = [name for name in (CHECKPOINTS, ADAPTER, MODEL, MERGED) if folder.has(name)]
+    if (found is None and results) or (found is not None and found.get("job") != options["job"]):
+        raise ValueError(
+            f"--output_dir {config.output_dir} holds what no fine-tuning run left; choose another folder"
+        )
+    if config.resume:
+        if found is None:
+            raise ValueError(
+                f"--output_dir {config.output_dir} holds no run to go on with; leave out --resume"
+            )
+        if results:  # a run that ended before its first checkpoint binds nobody to its options
+            folder.check_options(options)
+    elif results and not config.overwrite:
         raise ValueError(
             f"--output_dir {config.output_dir} holds an earlier run; pass --resume to go on with it, "
             "--overwrite to delete it, or choose another folder"
         )
+    else:
+        for name in results:
+            folder.delete_folder(name)
     folder.reopen()
     folder.write_options(options)
     return folder
@@ -196,7 +201,7 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
         FinetuneError: workers kept failing, or more samples failed than `--max_errors` allows.
     """
     started = time.perf_counter()
-    result = _train(run)
+    result = fit(run)
     outcome: Any = result.return_value
     if isinstance(outcome, TrainingMistake):
         raise ValueError(str(outcome))
@@ -210,8 +215,15 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
     return report
 
 
-def _train(run: FinetuneRun) -> Result:
-    """Run the trainer in a thread, and show how far it is in this one."""
+def fit(run: FinetuneRun) -> Result:
+    """Run the trainer in a thread, and show how far it is in this one.
+
+    Returns:
+        Ray's result, whose `return_value` is the `Outcome`, or the `TrainingMistake` that prevented one.
+
+    Raises:
+        FinetuneError: workers kept failing.
+    """
     board = Board.start()
     trainer = _make_trainer(run, board)
     ended: list[Any] = []
@@ -251,7 +263,7 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
             resources_per_worker=run.workers.resources,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]
-            storage_path=run.folder.uri,
+            **_storage(run.folder),
             name=CHECKPOINTS,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -263,6 +275,14 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
             logging_config=LoggingConfig("DEBUG" if config.log_level == "DEBUG" else "CRITICAL"),
         ),
     )
+
+
+def _storage(folder: OutputDirectory) -> dict[str, Any]:
+    """Return where Ray Train keeps checkpoints; a URI is opened here, since it may say how to."""
+    if folder.is_local:
+        return {"storage_path": folder.uri}
+    filesystem, path = open_filesystem(folder.uri)
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def _train_on_ray(config: dict[Any, Any]) -> Outcome | TrainingMistake:

@@ -167,7 +167,7 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
     """Take a mapping as a YAML file gives it, or written as JSON on the command line."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # said below
-            value = json.loads(value)
+            value = json.loads(value, parse_constant=int)  # which refuses NaN and Infinity, no JSON either
     if not isinstance(value, dict):
         raise ValueError(f"--{name} must be a mapping in the YAML file or a JSON object, got {value!r}")
     return value

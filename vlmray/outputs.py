@@ -12,11 +12,12 @@ The folder may be local or behind any URI that pyarrow opens (s3://, gs://, ...)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,6 @@ _OPTIONS, _RUN, _REPORT, _PARTS = "options.json", "run.json", "report.html", "pr
 _OUT = "_out.json"
 _SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
 _PART_FILE = re.compile(r"part-.+\.parquet")
-_TEMPORARY_FILE = re.compile(r"\..+-[0-9a-f]{32}\.tmp")
 # Uploads to an object store appear when they are complete; elsewhere a rename makes it so.
 _ATOMIC_FILESYSTEMS = ("s3", "gcs", "abfs")
 _NUM_THREADS = 16
@@ -79,17 +79,19 @@ class OutputDirectory:
             ValueError: it cannot be made.
         """
         folder = cls(_absolute(output_dir), output_format)
-        try:
+        with _naming_the_folder(output_dir):
             filesystem, root = open_filesystem(folder.uri)
             filesystem.create_dir(root, recursive=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
         return folder
 
     def write_options(self, options: Mapping[str, Any]) -> None:
-        """Record what a run depends on."""
-        self.write_text(_OPTIONS, _json(options))
+        """Record what a run depends on.
+
+        Raises:
+            ValueError: the folder takes no files.
+        """
+        with _naming_the_folder(self.uri):
+            self.write_text(_OPTIONS, _json(options))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Check that the run in here had these options.
@@ -100,8 +102,7 @@ class OutputDirectory:
         found = self.read_options()
         if found is None:
             raise ValueError(f"--output_dir {self.uri} holds no run to go on with; leave out --resume")
-        if found != json.loads(_json(options)):
-            raise ValueError(_difference(self.uri, found, json.loads(_json(options))))
+        _check_same(self.uri, found, json.loads(_json(options)))
 
     def save(self, rows: Sequence[Row], inputs: Sequence[Row], images: Sequence[bytes | None]) -> None:
         """Write finished rows, files first: whatever has an `_out.json` is never generated again.
@@ -208,7 +209,11 @@ class OutputDirectory:
             filesystem.move(target, path)
 
     def write_folder(self, name: str, source: Path) -> None:
-        """Copy a local folder so that it appears whole, in place of what was there under the name."""
+        """Copy a local folder so that it appears whole, in place of what was there under the name.
+
+        In an object store, which has no folders, only each of its files does.
+        """
+        self.remove_leftovers(re.escape(name))
         filesystem, root = open_filesystem(self.uri)
         atomic = filesystem.type_name in _ATOMIC_FILESYSTEMS
         target = f"{root}/{name}" if atomic else f"{root}/.{name}-{uuid.uuid4().hex}.tmp"
@@ -250,11 +255,13 @@ class OutputDirectory:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             list(pool.map(self._delete, [*names, *parts, _REPORT]))
 
-    def remove_leftovers(self) -> None:
-        """Delete the half-written files of a run that was killed."""
-        for name in self._list("", hidden=True):
-            if _TEMPORARY_FILE.fullmatch(name):
-                self._delete(name)
+    def remove_leftovers(self, names: str = ".+") -> None:
+        """Delete the half-written files and folders of a run that was killed; `names` is a pattern."""
+        filesystem, root = open_filesystem(self.uri)
+        temporary = re.compile(rf"\.{names}-[0-9a-f]{{32}}\.tmp")
+        for info in filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
+            if temporary.fullmatch(info.base_name):
+                (filesystem.delete_file if info.is_file else filesystem.delete_dir)(info.path)
 
     def read_options(self) -> dict[str, Any] | None:
         """Return the options of the run that wrote here, or None in a new folder."""
@@ -316,11 +323,11 @@ class OutputDirectory:
         if filesystem.get_file_info(f"{root}/{name}").type == FileType.File:
             filesystem.delete_file(f"{root}/{name}")
 
-    def _list(self, folder: str, *, hidden: bool = False) -> list[str]:
+    def _list(self, folder: str) -> list[str]:
         filesystem, root = open_filesystem(self.uri)
         selector = FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True)
         names = (info.base_name for info in filesystem.get_file_info(selector) if info.is_file)
-        return sorted(name for name in names if hidden or not name.startswith("."))
+        return sorted(name for name in names if not name.startswith("."))
 
 
 def prepare_output_directory(
@@ -339,7 +346,7 @@ def prepare_output_directory(
     """
     folder = OutputDirectory(_absolute(output_dir), output_format)
     options = json.loads(_json(options))
-    try:
+    with _naming_the_folder(output_dir):
         filesystem, root = open_filesystem(folder.uri)
         filesystem.create_dir(root if output_format == "files" else f"{root}/{_PARTS}", recursive=True)
         found = folder.read_options()
@@ -349,15 +356,14 @@ def prepare_output_directory(
                 f"--output_dir {output_dir} holds results but no {_OPTIONS} that says what they are of; "
                 "choose another folder"
             )
-        if found is not None and (overwrite or not has_results):
-            folder.clear()  # a run that ended before its first result binds nobody to its options
-        elif found is not None and found != options:
-            raise ValueError(_difference(output_dir, found, options))
+        if found is not None:
+            unfinished = not has_results and found.get("job") == options.get("job")
+            if overwrite or unfinished:
+                folder.clear()  # a run that ended before its first result binds nobody to its options
+            else:
+                _check_same(output_dir, found, options)
         folder.remove_leftovers()
         folder.write_text(_OPTIONS, _json(options))  # written again, to see that the folder takes files
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
     return folder
 
 
@@ -377,15 +383,26 @@ def save_sample_outputs(folder: OutputDirectory, row: Row, asked: Row, image: by
     folder.write_text(f"{sample_id}_out.json", _json({name: row.get(name) for name in RESULT_SCHEMA.names}))
 
 
-def _difference(output_dir: str, found: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    changed: Iterable[str] = sorted(
-        name for name in found.keys() | options.keys() if found.get(name) != options.get(name)
-    )
-    details = "; ".join(f"{name} was {found.get(name)!r}, now {options.get(name)!r}" for name in changed)
-    return (
-        f"--output_dir {output_dir} holds another run ({details}); "
-        "choose another folder, or pass --overwrite to delete them"
-    )
+@contextlib.contextmanager
+def _naming_the_folder(output_dir: str) -> Iterator[None]:
+    """Turn what a file system raises into a mistake in --output_dir."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
+
+
+def _check_same(output_dir: str, found: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Check that two runs have the same options; one that is not there counts as None."""
+    changed = sorted(name for name in found.keys() | options.keys() if found.get(name) != options.get(name))
+    if changed:
+        changed = ["job"] if "job" in changed else changed
+        details = "; ".join(f"{name} was {found.get(name)!r}, now {options.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"--output_dir {output_dir} holds another run ({details}); "
+            "choose another folder, or pass --overwrite to delete it"
+        )
 
 
 def _absolute(output_dir: str) -> str:

@@ -10,6 +10,7 @@ from ray.train import UserCallback
 from tqdm import tqdm
 
 from vlmray import cluster
+from vlmray.page import shorten
 
 
 class Board:
@@ -48,9 +49,11 @@ class TellFailures(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank = min(worker_exceptions)
-        cause = cluster.root_cause(worker_exceptions[rank])
-        self._board.note.remote(f"worker {rank} was lost ({cause[:200]}); starting again")
+        # A worker that died takes the others' connections with it; theirs is not the cause.
+        dead = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
+        rank = min(dead or worker_exceptions)
+        cause = "its process died" if dead else shorten(cluster.root_cause(worker_exceptions[rank]), 160)
+        self._board.note.remote(f"worker {rank} was lost ({cause}); starting again from the last checkpoint")
 
 
 class ProgressBar:
@@ -62,12 +65,10 @@ class ProgressBar:
     """
 
     def __init__(self, num_steps: int, samples_per_step: int) -> None:
+        self._num_steps = num_steps
         self._samples_per_step = samples_per_step
-        # In a file or a job's log every refresh is a line of its own, so there are few of them.
-        interval = 0.2 if sys.stderr.isatty() else 15
-        self._bar = tqdm(
-            total=num_steps, unit=" steps", mininterval=interval, dynamic_ncols=True, smoothing=0.05
-        )
+        self._bar = self._open(0)
+        self._bar.set_postfix_str("starting workers")
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -80,16 +81,25 @@ class ProgressBar:
         progress, notes = told
         for note in notes:
             tqdm.write(note, file=sys.stderr)
-        if "step" not in progress:
+        step = progress.get("step")
+        if step is None:
             return
-        if notes:  # a start: steps that an earlier one did are no measure of this one's speed
-            self._bar.reset()
-            self._bar.initial = self._bar.n = progress["step"]
-        shown: dict[str, str] = {
-            name: f"{progress[name]:.4g}" for name in ("loss", "eval_loss") if name in progress
-        }
+        if notes or step < self._bar.n:  # steps of an earlier start are no measure of this one's speed
+            self._bar.leave = False
+            self._bar.close()
+            self._bar = self._open(step)
+        losses = [name for name in ("loss", "eval_loss") if name in progress]
+        shown: dict[str, str] = {name: f"{progress[name]:.4g}" for name in losses}
         rate = self._bar.format_dict["rate"]
         if rate:
             shown["samples/s"] = f"{rate * self._samples_per_step:.3g}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(progress["step"] - self._bar.n)
+        self._bar.update(step - self._bar.n)
+
+    def _open(self, step: int) -> tqdm:
+        # In a file or a job's log every refresh is a line of its own, so there are few of them.
+        interval = 0.2 if sys.stderr.isatty() else 15
+        return tqdm(
+            total=self._num_steps, initial=step, unit=" steps", mininterval=interval, dynamic_ncols=True,
+            smoothing=0.05,
+        )  # fmt: skip

@@ -27,13 +27,21 @@ class Questions:
     system_prompt: str | None = None
 
 
-def open_questions(config: QuestionsConfig, split: str, slices: str) -> Questions:
+def open_questions(
+    config: QuestionsConfig, split: str, slices: str, *, random_access: bool = False
+) -> Questions:
     """Open a split and check every option that is about the dataset.
+
+    Args:
+        config: Names the dataset and its columns.
+        split: Split to open.
+        slices: Rows to select.
+        random_access: Rows will be read in any order.
 
     Raises:
         ValueError: an option does not fit the dataset.
     """
-    source = open_source(config.dataset_name, split, config.dataset_config)
+    source = open_source(config.dataset_name, split, config.dataset_config, random_access=random_access)
     spec = get_dataset_columns(
         config.dataset_name,
         source.column_names,

@@ -10,8 +10,10 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmray import hub
 from vlmray.charts import ChartDataset, parse_charts_name
+from vlmray.checkpoints import cache_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -61,13 +64,17 @@ class Source(Protocol):
         ...
 
 
-def open_source(dataset_name: str, split: str, config: str | None = None) -> Source:
+def open_source(
+    dataset_name: str, split: str, config: str | None = None, *, random_access: bool = False
+) -> Source:
     """Open a split of a dataset by name.
 
     Args:
         dataset_name: Name on the hub, local folder or file, URI of Parquet files, or `charts?...`.
         split: Split to open. A single file has no splits and takes any name.
         config: Configuration (subset) of the dataset, where it has several.
+        random_access: Rows will be read in any order. Parquet behind a URI is then copied to this
+            machine once: it gives out row groups, not rows.
 
     Raises:
         ValueError: the name, split or configuration is unknown, or the data cannot be read.
@@ -82,7 +89,8 @@ def open_source(dataset_name: str, split: str, config: str | None = None) -> Sou
     if is_charts:
         return ChartsSource(dataset_name, split)
     if is_uri:
-        return ParquetSource(dataset_name, split)
+        remote = ParquetSource(dataset_name, split)
+        return remote.copy_here() if random_access else remote
     base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
     return HFSource(load_hf_dataset(dataset_name, split, config), base_dir)
 
@@ -253,6 +261,7 @@ class ParquetSource:
                 )
         self.column_names = list(schemas[0].names)
         self._uri = uri
+        self._files = files
         self._class_names = _class_names(schemas[0])
         self._row_groups = [
             (file, group) for file, footer in zip(files, footers, strict=True)
@@ -265,6 +274,30 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def copy_here(self) -> HFSource:
+        """Copy the split's files to this machine, where `datasets` maps them into memory."""
+        import datasets
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        filesystem, _ = _filesystem(self._uri)
+        infos = filesystem.get_file_info(self._files)
+        identity = json.dumps([[self._uri, info.path, info.size, str(info.mtime)] for info in infos])
+        folder = cache_folder() / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        local = [folder / f"{number:05d}.parquet" for number in range(len(infos))]
+        for file, info in zip(local, infos, strict=True):
+            if not file.is_file():
+                part = file.with_suffix(f".{os.getpid()}.part")
+                copy_files(
+                    info.path,
+                    str(part),
+                    source_filesystem=filesystem,
+                    destination_filesystem=LocalFileSystem(),
+                )
+                part.rename(file)
+        datasets.disable_progress_bars()
+        return HFSource(datasets.load_dataset("parquet", data_files=list(map(str, local)), split="train"))
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         names = None if columns is None else tuple(columns)

@@ -5,21 +5,21 @@
                                    evaluation: loss over all answer tokens, answers of the first samples
 
 The loop, the loss and the optimizer are TRL's and transformers'. What is ours: batches come in a planned
-order and not from a sampler, the evaluation loss is a mean over tokens whatever the batches were, and the
-model is asked through the engine that inference uses.
+order and not from a sampler, the loss of a step and of an evaluation is a mean over tokens whatever the
+batches were, and the model is asked through the engine that inference uses.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -39,9 +39,6 @@ from vlmray.schema import GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-ERRORS_FILE = "errors-{rank}.json"
-ANSWERS_FILE = "answers.json"
-
 _AHEAD = 2
 """Batches that are made while the model works on another."""
 
@@ -51,7 +48,7 @@ class PlannedBatches(IterableDataset):
 
     Args:
         features: All samples still to come, a list for each batch.
-        collate: Makes a batch of a list of samples; runs in a thread, ahead of the model.
+        collate: Makes a batch of a list of samples; beside a GPU it runs in a thread, ahead of the model.
         per_epoch: Batches of an epoch.
         trained: Batches that were trained before, over the whole run.
     """
@@ -59,7 +56,8 @@ class PlannedBatches(IterableDataset):
     def __init__(
         self, features: Iterable[Features], collate: Callable[[Features], Any], per_epoch: int, trained: int
     ) -> None:
-        self._batches = _run_ahead(features, collate)
+        # On a CPU the thread would take from the model what it gives: cores.
+        self._batches = _run_ahead(features, collate) if torch.cuda.is_available() else map(collate, features)
         self._per_epoch = per_epoch
         self._trained_in_epoch = trained % per_epoch
 
@@ -119,6 +117,9 @@ class VLMTrainer(SFTTrainer):
             **options,
         )
         self.remove_callback(PrinterCallback)
+        # Let TRL divide the loss by the answer tokens of the whole step. Some models (Qwen2.5-VL is one) say
+        # that their own loss cannot do that, and transformers would average the batches' means instead.
+        self.model_accepts_loss_kwargs = True
         self._batches = batches
         self._read_evaluation = read_evaluation
         self._metric = metric
@@ -130,6 +131,9 @@ class VLMTrainer(SFTTrainer):
 
         self.evaluation_s = 0.0
         """Seconds spent on evaluations."""
+
+        self.saving_s = 0.0
+        """Seconds spent on writing checkpoints."""
 
     @property
     def eval_errors(self) -> dict[str, str]:
@@ -152,22 +156,23 @@ class VLMTrainer(SFTTrainer):
         started = time.perf_counter()
         assert self.model is not None
         self.model.eval()
-        share = -(-self._num_answered // self.accelerator.num_processes)
         totals = torch.zeros(2, device=self.args.device)
         asked: list[Feature] = []
         num_samples = 0
-        for features in dataloader:
+        for number, features in enumerate(dataloader):
             totals += self._sum_loss(features)
-            good = [f for f in features if f is not None and "error" not in f]
-            asked += good[: share - len(asked)]
-            num_samples += len(good)
+            num_samples += sum(map(_is_good, features))
+            # The first samples of all workers' together, so that the number of workers does not matter.
+            batches_before = number * self.accelerator.num_processes + self.accelerator.process_index
+            left = self._num_answered - batches_before * self.args.per_device_eval_batch_size
+            asked += filter(_is_good, features[: max(0, left)])
         loss, num_tokens = self.accelerator.reduce(totals, "sum").tolist()
-        found = {f"{metric_key_prefix}_loss": loss / max(num_tokens, 1)}
-        if share:
+        found = {f"{metric_key_prefix}_loss": loss / num_tokens if num_tokens else math.nan}
+        if self._num_answered:
             self.answered = gather_object(self.answer(asked))
             scores = [row["score"] for row in self.answered if row["score"] is not None]
-            if scores:
-                found[f"{metric_key_prefix}_{self._metric}"] = sum(scores) / len(scores)
+            mean = sum(scores) / len(scores) if scores else math.nan
+            found[f"{metric_key_prefix}_{self._metric}"] = mean
         self.evaluation_s += time.perf_counter() - started
         return EvalLoopOutput(np.empty(0), label_ids=None, metrics=found, num_samples=num_samples)
 
@@ -177,6 +182,24 @@ class VLMTrainer(SFTTrainer):
         num_tokens = int((batch["labels"][:, 1:] != -100).sum())
         loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
         return torch.stack([loss.float() * num_tokens, loss.new_tensor(num_tokens, dtype=torch.float)])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint.
+
+        transformers loads those of a whole model by name and passes over names that the model does not
+        have. Of Qwen2.5-VL that is nearly all: they are saved under the names of the hub's checkpoint.
+        """
+        own: Any = self.model
+        if is_peft_model(own) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
+        own.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(*args)
+        self.saving_s += time.perf_counter() - started
 
     def answer(self, features: Sequence[Feature]) -> list[dict[str, Any]]:
         """Answer the first question of samples greedily, as inference would; return them as result rows."""
@@ -225,6 +248,10 @@ def _score(metric: str, prediction: str, answers: Sequence[str]) -> float:
     return metrics.score(metric, prediction, answers).value
 
 
+def _is_good(feature: Feature | None) -> TypeGuard[Feature]:
+    return feature is not None and "error" not in feature
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -234,7 +261,7 @@ class RunCallback(TrainerCallback):
 
     Args:
         worker: See `vlmray.training.Worker`.
-        collator: Holds the errors so far, which belong into every checkpoint.
+        collator: Knows which samples could not be trained on.
         max_errors: Stop once more samples than this have failed, over all workers.
     """
 
@@ -243,19 +270,25 @@ class RunCallback(TrainerCallback):
         self._collator = collator
         self._max_errors = max_errors
         self._eval_metrics: dict[str, float] = {}
-        self.answer_probes: Callable[[], list[dict[str, Any]]] = list
+        self.complete: Callable[[Path], None] = lambda folder: None
+        """Adds to a checkpoint's folder what the trainer does not write."""
+
         self.saving_s = 0.0
-        self.too_many_errors: int | None = None
+        self.step_ends: list[float] = []
+        self.begun = False
+        """Whether all was made that training needs."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = True
         self._worker.tell(step=state.global_step, num_steps=state.max_steps, started=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_ends.append(time.perf_counter())
         self._worker.tell(step=state.global_step, num_steps=state.max_steps)
         if self._max_errors is not None and state.global_step % state.logging_steps == 0:
-            num_errors = sum(gather_object([len(self._collator.errors)]))
-            if num_errors > self._max_errors:
-                self.too_many_errors = num_errors
+            # By name: in another epoch another worker may have met the same sample.
+            failed = {name for names in gather_object([list(self._collator.errors)]) for name in names}
+            if len(failed) > self._max_errors:
                 control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -271,10 +304,6 @@ class RunCallback(TrainerCallback):
         started = time.perf_counter()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        errors = folder / ERRORS_FILE.format(rank=self._worker.rank)
-        errors.write_text(json.dumps(self._collator.errors), encoding="utf-8")
-        if self._worker.rank == 0:
-            answers = json.dumps(self.answer_probes(), ensure_ascii=False)
-            (folder / ANSWERS_FILE).write_text(answers, encoding="utf-8")
+        self.complete(folder)
         self._worker.save({"step": state.global_step, **self._eval_metrics}, folder)
         self.saving_s += time.perf_counter() - started

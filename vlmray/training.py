@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import json
-import logging
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,111 +28,26 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import gather_object
 from PIL.Image import Image
-from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
 from vlmray import lora
-from vlmray.batches import BatchPlan
 from vlmray.collator import DataCollatorForVLMSFT
 from vlmray.config import FinetuneConfig
-from vlmray.conversations import Conversations, Features, open_images, to_feature
+from vlmray.conversations import Features, open_images, to_feature
 from vlmray.engines import resolve_model_id
 from vlmray.model import load_qwen_vl_model_and_processor
-from vlmray.trainer import ERRORS_FILE, PlannedBatches, RunCallback, VLMTrainer
-
-logger = logging.getLogger(__name__)
-
-TRAIN, EVALUATION = "train", "evaluation"
+from vlmray.sft_options import sft_arguments
+from vlmray.trainer import PlannedBatches, RunCallback, VLMTrainer
+from vlmray.training_run import EVALUATION, TRAIN, TrainingData, TrainingRun
 
 NUM_PROBES = 8
 """Samples whose answers go with every checkpoint, to be compared with those of the loaded adapter."""
 
-_SET_BY_VLMRAY = (
-    "output_dir", "max_length", "packing", "padding_free", "packing_strategy", "eval_packing",
-    "assistant_only_loss", "completion_only_loss", "remove_unused_columns", "dataset_kwargs",
-    "dataset_text_field", "dataset_num_proc", "shuffle_dataset", "dataloader_num_workers",
-    "dataloader_drop_last", "train_sampling_strategy", "ignore_data_skip", "eval_strategy", "eval_on_start",
-    "save_strategy", "logging_strategy", "do_train", "do_eval", "do_predict", "metric_for_best_model",
-    "greater_is_better", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
-    "warmup_steps", "data_seed", "disable_tqdm", "label_names", "use_cpu", "save_only_model",
-    "model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "auto_find_batch_size", "fp16",
-    "average_tokens_across_devices",
-)  # fmt: skip
-"""Fields of SFTConfig that are decided here or make no sense with images, planned batches or Ray."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingData:
-    """The samples of a run; they stay where their source can be read."""
-
-    train: Conversations
-    evaluation: Conversations | None = None
-
-    def of(self, name: str) -> Conversations:
-        """Return the samples that `train` or `evaluation` stands for."""
-        samples = self.train if name == TRAIN else self.evaluation
-        assert samples is not None
-        return samples
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingRun:
-    """A run before it starts, as every worker gets it: everything checked, nothing loaded, no samples."""
-
-    config: FinetuneConfig
-    num_samples: int
-    num_eval_samples: int
-    metric: str
-    image_optional: bool
-    num_workers: int = 1
-    num_threads: int | None = None
-    """CPU threads of each worker; None leaves torch's own choice."""
-
-    @classmethod
-    def of(cls, config: FinetuneConfig, data: TrainingData, **options: Any) -> TrainingRun:
-        """Describe a run over some samples."""
-        return cls(
-            config=config,
-            num_samples=len(data.train),
-            num_eval_samples=len(data.evaluation or ()),
-            metric=data.train.spec.metric,
-            image_optional=data.train.spec.image_optional or data.train.spec.image_column is None,
-            **options,
-        )
-
-    @property
-    def eval_metric(self) -> str:
-        """Name in the history by which evaluations are compared."""
-        return f"eval_{self.metric}" if self.config.eval_samples else "eval_loss"
-
-    def plan(self, name: str, world_size: int) -> BatchPlan:
-        """Return the order of the samples: shuffled to train on, as they come to evaluate on."""
-        config = self.config
-        if name == EVALUATION:
-            return BatchPlan(
-                num_samples=self.num_eval_samples,
-                batch_size=config.per_device_eval_batch_size,
-                world_size=world_size,
-            )
-        return BatchPlan(
-            num_samples=self.num_samples,
-            batch_size=config.per_device_train_batch_size,
-            world_size=world_size,
-            accumulation=config.gradient_accumulation_steps,
-            seed=config.seed,
-        )
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples of all workers in one optimizer step."""
-        return self.plan(TRAIN, self.num_workers).samples_per_step
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.plan(TRAIN, self.num_workers).num_steps(
-            self.config.num_train_epochs, self.config.max_steps
-        )
+# What a checkpoint holds beside the trainer's own files:
+ANSWERS_FILE = "answers.json"  # the probes, as the model of this checkpoint answers them
+EVALUATED_FILE = "evaluated.json"  # what the last evaluation answered
+ERRORS_FILE = "errors-{rank}.json"  # why samples of a worker were left out: {"train": ..., "evaluation": ...}
 
 
 class Worker(Protocol):
@@ -209,6 +123,9 @@ class Outcome:
     training_s: float
     """Seconds they took, without evaluations and checkpoints."""
 
+    step_ends: list[float]
+    """Clock in seconds at the end of each step since then."""
+
     num_trainable: int
     num_parameters: int
     targets: list[str]
@@ -239,11 +156,11 @@ def train_loop_per_worker(config: Mapping[str, Any], worker: Worker | None = Non
     """
     run: TrainingRun = config["run"]
     worker = worker or LocalWorker(run, config["data"])
-    with tempfile.TemporaryDirectory(prefix="vlmray-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vlmray-") as scratch, worker.checkpoint() as folder:
         session, mistake = None, None
         try:
-            session = WorkerSession(run, worker, Path(scratch))
-        except (ValueError, FileNotFoundError) as error:
+            session = WorkerSession(run, worker, Path(scratch), folder)
+        except (ValueError, FileNotFoundError, ImportError) as error:
             mistake = str(error)
         # A worker that left alone would leave the others waiting for it.
         mistakes = [found for found in gather_object([mistake]) if found]
@@ -259,9 +176,10 @@ class WorkerSession:
         run: What to do.
         worker: This worker's surroundings.
         scratch: Folder for checkpoints until they are handed over.
+        folder: Checkpoint to go on from, or None.
     """
 
-    def __init__(self, run: TrainingRun, worker: Worker, scratch: Path) -> None:
+    def __init__(self, run: TrainingRun, worker: Worker, scratch: Path, folder: Path | None = None) -> None:
         self.run = run
         self.worker = worker
         self.probes: list[Mapping[str, Any]] = []
@@ -278,68 +196,98 @@ class WorkerSession:
             lora.freeze_vision(model)
         self.collator = DataCollatorForVLMSFT(processor, max_length=config.max_length)
         self.model, self.processor = model, processor
+        self.folder = folder
+        self.trainer, self.callback, self.first_step = self._trainer(folder)
 
     def train(self) -> Outcome:
         """Train from the last checkpoint to the end."""
-        with self.worker.checkpoint() as folder:
-            first_step = self._restore(folder)
-            trainer, callback = self._trainer(first_step)
-            started = time.perf_counter()
-            trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
-            elapsed_s = time.perf_counter() - started
+        run, trainer, callback, first_step = self.run, self.trainer, self.callback, self.first_step
+        started = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=None if self.folder is None else str(self.folder))
+        except (ImportError, TypeError, ValueError) as error:
+            if callback.begun:
+                raise
+            # Every worker comes to know here that its options make no optimizer or no schedule.
+            raise TrainingMistake(" ".join(str(error).split())) from error
+        elapsed_s = time.perf_counter() - started
         num_trainable, num_parameters = lora.count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        num_steps = trainer.state.global_step
+        errors = _merge(gather_object([self.collator.errors]))
+        too_many = run.config.max_errors is not None and len(errors) > run.config.max_errors
         return Outcome(
             history=trainer.state.log_history,
-            num_steps=trainer.state.global_step,
-            num_trained_here=(trainer.state.global_step - first_step) * self.run.samples_per_step,
-            training_s=elapsed_s - trainer.evaluation_s - callback.saving_s,
+            num_steps=num_steps,
+            num_trained_here=run.num_samples_of(num_steps) - run.num_samples_of(first_step),
+            training_s=elapsed_s - trainer.evaluation_s - trainer.saving_s - callback.saving_s,
+            step_ends=callback.step_ends,
             num_trainable=num_trainable,
             num_parameters=num_parameters,
             targets=self.targets,
-            errors=_merge(gather_object([{**self.collator.errors, **trainer.eval_errors}])),
+            errors={**errors, **_merge(gather_object([trainer.eval_errors]))},
             answered=sorted(trainer.answered, key=lambda row: row["sample_id"]),
-            too_many_errors=callback.too_many_errors,
+            too_many_errors=len(errors) if too_many else None,
         )
 
-    def _restore(self, folder: Path | None) -> int:
-        """Take up what the trainer's own checkpoint does not hold; return the steps done before."""
-        if folder is None:
-            return 0
-        errors = folder / ERRORS_FILE.format(rank=self.worker.rank)
-        if errors.is_file():
-            self.collator.errors.update(json.loads(errors.read_text(encoding="utf-8")))
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return int(state["global_step"])
-
-    def _trainer(self, first_step: int) -> tuple[VLMTrainer, RunCallback]:
+    def _trainer(self, folder: Path | None) -> tuple[VLMTrainer, RunCallback, int]:
+        """Make the trainer of the steps still to do; return the steps done before too."""
         run, config, worker = self.run, self.run.config, self.worker
+        state = {} if folder is None else _read_json(folder / "trainer_state.json")
+        first_step = state.get("global_step", 0)
+        early_stopping, stopped = _early_stopping(config, state)
         plan = run.plan(TRAIN, worker.world_size)
-        first, last = first_step * plan.accumulation, run.num_steps * plan.accumulation
+        first = first_step * plan.accumulation
+        last = first if stopped else run.num_steps * plan.accumulation
         batches = PlannedBatches(
             worker.read(TRAIN, first, last), self._collate, plan.batches_per_epoch, first
         )
         callback = RunCallback(worker, self.collator, config.max_errors)
+        self.arguments.eval_on_start &= folder is None
         trainer = VLMTrainer(
             model=self.model,
             args=self.arguments,
             processing_class=self.processor,
             collator=self.collator,
             peft_config=self.lora_config,
-            callbacks=[*_early_stopping(config), callback],
+            callbacks=[*early_stopping, callback],
             batches=batches,
             read_evaluation=self._read_evaluation if run.num_eval_samples else None,
             metric=run.metric,
             num_answered=config.eval_samples,
             max_new_tokens=config.max_new_tokens,
         )
-        callback.answer_probes = lambda: _with_images(self.probes, trainer.answer(self.probes))
-        return trainer, callback
+        callback.complete = functools.partial(self._complete, trainer)
+        if folder is not None:
+            self._restore(trainer, folder)
+        return trainer, callback, first_step
+
+    def _complete(self, trainer: VLMTrainer, folder: Path) -> None:
+        """Add to a checkpoint what its artifacts and a resumed run need beside the trainer's own files."""
+        errors = {TRAIN: dict(self.collator.errors), EVALUATION: trainer.eval_errors}
+        _write_json(folder / ERRORS_FILE.format(rank=self.worker.rank), errors)
+        if self.worker.rank == 0:
+            probes = list(self.probes)  # the collator's thread may be adding to them
+            _write_json(folder / ANSWERS_FILE, _with_images(probes, trainer.answer(probes)))
+            _write_json(folder / EVALUATED_FILE, trainer.answered)
+
+    def _restore(self, trainer: VLMTrainer, folder: Path) -> None:
+        """Take up what `_complete` wrote, by as many workers as there were or others."""
+        for path in folder.glob(ERRORS_FILE.format(rank="*")):
+            rank = int(path.stem.rpartition("-")[2])
+            if rank % self.worker.world_size == self.worker.rank:
+                errors = _read_json(path)
+                self.collator.errors.update(errors[TRAIN])
+                trainer.eval_errors.update(errors[EVALUATION])
+        trainer.answered = _read_json(folder / EVALUATED_FILE)
 
     def _collate(self, features: Features) -> dict[str, torch.Tensor]:
-        """Make a batch, and keep the first samples to ask them about later."""
-        good = (f for f in features if f is not None and "error" not in f)
-        self.probes += islice(good, NUM_PROBES - len(self.probes))
-        return self.collator(features)
+        """Make a batch, and keep the first samples that can be trained on to ask them about later."""
+        batch = self.collator(features)
+        if len(self.probes) < NUM_PROBES:
+            passed_over = {*self.collator.errors, *(probe["sample_id"] for probe in self.probes)}
+            good = (f for f in features if f is not None and f["sample_id"] not in passed_over)
+            self.probes += islice(good, NUM_PROBES - len(self.probes))
+        return batch
 
     def _read_evaluation(self) -> Iterator[Features]:
         plan = self.run.plan(EVALUATION, self.worker.world_size)
@@ -382,89 +330,17 @@ def lora_config_of(config: FinetuneConfig) -> Any:
     )
 
 
-def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
-    """Translate the options into TRL's.
-
-    Raises:
-        ValueError: bfloat16 where this worker's device has none.
-    """
-    config = run.config
-    on_gpu = torch.cuda.is_available()
-    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.bf16 and not has_bf16:
-        found = torch.cuda.get_device_name() if on_gpu else "no GPU"
-        raise ValueError(f"--bf16 needs a GPU with bfloat16 (Ampere or newer), found {found}; leave it out")
-    checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
-    evaluates = run.num_eval_samples > 0
-    options: dict[str, Any] = {
-        "output_dir": str(scratch),
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "learning_rate": config.learning_rate,
-        "max_steps": run.num_steps,
-        "warmup_steps": config.warmup_ratio,  # transformers 5 reads a number below 1 as a share
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "weight_decay": config.weight_decay,
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        "bf16": has_bf16 if config.bf16 is None else config.bf16,
-        "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,  # a loss that is not a number must show
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": config.eval_steps,
-        "eval_on_start": evaluates,
-        "metric_for_best_model": run.eval_metric if evaluates else None,
-        "greater_is_better": run.eval_metric != "eval_loss",
-        "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "seed": config.seed,
-        "report_to": config.report_to,
-        "use_cpu": not on_gpu,
-        "max_length": None,  # a row is trained whole or not at all: see the collator
-        "packing": False,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "log_level": "error",
-        # Every batch holds an image, so every trained parameter takes part; looking for others costs time.
-        "ddp_find_unused_parameters": run.image_optional,
-        **({"fsdp": True} if config.fsdp else {}),
-        **parse_sft_config(config.sft_config),
-    }
-    return SFTConfig(**options)
-
-
-def parse_sft_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check further fields of SFTConfig and convert their values as transformers' own scripts would.
-
-    Raises:
-        ValueError: a field that does not exist, is decided elsewhere, or takes no such value.
-    """
-    own = {field.name for field in fields(FinetuneConfig)}
-    known = {field.name for field in fields(SFTConfig)}
-    words: list[str] = []
-    for name, value in (given or {}).items():
-        if name in own:
-            raise ValueError(f"--sft_config: {name} has an option of its own, --{name}")
-        if name in _SET_BY_VLMRAY:
-            raise ValueError(f"--sft_config: {name} is set by vlmray and cannot be changed here")
-        if name not in known:
-            raise ValueError(f"--sft_config: SFTConfig has no field {name!r}; see TRL's documentation")
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
-    parser = HfArgumentParser(SFTConfig)  # type: ignore[arg-type]
-
-    def refuse(message: str) -> None:
-        raise ValueError(f"--sft_config: {re.sub(r'^argument --', '', message)}")
-
-    parser.error = refuse  # type: ignore[method-assign,assignment]
-    parsed = vars(parser.parse_args(["--output_dir", "unused", *words]))
-    return {name: parsed[name] for name in given or ()}
-
-
-def _early_stopping(config: FinetuneConfig) -> list[EarlyStoppingCallback]:
+def _early_stopping(
+    config: FinetuneConfig, state: Mapping[str, Any]
+) -> tuple[list[EarlyStoppingCallback], bool]:
+    """Go on counting where a trainer state stopped, and tell whether patience had ended by then."""
     patience = config.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+    if patience is None:
+        return [], False
+    callback = EarlyStoppingCallback(early_stopping_patience=patience)
+    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+    callback.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+    return [callback], callback.early_stopping_patience_counter >= patience
 
 
 def _with_images(probes: list[Mapping[str, Any]], answered: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -484,6 +360,14 @@ def _encode_png(image: Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _merge(parts: list[dict[str, str]]) -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from vlmray.checkpoints import cache_folder
 from vlmray.engines.base import Engine
 
 __all__ = ["ENGINES", "TINY_RANDOM", "Engine", "build_engine", "resolve_model_id"]
@@ -83,8 +83,7 @@ def resolve_model_id(model_id: str) -> str:
     """
     if model_id != TINY_RANDOM:
         return model_id
-    cache = Path(os.environ.get("VLMRAY_CACHE") or Path.home() / ".cache" / "vlmray")
-    folder = cache / f"{TINY_RANDOM}-{_TINY_RANDOM_BUILD}"
+    folder = cache_folder() / f"{TINY_RANDOM}-{_TINY_RANDOM_BUILD}"
     if not folder.is_dir():
         _build_atomically(folder)
     return str(folder)

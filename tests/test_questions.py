@@ -1,0 +1,100 @@
+"""Questions: what the options choose is what is opened, and each mistake names its option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.dataset import DATASETS
+from vlmray.questions import check_model, open_questions
+
+
+def _config(**options: Any) -> QuestionsConfig:
+    return QuestionsConfig(**{"dataset_name": "charts?num_rows=20", "model_id": "tiny-random", **options})
+
+
+def test_a_dataset_is_opened_as_registered() -> None:
+    questions = open_questions(_config(system_prompt="Be brief."), "validation", "[-2:],0")
+    assert questions.spec == DATASETS["charts"]
+    assert list(questions.selected) == [18, 19, 0]
+    assert (questions.split, questions.system_prompt) == ("validation", "Be brief.")
+    assert len(questions.source) == 20
+
+
+def test_options_win_over_the_registry() -> None:
+    config = _config(
+        question_column="image_id", answer_column="question", family_column="image_id", metric="anls",
+        prompt_template="Q: {question}",
+    )  # fmt: skip
+    spec = open_questions(config, "train", "[:]").spec
+    assert (spec.question_column, spec.answer_column, spec.family_column) == (
+        "image_id",
+        "question",
+        "image_id",
+    )
+    assert (spec.metric, spec.prompt_template, spec.image_column) == ("anls", "Q: {question}", "image")
+
+
+def test_both_jobs_open_the_same_questions() -> None:
+    options: dict[str, Any] = {"dataset_name": "charts?num_rows=20&seed=4", "prompt_template": "{question}!"}
+    asked = open_questions(InferConfig(sample_slices="[:5]", **options), "test", "[:5]")
+    trained = open_questions(FinetuneConfig(**options), "test", "[:5]")
+    assert asked.spec == trained.spec
+    assert asked.source.read(asked.selected) == trained.source.read(trained.selected)
+
+
+@pytest.mark.parametrize(
+    ("options", "split", "slices", "message"),
+    [
+        (
+            {"dataset_name": "charts?rows=3"},
+            "test",
+            "[:]",
+            "--dataset_name: charts: unknown parameter 'rows'",
+        ),
+        ({}, "tset", "[:]", "--dataset_split: charts: unknown split 'tset'; known: train, validation, test"),
+        ({"dataset_config": "hard"}, "test", "[:]", "--dataset_config 'hard'"),
+        ({}, "test", "[20:]", "--sample_slices '[20:]' selects nothing; the split has 20 rows"),
+        ({}, "test", "[20]", "--sample_slices '[20]': no row 20"),
+        ({}, "test", "all", "--sample_slices 'all' is not a list of Python slices"),
+        ({"metric": "acuracy"}, "test", "[:]", "--metric 'acuracy' is unknown; known: "),
+        ({"prompt_template": "Hello"}, "test", "[:]", "--prompt_template: prompt template 'Hello' does not"),
+        ({"prompt_template": "{question} {image}"}, "test", "[:]", "--prompt_template: prompt template"),
+        *(
+            (
+                {f"{column}_column": "gone"},
+                "test",
+                "[:]",
+                f"--{column}_column: charts?num_rows=20 has no column",
+            )
+            for column in ("question", "image", "answer", "family")
+        ),
+    ],
+)
+def test_mistakes_name_their_option(options: Any, split: str, slices: str, message: str) -> None:
+    with pytest.raises(ValueError, match="--") as error_info:
+        open_questions(_config(**options), split, slices)
+    assert str(error_info.value).startswith(message)
+    assert "\n" not in str(error_info.value)
+
+
+def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    check_model("tiny-random")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match="in this folder"):
+            check_model(str(tmp_path / "model"))
+        (tmp_path / "model" / name).touch()
+    check_model(str(tmp_path / "model"))
+    for model_id in ("./gone", str(tmp_path / "gone")):
+        with pytest.raises(FileNotFoundError, match=f"--model_id {model_id}: no such folder"):
+            check_model(model_id)
+    with pytest.raises(ValueError, match="--model_id 'owner/gone' is not here and the hub cannot be reached"):
+        check_model("owner/gone")
