@@ -31,7 +31,7 @@ from vlmray.engines import resolve_model_id
 from vlmray.finetune import FinetuneRun, fit, open_training_data
 from vlmray.model import load_qwen_vl_model_and_processor
 from vlmray.outputs import OutputDirectory
-from vlmray.training import Outcome, lora_config_of, train_loop_per_worker
+from vlmray.training import lora_config_of, train_loop_per_worker
 from vlmray.training_run import TRAIN, TrainingData, TrainingRun
 
 END_TOKEN = "<|im_end|>"
@@ -140,8 +140,7 @@ def train_on_ray(
     """Train as the job does, on one worker of Ray Train fed by Ray Data."""
     with tempfile.TemporaryDirectory() as folder:
         ready = FinetuneRun(training=run, data=data, workers=workers, folder=OutputDirectory.create(folder))
-        outcome = fit(ready).return_value
-    assert isinstance(outcome, Outcome), outcome
+        outcome, _ = fit(ready)
     return outcome.step_ends, losses_of(outcome.history)
 
 

@@ -184,7 +184,8 @@ def plan_workers(num_workers: int | None) -> WorkerPlan:
     # The tasks that read and decode need room beside the workers, or both wait for each other.
     share = max(0.01, int(100 * (_present("CPU") - cpus_per_task()) / wanted) / 100)
     per_node = -(-wanted // max(1, sum(node["Alive"] for node in ray.nodes())))
-    num_threads = max(1, int(_node_cpus() // per_node))
+    # Threads that wait for a core that a task has taken make the others wait with them.
+    num_threads = max(1, int((_node_cpus() - 1) // per_node))
     return WorkerPlan(num_workers=wanted, resources={"CPU": share}, num_threads=num_threads)
 
 

@@ -201,10 +201,7 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
         FinetuneError: workers kept failing, or more samples failed than `--max_errors` allows.
     """
     started = time.perf_counter()
-    result = fit(run)
-    outcome: Any = result.return_value
-    if isinstance(outcome, TrainingMistake):
-        raise ValueError(str(outcome))
+    outcome, result = fit(run)
     if outcome.too_many_errors is not None:
         raise FinetuneError(
             f"{outcome.too_many_errors} samples failed, --max_errors allows {run.config.max_errors}"
@@ -215,13 +212,11 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
     return report
 
 
-def fit(run: FinetuneRun) -> Result:
+def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
     """Run the trainer in a thread, and show how far it is in this one.
 
-    Returns:
-        Ray's result, whose `return_value` is the `Outcome`, or the `TrainingMistake` that prevented one.
-
     Raises:
+        ValueError: the model cannot be trained this way, which only the workers could tell.
         FinetuneError: workers kept failing.
     """
     board = Board.start()
@@ -242,7 +237,10 @@ def fit(run: FinetuneRun) -> Result:
             bar.show(ray.get(board.read.remote()))
     if isinstance(ended[0], BaseException):
         raise FinetuneError(cluster.root_cause(ended[0])) from ended[0]
-    return ended[0]
+    returned = ended[0].return_value
+    if "mistake" in returned:
+        raise ValueError(returned["mistake"])
+    return Outcome(**returned), ended[0]
 
 
 def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
@@ -285,12 +283,16 @@ def _storage(folder: OutputDirectory) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
-def _train_on_ray(config: dict[Any, Any]) -> Outcome | TrainingMistake:
-    """Train as a worker of Ray Train."""
+def _train_on_ray(config: dict[Any, Any]) -> dict[str, Any]:
+    """Train as a worker of Ray Train; return the outcome as plain values.
+
+    They pass through Ray's controller, which for anything else would import all of torch.
+    """
     try:
-        return train_loop_per_worker(config, RayWorker(config["run"], config["board"]))
+        outcome = train_loop_per_worker(config, RayWorker(config["run"], config["board"]))
     except TrainingMistake as mistake:
-        return mistake  # raised, it would be tried again and again
+        return {"mistake": str(mistake)}  # raised, it would be tried again and again
+    return dataclasses.asdict(outcome)
 
 
 class RayWorker:
