@@ -261,7 +261,7 @@ def test_a_finished_run_is_not_trained_again_and_keeps_its_outcome(
     assert_same_history(again, expected)
     assert again.answered == expected.answered
     assert [row["sample_id"] for row in again.answered] == ["validation-000000", "validation-000002"]
-    assert list(expected.errors) == ["validation-000001"]
+    assert list(again.eval_errors) == list(expected.eval_errors) == ["validation-000001"]
     assert again.errors == {**expected.errors, **of_others["train"]}
     assert all(torch.equal(before[name], weight) for name, weight in
                load_file(folder / "adapter_model.safetensors").items())  # fmt: skip
@@ -432,7 +432,7 @@ def test_an_evaluation_without_a_usable_sample_has_no_score(tiny_model: Path) ->
     config = make_config(tiny_model, max_steps=2, eval_split="validation", eval_slices="[:2]", eval_samples=2,
                          eval_steps=1)  # fmt: skip
     outcome = train(config, data=open_data(config, eval_rows=dict.fromkeys((0, 1), BAD["broken image"])))
-    assert [len(curve(outcome)), len(outcome.errors)] == [2, 2]
+    assert [len(curve(outcome)), len(outcome.eval_errors)] == [2, 2]
     assert all(map(math.isnan, curve(outcome, "eval_loss")))  # 0 would be the best of all losses
     assert all(map(math.isnan, curve(outcome, "eval_relaxed_accuracy")))
 

@@ -96,6 +96,7 @@ def training_record(run: TrainingRun, outcome: Outcome, checks: Sequence[Check])
         "options": dataclasses.asdict(config),
         "history": [_without_nan(entry) for entry in outcome.history],
         "failed": outcome.errors,
+        "failed_in_evaluation": outcome.eval_errors,
         "checks": [dataclasses.asdict(check) for check in checks],
     }
 

@@ -27,6 +27,8 @@ class Job(Generic[C]):
 
     config_class: type[C]
     main: Callable[[C], int]
+    kept: str
+    """What to do after it was interrupted."""
 
 
 def infer(config: InferConfig) -> int:
@@ -55,8 +57,8 @@ def finetune(config: FinetuneConfig) -> int:
 
 
 JOBS: dict[str, Job[Any]] = {
-    "infer": Job(InferConfig, infer),
-    "finetune": Job(FinetuneConfig, finetune),
+    "infer": Job(InferConfig, infer, "everything finished is kept, the same command resumes"),
+    "finetune": Job(FinetuneConfig, finetune, "with --resume it goes on from its last checkpoint"),
 }
 
 
@@ -90,9 +92,9 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
     except (ValueError, FileNotFoundError) as error:
         code = _fail(2, str(error), error)
     except KeyboardInterrupt:
-        code = _fail(130, "interrupted; everything finished is kept, the same command resumes")
+        code = _fail(130, f"interrupted; {job.kept}")
     except RuntimeError as error:
-        code = _fail(1, f"{error}; everything finished is kept, the same command resumes", error)
+        code = _fail(1, f"{error}; {job.kept}", error)
     sys.exit(code)
 
 

@@ -359,7 +359,7 @@ def _write_artifacts_here(
 
 def _report(run: FinetuneRun, outcome: Outcome, checks: Sequence[Check], elapsed_s: float) -> TrainingReport:
     config, training = run.config, run.training
-    failed = [{"sample_id": name, "error": message} for name, message in sorted(outcome.errors.items())]
+    failed = {**outcome.eval_errors, **outcome.errors}
     num_seen = min(training.num_samples, outcome.num_steps * training.samples_per_step)
     method = "LoRA" if config.use_peft else "Full fine-tuning"
     return TrainingReport(
@@ -367,15 +367,15 @@ def _report(run: FinetuneRun, outcome: Outcome, checks: Sequence[Check], elapsed
         history=outcome.history,
         metric=training.metric if training.num_eval_samples and config.eval_samples else None,
         num_steps=outcome.num_steps,
-        num_samples=num_seen - len(failed),
-        num_failed=len(failed),
+        num_samples=num_seen - len(outcome.errors),
+        num_failed=len(outcome.errors),
         samples_per_s=outcome.num_trained_here / outcome.training_s if outcome.num_trained_here else None,
         elapsed_s=elapsed_s,
         num_trainable=outcome.num_trainable,
         num_parameters=outcome.num_parameters,
         num_targets=len(outcome.targets) if config.use_peft else None,
         checks=tuple(checks),
-        errors=group_errors(failed),
+        errors=group_errors({"sample_id": name, "error": failed[name]} for name in sorted(failed)),
         options=dataclasses.asdict(config),
         gallery=tuple(_gallery(run.data.evaluation, outcome.answered[:_GALLERY_SIZE])),
     )

@@ -132,7 +132,10 @@ class Outcome:
     """Adapted modules; empty where all parameters were trained."""
 
     errors: dict[str, str]
-    """Why samples were left out, by sample id."""
+    """Why samples were left out of training, by sample id."""
+
+    eval_errors: dict[str, str]
+    """Why samples were left out of the evaluation's loss, by sample id."""
 
     answered: list[dict[str, Any]]
     """Evaluation samples with their last answers."""
@@ -224,7 +227,8 @@ class WorkerSession:
             num_trainable=num_trainable,
             num_parameters=num_parameters,
             targets=self.targets,
-            errors={**errors, **_merge(gather_object([trainer.eval_errors]))},
+            errors=errors,
+            eval_errors=_merge(gather_object([trainer.eval_errors])),
             answered=sorted(trainer.answered, key=lambda row: row["sample_id"]),
             too_many_errors=len(errors) if too_many else None,
         )
