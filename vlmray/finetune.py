@@ -267,7 +267,7 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
                 checkpoint_score_attribute=training.eval_metric if config.load_best_model_at_end else None,
-                checkpoint_score_order="min" if training.eval_metric == "eval_loss" else "max",
+                checkpoint_score_order="max" if training.greater_is_better else "min",
             ),
             callbacks=[TellFailures(board)],
             logging_config=LoggingConfig("DEBUG" if config.log_level == "DEBUG" else "CRITICAL"),
@@ -331,8 +331,8 @@ def _checkpoint_to_keep(run: FinetuneRun, result: Result) -> ray.train.Checkpoin
     """Return the last checkpoint, or the best one where that was asked for."""
     checkpoint = result.checkpoint
     if run.config.load_best_model_at_end:
-        metric = run.training.eval_metric
-        checkpoint = result.get_best_checkpoint(metric, "min" if metric == "eval_loss" else "max")
+        mode = "max" if run.training.greater_is_better else "min"
+        checkpoint = result.get_best_checkpoint(run.training.eval_metric, mode)
     assert checkpoint is not None
     return checkpoint
 

@@ -69,7 +69,7 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         "eval_steps": config.eval_steps,
         "eval_on_start": evaluates,
         "metric_for_best_model": run.eval_metric if evaluates else None,
-        "greater_is_better": run.eval_metric != "eval_loss",
+        "greater_is_better": run.greater_is_better,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "seed": config.seed,

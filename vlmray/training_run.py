@@ -56,6 +56,11 @@ class TrainingRun:
         """Name in the history by which evaluations are compared."""
         return f"eval_{self.metric}" if self.config.eval_samples else "eval_loss"
 
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a higher value of `eval_metric` is the better one."""
+        return self.eval_metric != "eval_loss"
+
     def plan(self, name: str, world_size: int) -> BatchPlan:
         """Return the order of the samples: shuffled to train on, as they come to evaluate on."""
         config = self.config
