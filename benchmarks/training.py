@@ -27,10 +27,10 @@ from trl import SFTConfig, SFTTrainer
 from vlmray import cluster
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import open_images, to_feature
-from vlmray.engines import resolve_model_id
 from vlmray.finetune import FinetuneRun, fit, open_training_data
 from vlmray.model import load_qwen_vl_model_and_processor
 from vlmray.outputs import OutputDirectory
+from vlmray.small_models import resolve_model_id
 from vlmray.training import lora_config_of, train_loop_per_worker
 from vlmray.training_run import TRAIN, TrainingData, TrainingRun
 

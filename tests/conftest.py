@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmray.testing import build_tiny_random_adapter, build_tiny_random_model
+from vlmray.small_models import build_tiny_random_model
+from vlmray.testing import build_tiny_random_adapter
 
 # Tiny models gain nothing from threads, and threads that wait for a busy core make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -16,7 +16,7 @@ from vlmray.checkpoints import (
     local_folder,
     read_tensor_shapes,
 )
-from vlmray.testing import build_tiny_random_model
+from vlmray.small_models import build_tiny_random_model
 
 
 @pytest.fixture(scope="module")

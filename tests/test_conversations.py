@@ -207,9 +207,9 @@ def test_groups_over_more_rows_than_are_read_at_once() -> None:
 @pytest.mark.parametrize("nothing", [None, [], {"bytes": None, "path": None}])
 def test_rows_without_an_image_share_none(nothing: Any) -> None:
     source = _ListSource([_row(nothing) for _ in range(4)])
-    assert group_turns(source, OPTIONAL, range(4), 5) == [(0,), (1,), (2,), (3,)]
+    assert list(group_turns(source, OPTIONAL, range(4), 5)) == [[0], [1], [2], [3]]
     plain = DatasetSpec(question_column="question", answer_column="answer")
-    assert group_turns(source, plain, range(4), 5) == [(0,), (1,), (2,), (3,)]
+    assert list(group_turns(source, plain, range(4), 5)) == [[0], [1], [2], [3]]
 
 
 def test_a_column_that_looks_like_the_charts_is_not_trusted() -> None:

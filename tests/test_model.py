@@ -23,7 +23,7 @@ from vlmray.model import (
     load_qwen_vl_model_and_processor,
 )
 from vlmray.schema import GenerationRequest
-from vlmray.testing import build_tiny_random_model
+from vlmray.small_models import build_tiny_random_model
 
 REAL_PROCESSOR = Path(__file__).parents[2] / "shared" / "data" / "qwen2_5_vl_7b_processor"
 needs_real_processor = pytest.mark.skipif(

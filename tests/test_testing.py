@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from vlmray.schema import GenerationRequest
-from vlmray.testing import SPECIAL_TOKENS, FakeEngine, build_tiny_random_adapter, build_tiny_random_model
+from vlmray.small_models import SPECIAL_TOKENS, build_tiny_random_model
+from vlmray.testing import FakeEngine, build_tiny_random_adapter
 
 
 def hashes(folder: Path) -> dict[str, str]:

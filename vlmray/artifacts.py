@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from vlmray import __version__, checkpoints, lora
 from vlmray.config import FinetuneConfig
-from vlmray.engines import resolve_model_id
 from vlmray.engines.transformers import TransformersEngine
 from vlmray.images import decode_image
 from vlmray.model import load_processor, load_qwen_vl_model_and_processor
 from vlmray.outputs import OutputDirectory
 from vlmray.schema import GenerationRequest
+from vlmray.small_models import resolve_model_id
 from vlmray.trainer import first_question
 from vlmray.training import ANSWERS_FILE, Outcome
 from vlmray.training_report import Check
@@ -116,11 +117,33 @@ def _collect(config: FinetuneConfig, checkpoint: Path, folder: Path, kind: str) 
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     model_id = resolve_model_id(config.model_id)
+    if kind == MODEL:
+        base = checkpoints.local_folder(model_id)
+        _store_as(None if base is None else _stored_dtype(base), folder)
     low, high = config.min_pixels, config.max_pixels
     lora.copy_side_files(
         model_id, folder, load_processor(model_id, min_pixels=low, max_pixels=high) if low or high else None
     )
     return folder
+
+
+def _store_as(dtype: str | None, folder: Path) -> None:
+    """Round the weights of a model, which were trained in float32, to the precision its base is stored in."""
+    if dtype not in ("bfloat16", "float16"):
+        return
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        rounded = {
+            name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(rounded, path, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "dtype" in part:
+            part["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_trained(config: FinetuneConfig, trained: Path, kind: str, answers: Answers) -> tuple[Check, ...]:
@@ -136,7 +159,9 @@ def _check_trained(config: FinetuneConfig, trained: Path, kind: str, answers: An
     loads = _check("loads afresh", True, f"{kind}/ from safetensors, no missing and no unexpected weight")
     if not answers:
         return (loads, _check("answers as the trained model did", False, "no sample was there to ask"))
-    same = _compare_answers("answers as the trained model did", config, model, processor, answers)
+    rounded = kind == MODEL and _stored_dtype(trained) != "float32"
+    name = "answers as the trained model did"
+    same = _compare_answers(name, config, model, processor, answers, rounded=rounded)
     logits = _first_logits(model, processor, answers[0])
     if kind == ADAPTER:
         with model.disable_adapter():
@@ -186,6 +211,7 @@ def _load(config: FinetuneConfig, model_id: str, adapter: str | None = None) -> 
         dtype=config.dtype,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
 

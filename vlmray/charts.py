@@ -20,6 +20,7 @@ Question families, all of which apply to every kind of chart:
 | `value_by_label` | the value of the mark with a label | number |
 | `comparison` | whether one mark is larger than another | yes or no |
 | `difference` | how far two marks are apart | number |
+| `list` | the colours, labels or values of all marks, in order | as many, comma-separated |
 
 Byte-identical images need the same Pillow release everywhere; questions and answers do not.
 """
@@ -76,19 +77,24 @@ class Words(NamedTuple):
     ends: tuple[str, str] | None
     """Names of the first and the last mark; None where the marks go round."""
 
+    order: str
+    """How all marks are listed; `{first}` is the colour of the one that begins."""
+
     value_of: str = "What is the value of"
     value: str = "value"
     unit: str = ""
 
 
+_ACROSS = "from left to right"
 WORDS: dict[Kind, Words] = {
-    "bar": Words("bar", "tallest", "shortest", "right of", ("leftmost", "rightmost")),
-    "hbar": Words("bar", "longest", "shortest", "below", ("top", "bottom")),
-    "line": Words("point", "highest", "lowest", "right of", ("leftmost", "rightmost")),
+    "bar": Words("bar", "tallest", "shortest", "right of", ("leftmost", "rightmost"), _ACROSS),
+    "hbar": Words("bar", "longest", "shortest", "below", ("top", "bottom"), "from top to bottom"),
+    "line": Words("point", "highest", "lowest", "right of", ("leftmost", "rightmost"), _ACROSS),
     "pie": Words(
-        "slice", "largest", "smallest", "clockwise from", None, "What percent is", "percent", " percent"
+        "slice", "largest", "smallest", "clockwise from", None, "clockwise from {first}",
+        "What percent is", "percent", " percent",
     ),
-}
+}  # fmt: skip
 
 
 def _namings(chart: Chart) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -167,6 +173,18 @@ def _difference(chart: Chart) -> Iterator[Question]:
             )
 
 
+def _list(chart: Chart) -> Iterator[Question]:
+    words = WORDS[chart.kind]
+    # Where marks go round any of them can begin; elsewhere the first one does.
+    for start in range(1 if words.ends else len(chart.values)):
+        order = words.order.format(first=chart.colours[start])
+        for name, listed in (
+            ("colours", chart.colours), ("labels", chart.labels), (f"{words.value}s", chart.values)
+        ):  # fmt: skip
+            answer = ", ".join(map(str, listed[start:] + listed[:start]))
+            yield Question(f"List the {name} of the {words.mark}s {order}.", answer)
+
+
 _QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
     "count": _count,
     "count_above": _count_above,
@@ -178,6 +196,7 @@ _QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
     "value_by_label": _value_by_label,
     "comparison": _comparison,
     "difference": _difference,
+    "list": _list,
 }
 
 FAMILIES: tuple[str, ...] = tuple(_QUESTIONS)

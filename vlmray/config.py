@@ -16,7 +16,8 @@ class QuestionsConfig:
     """Which model is asked which questions, and how: what the jobs have in common."""
 
     model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Model on the hub, a local folder, or tiny-random (built in, random weights, needs no network)."""
+    """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts,
+    tiny-random has random weights."""
 
     dataset_name: str = "HuggingFaceM4/ChartQA"
     """Dataset on the hub, a local folder or file (Parquet, JSONL, ...), s3://, gs:// or hf:// Parquet, or
@@ -51,6 +52,9 @@ class QuestionsConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: the checkpoint's on a GPU, float32 without one."""
+
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
 
     min_pixels: int | None = None
     """Scale smaller images up to this many pixels; default: the model's processor."""
@@ -233,11 +237,15 @@ class FinetuneConfig(QuestionsConfig):
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
 
+    optim: str | None = None
+    """Optimizer: a name that transformers knows, or muon for Muon on the matrices of hidden layers and AdamW
+    on the rest; default: AdamW."""
+
     gradient_checkpointing: bool | None = None
     """Compute activations again in the backward pass to save memory; default: on a GPU."""
 
     bf16: bool | None = None
-    """Mixed precision in bfloat16; default: on a GPU that has it."""
+    """Mixed precision in bfloat16; default: on a GPU that has it. On a CPU with AMX it is faster too."""
 
     logging_steps: int = 5
     """Log the loss every this many optimizer steps."""
@@ -304,6 +312,8 @@ class FinetuneConfig(QuestionsConfig):
                 )
         elif self.freeze_vision:
             raise ValueError("--freeze_vision is for --use_peft false; LoRA leaves all base weights frozen")
+        if self.fsdp and self.optim == "muon":
+            raise ValueError("--optim muon needs whole matrices and --fsdp shards them; pass one of them")
         if not self.evaluates:
             for name in ("early_stopping_patience", "load_best_model_at_end"):
                 if getattr(self, name):

@@ -10,10 +10,12 @@ is missing gets an `error`, travels on untouched and is counted in the end. No R
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -52,6 +54,37 @@ SAMPLE_SCHEMA = pa.schema(
 
 _NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
 _ROWS_PER_READ = 256
+
+
+class Turns(Sequence[Sequence[int]]):
+    """The rows that each sample asks, in two arrays: millions of them reach a task without being unpacked.
+
+    Args:
+        samples: For each sample its rows.
+    """
+
+    def __init__(self, samples: Iterable[Sequence[int]]) -> None:
+        lengths, rows = array("q"), array("q")
+        for sample in samples:
+            lengths.append(len(sample))
+            rows.extend(sample)
+        self._rows = np.frombuffer(rows, dtype=np.int64)
+        self._ends = np.cumsum(np.frombuffer(lengths, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[int]]: ...
+
+    def __getitem__(self, index: int | slice) -> Sequence[int] | Sequence[Sequence[int]]:
+        if isinstance(index, slice):
+            return Turns(self[at] for at in range(*index.indices(len(self))))
+        at = range(len(self))[index]
+        return self._rows[self._ends[at - 1] if at else 0 : self._ends[at]].tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +140,7 @@ class Conversations:
         )
 
 
-def group_turns(
-    source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int
-) -> list[Sequence[int]]:
+def group_turns(source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int) -> Turns:
     """Group consecutive rows about one image into samples of at most `max_turns` rows.
 
     Args:
@@ -119,17 +150,22 @@ def group_turns(
         max_turns: 1 makes every row a sample of its own, and reads nothing.
     """
     if max_turns == 1:
-        return [(index,) for index in selected]
-    groups: list[Sequence[int]] = []
+        return Turns((index,) for index in selected)
+    return Turns(_group(source, spec, selected, max_turns))
+
+
+def _group(
+    source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int
+) -> Iterator[Sequence[int]]:
     group: list[int] = []
     last = None
     for index, image in zip(selected, _images(source, spec, selected), strict=True):
         if group and (image in _NO_IMAGE or image != last or len(group) == max_turns):
-            groups.append(tuple(group))
+            yield group
             group = []
         group.append(index)
         last = image
-    return [*groups, tuple(group)]
+    yield group
 
 
 def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:

@@ -34,7 +34,6 @@ from vlmray import checkpoints, cluster, lora
 from vlmray.artifacts import ADAPTER, MERGED, MODEL, training_record, write_artifacts
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import Conversations, Features, check_answers, group_turns
-from vlmray.engines import resolve_model_id
 from vlmray.outputs import OutputDirectory, open_filesystem
 from vlmray.page import GalleryItem
 from vlmray.progress import Board, ProgressBar, TellFailures
@@ -42,6 +41,7 @@ from vlmray.questions import Questions, check_model, open_questions
 from vlmray.report import group_errors
 from vlmray.sft_options import check_sft_options
 from vlmray.shards import PlannedShards, Shard
+from vlmray.small_models import resolve_model_id
 from vlmray.training import Outcome, TrainingMistake, lora_config_of, train_loop_per_worker
 from vlmray.training_report import Check, TrainingReport, render_training_html
 from vlmray.training_run import EVALUATION, TRAIN, TrainingData, TrainingRun
@@ -54,7 +54,7 @@ _STEP_OPTIONS = (
     "max_turns", "max_length", "system_prompt", "min_pixels", "max_pixels", "seed", "use_peft", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_merger", "freeze_vision",
     "learning_rate", "num_train_epochs", "max_steps", "warmup_ratio", "lr_scheduler_type", "weight_decay",
-    "bf16", "sft_config",
+    "optim", "bf16", "sft_config",
 )  # fmt: skip
 
 _POLL_S = 0.2
@@ -94,8 +94,6 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
         _check_lora_targets(config)
     cluster.connect(config.log_level)
     workers = cluster.plan_workers(config.num_workers)
-    if config.bf16 and "GPU" not in workers.resources:
-        raise ValueError("--bf16 needs a GPU with bfloat16; the cluster has no GPU. Leave it out")
     if config.fsdp and workers.num_workers == 1:
         raise ValueError("--fsdp shards over several workers, and there is one; leave it out")
     training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from vlmray import __version__, checkpoints, cluster, stages
 from vlmray.config import InferConfig
 from vlmray.dataset import DatasetSpec, sample_id
-from vlmray.engines import resolve_model_id
 from vlmray.outputs import prepare_output_directory
 from vlmray.page import GalleryItem
 from vlmray.pipeline import InferenceRun, iter_finished
 from vlmray.questions import check_model, open_questions
 from vlmray.report import Report, Summary, choose_gallery, group_errors, render_html, summarize
+from vlmray.small_models import resolve_model_id
 from vlmray.stages import STAGES, Row, Task
 
 # What an answer depends on. The rest of the options says how fast it comes, or where it goes.

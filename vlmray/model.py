@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -251,7 +252,36 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"--model_id {model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) "
             "and would be random; pass a complete checkpoint of an image-text-to-text model"
         )
+    _embed_patches_by_matmul(model)
     return model.eval()
+
+
+def _embed_patches_by_matmul(model: Any) -> None:
+    """Let vision towers of Qwen's kind embed patches with a matrix product.
+
+    Their patches come cut out and flattened, and the convolution over each has the size of the patch: it is
+    a linear layer. Called as a convolution it is many times slower, above all backwards.
+    """
+    for module in model.modules():
+        projection = getattr(module, "proj", None)
+        if type(module).__name__.endswith("VisionPatchEmbed") and _covers_its_input(module, projection):
+            module.forward = functools.partial(_embed_patches, module)
+
+
+def _covers_its_input(module: Any, projection: Any) -> bool:
+    if not isinstance(projection, torch.nn.Conv3d) or projection.groups != 1:
+        return False
+    patch = (module.temporal_patch_size, module.patch_size, module.patch_size)
+    return projection.kernel_size == projection.stride == patch and projection.padding == (0, 0, 0)
+
+
+def _embed_patches(module: Any, patches: torch.Tensor) -> torch.Tensor:
+    """Embed flattened patches (P, channels x time x height x width); return (P, hidden)."""
+    projection = module.proj
+    if type(projection) is not torch.nn.Conv3d:  # an adapter was put around it since
+        return type(module).forward(module, patches)
+    weight = projection.weight.flatten(1)
+    return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight), weight, projection.bias)
 
 
 def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_remote_code: bool) -> Any:

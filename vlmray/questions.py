@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from vlmray import checkpoints, hub
 from vlmray.config import QuestionsConfig
 from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices
-from vlmray.engines import TINY_RANDOM
 from vlmray.metrics import METRICS
 from vlmray.prompts import check_prompt_template
+from vlmray.small_models import is_built_in
 from vlmray.sources import Source, open_source
 
 
@@ -72,7 +72,7 @@ def check_model(model_id: str) -> None:
         ValueError: not a model, or the hub does not answer.
         FileNotFoundError: a folder that is not there or lacks weights.
     """
-    if model_id != TINY_RANDOM:
+    if not is_built_in(model_id):
         checkpoints.check_model_folder(model_id)
         if checkpoints.local_folder(model_id) is None:
             hub.check_reachable(model_id, "model", option="--model_id")

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, get_scheduler
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from vlmray.config import FinetuneConfig
+from vlmray.optimizers import muon_factory
 from vlmray.training_run import TrainingRun
 
 _REPORTERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+
+MUON = "muon"
 
 _SET_BY_VLMRAY = (
     "output_dir", "max_length", "packing", "padding_free", "packing_strategy", "eval_packing",
@@ -45,8 +49,8 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
     config = run.config
     on_gpu = torch.cuda.is_available()
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.bf16 and not has_bf16:
-        found = torch.cuda.get_device_name() if on_gpu else "no GPU"
+    if config.bf16 and on_gpu and not has_bf16:
+        found = torch.cuda.get_device_name()
         raise ValueError(f"--bf16 needs a GPU with bfloat16 (Ampere or newer), found {found}; leave it out")
     checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
     evaluates = run.num_eval_samples > 0
@@ -60,6 +64,7 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         "warmup_steps": config.warmup_ratio,  # transformers 5 reads a number below 1 as a share
         "lr_scheduler_type": config.lr_scheduler_type,
         "weight_decay": config.weight_decay,
+        **({} if config.optim in (None, MUON) else {"optim": config.optim}),
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         "bf16": has_bf16 if config.bf16 is None else config.bf16,
@@ -86,6 +91,18 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         **parse_sft_config(config.sft_config),
     }
     return SFTConfig(**options)
+
+
+def optimizer_of(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
+    """Return the optimizer and its options where transformers has none of that name."""
+    if config.optim != MUON:
+        return None
+    return muon_factory, {
+        "lr": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+    }
 
 
 def parse_sft_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -126,6 +143,9 @@ def check_sft_options(config: FinetuneConfig) -> None:
         ValueError: an option or field that they would refuse.
     """
     extra = parse_sft_config(config.sft_config)
+    known = (MUON, *(name.value for name in OptimizerNames))
+    if config.optim is not None and config.optim not in known:
+        raise ValueError(f"--optim {config.optim!r} is unknown; known: {', '.join(known)}")
     packages = _REPORTERS.get(config.report_to, ())
     if packages and not any(map(importlib.util.find_spec, packages)):
         raise ValueError(

@@ -215,6 +215,8 @@ class ChartsSource:
         charts = self._charts
         if columns is None or "image" in columns:
             rows = [dict(charts[index]) for index in indices]
+        elif list(columns) == ["image_id"]:
+            rows = [{"image_id": charts.image_id(index)} for index in indices]
         else:  # nothing has to be drawn
             rows = [{"image_id": charts.image_id(index), **charts.ask(index)} for index in indices]
         return [{name: row[name] for name in columns or row} for row in rows]

@@ -35,9 +35,9 @@ from vlmray import lora
 from vlmray.collator import DataCollatorForVLMSFT
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import Features, open_images, to_feature
-from vlmray.engines import resolve_model_id
 from vlmray.model import load_qwen_vl_model_and_processor
-from vlmray.sft_options import sft_arguments
+from vlmray.sft_options import optimizer_of, sft_arguments
+from vlmray.small_models import resolve_model_id
 from vlmray.trainer import PlannedBatches, RunCallback, VLMTrainer
 from vlmray.training_run import EVALUATION, TRAIN, TrainingData, TrainingRun
 
@@ -253,6 +253,7 @@ class WorkerSession:
             processing_class=self.processor,
             collator=self.collator,
             peft_config=self.lora_config,
+            optimizer_cls_and_kwargs=optimizer_of(config, self.arguments),
             callbacks=[*early_stopping, callback],
             batches=batches,
             read_evaluation=self._read_evaluation if run.num_eval_samples else None,
@@ -310,6 +311,7 @@ def load_model(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, Any]:
         device_map=None if config.fsdp else {"": arguments.device.index or 0},
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
     if config.quantization != "none":
