@@ -157,6 +157,13 @@ def extreme(table: Table, adjective: str) -> tuple[str, str, int]:
     return ranked[-1] if adjective in LARGEST.split("|") else ranked[0]
 
 
+def listing(table: Table, what: str, first: str | None) -> str:
+    """List a column of the table, from a colour on where marks go round."""
+    start = [row[1] for row in table].index(first) if first else 0
+    column = ("labels", "colours", "values").index(what)
+    return ", ".join(str(row[column]) for row in table[start:] + table[:start])
+
+
 # Family, pattern of the question, and how to answer it from the table `t`.
 READERS: list[tuple[str, str, Callable[..., object]]] = [
     ("count", f"How many {MARK}s are there", lambda t: len(t)),
@@ -174,6 +181,8 @@ READERS: list[tuple[str, str, Callable[..., object]]] = [
     ("value_by_label", "What (?:is the value of|percent is) (\\w+)", lambda t, a: named(t, a)[2]),
     ("comparison", "Is (.+) larger than (.+)",
      lambda t, a, b: "yes" if named(t, a)[2] > named(t, b)[2] else "no"),
+    ("list", f"List the (\\w+) of the {MARK}s "
+     "(?:from left to right|from top to bottom|clockwise from (\\w+))", listing),
     ("difference", "What is the difference between (.+) and (.+)",
      lambda t, a, b: max(named(t, a)[2], named(t, b)[2]) - min(named(t, a)[2], named(t, b)[2])),
 ]  # fmt: skip
@@ -187,7 +196,7 @@ def test_every_answer_follows_from_the_chart() -> None:
         readings = [
             (number, str(read(table, *match.groups())))
             for number, (family, pattern, read) in enumerate(READERS)
-            if family == row["family"] and (match := re.fullmatch(pattern + r"\?", row["question"]))
+            if family == row["family"] and (match := re.fullmatch(pattern + "[?.]", row["question"]))
         ]
         assert [answer for _, answer in readings] == row["answers"], row["question"]
         used.add(readings[0][0])

@@ -214,7 +214,7 @@ def test_rows_without_an_image_share_none(nothing: Any) -> None:
 
 def test_a_column_that_looks_like_the_charts_is_not_trusted() -> None:
     rows = [{**_row(str(n // 2)), "image_id": 7} for n in range(6)]
-    assert group_turns(_ListSource(rows), SPEC, range(6), 5) == [(0, 1), (2, 3), (4, 5)]
+    assert list(group_turns(_ListSource(rows), SPEC, range(6), 5)) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_nothing_is_drawn_to_group(monkeypatch: pytest.MonkeyPatch) -> None:

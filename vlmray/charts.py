@@ -179,7 +179,7 @@ def _list(chart: Chart) -> Iterator[Question]:
     for start in range(1 if words.ends else len(chart.values)):
         order = words.order.format(first=chart.colours[start])
         for name, listed in (
-            ("colours", chart.colours), ("labels", chart.labels), (f"{words.value}s", chart.values)
+            ("colours", chart.colours), ("labels", chart.labels), ("values", chart.values)
         ):  # fmt: skip
             answer = ", ".join(map(str, listed[start:] + listed[:start]))
             yield Question(f"List the {name} of the {words.mark}s {order}.", answer)

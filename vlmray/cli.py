@@ -12,13 +12,21 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from vlmray import __version__
-from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
 from vlmray.options import parse_args
 
-C = TypeVar("C", bound=QuestionsConfig)
+
+class JobConfig(Protocol):
+    """What every job's options have."""
+
+    @property
+    def log_level(self) -> str: ...
+
+
+C = TypeVar("C", bound=JobConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,21 @@ def finetune(config: FinetuneConfig) -> int:
     return 0 if all(check.passed for check in report.checks) else 1
 
 
+def demo(config: DemoConfig) -> int:
+    """Teach the built-in model something and print what it learned; return the exit code."""
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
+    from vlmray.comparison import format_comparison
+    from vlmray.demo import run_demo
+
+    report = run_demo(config)
+    print(f"\n{format_comparison(report.comparison)}\n\nreport: {config.output_dir}/report.html")
+    return 0
+
+
 JOBS: dict[str, Job[Any]] = {
     "infer": Job(InferConfig, infer, "everything finished is kept, the same command resumes"),
     "finetune": Job(FinetuneConfig, finetune, "with --resume it goes on from its last checkpoint"),
+    "demo": Job(DemoConfig, demo, "the same command goes on"),
 }
 
 

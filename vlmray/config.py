@@ -330,7 +330,34 @@ class FinetuneConfig(QuestionsConfig):
         return self.eval_split is not None or self.eval_slices is not None
 
 
-def _not_empty(config: Any, *, except_for: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Teach the built-in model a family of questions that it does not know, and compare before and after."""
+
+    family: str = "comparison"
+    """Family of chart questions to teach; see vlmray/charts.py for all of them."""
+
+    num_charts: int = 200
+    """Held-out charts that are answered before and after, with one question of every family each."""
+
+    max_steps: int = 150
+    """Optimizer steps of the training."""
+
+    output_dir: str = "outputs/demo"
+    """Where results and report go: a local folder. The same command with the same folder goes on."""
+
+    overwrite: bool = False
+    """Delete what an earlier run left in --output_dir instead of going on with it."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Verbosity of the log."""
+
+    def __post_init__(self) -> None:
+        _not_empty(self)
+        _at_least(self, 1, "num_charts", "max_steps")
+
+
+def _not_empty(config: Any, *, except_for: str = "") -> None:
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == "" and field.name != except_for:
             raise ValueError(f"--{field.name} is empty")

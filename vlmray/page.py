@@ -134,6 +134,8 @@ class GalleryItem:
     """Encoded image of any size; the page carries a thumbnail."""
 
     num_completion_tokens: int | None = None
+    beside: tuple[tuple[str, str], ...] = ()
+    """Names and texts of what else was said of it, by another model say."""
 
     @property
     def verdict(self) -> Verdict:

@@ -189,11 +189,7 @@ def _check_line(check: Check) -> str:
 
 def render_training_html(report: TrainingReport) -> str:
     """Render the run as one HTML page that needs nothing but itself."""
-    sections: list[Section] = []
-    if report.train_loss or report.eval_loss:
-        sections.append(_loss_plot(report))
-    if report.eval_score:
-        sections.append(_score_plot(report))
+    sections: list[Section] = [*plot_curves(report)]
     if report.checks:
         sections.append(_check_table(report.checks))
     if report.gallery:
@@ -268,6 +264,16 @@ def _facts(report: TrainingReport) -> tuple[Fact, ...]:
     if report.num_targets is not None:
         facts.append(Fact("adapted modules", f"{report.num_targets:,}"))
     return tuple(facts)
+
+
+def plot_curves(report: TrainingReport) -> list[Plot]:
+    """Plot loss and score over the steps, as far as the history has them."""
+    plots = []
+    if report.train_loss or report.eval_loss:
+        plots.append(_loss_plot(report))
+    if report.eval_score:
+        plots.append(_score_plot(report))
+    return plots
 
 
 def _loss_plot(report: TrainingReport) -> Plot:

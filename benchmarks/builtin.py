@@ -1,0 +1,96 @@
+"""What can the built-in model do? Accuracy by question family on charts that it has not seen.
+
+    python benchmarks/builtin.py --num_charts 2000
+    python benchmarks/builtin.py --num_charts 300 --kind hbar,line,pie
+    python benchmarks/builtin.py --num_charts 500 --quantization 4bit
+
+Every chart is asked one question of every family, each question on its own, by the engine alone. The seed is
+not that of training. Questions of a family are about different charts, so with 2,000 of them the standard
+error of a share is at most 0.011.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from vlmray import stages
+from vlmray.charts import FAMILIES, KINDS, parse_charts_name
+from vlmray.dataset import get_dataset_columns
+from vlmray.engines import build_engine
+from vlmray.engines.base import Engine
+from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
+from vlmray.sources import ChartsSource
+from vlmray.stages import Task
+
+ROWS_PER_CALL = 1024
+
+TRAINED = parse_charts_name(
+    yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text(encoding="utf-8"))["dataset_name"]
+)
+"""What the built-in model was trained on."""
+
+
+def main() -> None:
+    """Answer the charts and print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model_id", default=BUILTIN)
+    parser.add_argument("--adapter")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--num_charts", type=int, default=2000)
+    parser.add_argument("--kind", default=",".join(TRAINED.kinds), help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--seed", type=int, default=TRAINED.seed + 1000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    options = parser.parse_args()
+    started = time.perf_counter()
+    engine = build_engine(
+        engine="transformers", model_id=options.model_id, adapter=options.adapter, dtype="float32",
+        quantization=options.quantization, batch_size=options.batch_size,
+    )  # fmt: skip
+    num_rows = options.num_charts * len(FAMILIES)
+    name = f"charts?num_rows={num_rows}&seed={options.seed}&questions_per_image={len(FAMILIES)}"
+    source = ChartsSource(f"{name}&kind={options.kind}", "test")
+    scores: dict[str, list[float]] = {family: [] for family in FAMILIES}
+    for row in answer(source, engine):
+        if row["error"] is not None:
+            raise SystemExit(f"{row['sample_id']}: {row['error']}")
+        scores[row["family"]].append(row["score"])
+    trained = [score for family in TRAINED.families for score in scores[family]]
+    others = [family for family in FAMILIES if family not in TRAINED.families]
+    table = {
+        **{family: mean(scores[family]) for family in TRAINED.families},
+        "trained, all": mean(trained),
+        **{f"{family} (untrained)": mean(scores[family]) for family in others},
+    }
+    elapsed_s = time.perf_counter() - started
+    print(f"{options.model_id}, {options.num_charts} charts of {options.kind}, seed {options.seed}\n")
+    print(f"{'family':28} {'questions':>9} {'right':>7}")
+    for family, figures in table.items():
+        print(f"{family:28} {figures['num_questions']:9} {figures['accuracy']:7.3f}")
+    print(f"\n{num_rows / elapsed_s:.0f} answers/s, model loading included")
+    print(json.dumps({**vars(options), "families": table, "answers_per_s": num_rows / elapsed_s}))
+
+
+def answer(source: ChartsSource, engine: Engine) -> Iterator[dict[str, Any]]:
+    """Yield every row of a source with its score, as inference without Ray would."""
+    spec = get_dataset_columns("charts", source.column_names)
+    task = Task(prompt_template=spec.prompt_template, metric=spec.metric, max_new_tokens=48)
+    for start in range(0, len(source), ROWS_PER_CALL):
+        indices = range(start, min(start + ROWS_PER_CALL, len(source)))
+        rows = stages.prepare_rows(stages.read_rows(source, spec, "test", indices), task)
+        yield from (stages.score_row(row, task) for row in stages.generate_rows(rows, engine, task))
+
+
+def mean(scores: Sequence[float]) -> dict[str, float]:
+    """Return the share of right answers."""
+    return {"num_questions": len(scores), "accuracy": math.fsum(scores) / len(scores)}
+
+
+if __name__ == "__main__":
+    main()
