@@ -8,8 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint setup clean
 
 demo: setup
-	$(BIN)/python jobs/infer.py --model_id tiny-random --dataset_name "charts?num_rows=120&seed=7" \
-		--sample_slices "[:]" --max_new_tokens 16 --output_dir outputs/demo
+	$(BIN)/vlmray demo
 
 test: setup
 	$(BIN)/python -m pytest

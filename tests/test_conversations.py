@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -223,7 +224,10 @@ def test_nothing_is_drawn_to_group(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = get_dataset_columns("charts", source.column_names)
     check_answers(source, spec, "train", range(600))
     groups = group_turns(source, spec, range(600), 4)
-    assert groups == [tuple(range(start, start + 4)) for start in range(0, 600, 4)]
+    assert list(groups) == [list(range(start, start + 4)) for start in range(0, 600, 4)]
+    assert groups[-1] == groups[149]
+    assert list(groups[148:]) == [groups[148], groups[149]]
+    assert len(pickle.dumps(groups)) < 600 * 8 + 150 * 8 + 1000
 
 
 # Answers

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vlmray.engines import Engine, build_engine, resolve_model_id
+from vlmray.engines import Engine, build_engine
 from vlmray.engines.transformers import TransformersEngine
 from vlmray.model import load_processor
 from vlmray.schema import Completion, GenerationRequest
@@ -312,23 +312,6 @@ def test_unknown_engine_and_options_name_what_is_known() -> None:
         build_engine(engine="vlm", model_id="tiny-random")
     with pytest.raises(ValueError, match="--batch_size must be at least 1, got 0"):
         TransformersEngine(None, None, batch_size=0)
-
-
-def test_tiny_random_is_built_once_and_the_same_by_processes_that_race(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = "from vlmray.engines import resolve_model_id; print(resolve_model_id('tiny-random'))"
-    monkeypatch.setenv("VLMRAY_CACHE", str(tmp_path))
-    started = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    folders = {process.communicate()[0].strip() for process in started}
-    assert [process.returncode for process in started] == [0, 0]
-    assert folders == {resolve_model_id("tiny-random")}
-    assert [str(path) for path in tmp_path.iterdir()] == [*folders]  # no scratch folder is left
-    for path in Path(folders.pop()).iterdir():
-        assert path.read_bytes() == (tiny_model / path.name).read_bytes()
-    assert resolve_model_id("Qwen/Qwen2.5-VL-7B") == "Qwen/Qwen2.5-VL-7B"
 
 
 @pytest.mark.parametrize(

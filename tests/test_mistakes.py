@@ -40,7 +40,7 @@ CHARTS = f"{FAKE} --dataset_name charts"
         (f"{FAKE} --dataset_name ./no/file.parquet --sample_slices [:1]", "no such file"),
         (f"{FAKE} --sample_slices [:1]", "--dataset_name 'HuggingFaceM4/ChartQA'"),
         ("--dataset_name charts --sample_slices [:1] --model_id ./nowhere", "--model_id ./nowhere"),
-        ("--dataset_name charts --sample_slices [:1]", "tiny-random"),
+        ("--dataset_name charts --sample_slices [:1]", "builtin"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

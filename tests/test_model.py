@@ -163,12 +163,12 @@ def test_an_unreachable_hub_id_names_the_local_ways(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^--model_id 'org/name' is not here and .*tiny-random.*HF_HOME"):
+    with pytest.raises(ValueError, match=r"^--model_id 'org/name' is not here and .*builtin.*HF_HOME"):
         load_qwen_vl_model_and_processor("org/name")
     monkeypatch.setattr(vlmray.model, "local_folder", Path)  # as if half of it were cached
     monkeypatch.setattr(vlmray.model.AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(
-        ValueError, match=r"^--model_id org/name is neither cached in full .*tiny-random.*HF_HOME"
+        ValueError, match=r"^--model_id org/name is neither cached in full .*builtin.*HF_HOME"
     ):
         load_qwen_vl_model_and_processor("org/name")
 
@@ -297,3 +297,14 @@ def test_a_small_model_with_the_real_tokenizer_generates_in_batches(tmp_path: Pa
     for request, completion in zip(requests, completions, strict=True):
         text, prompt = generate_text_from_sample(model, processor, request, max_new_tokens=20)
         assert (completion.text, completion.prompt) == (text, prompt)
+
+
+def test_patches_are_embedded_as_the_convolution_would(tiny_model: Path) -> None:
+    model, processor = load_qwen_vl_model_and_processor(str(tiny_model), dtype="float32")
+    embed = model.model.visual.patch_embed
+    assert "forward" in vars(embed)  # replaced, and by a matrix product:
+    pixels = processor.image_processor(picture(140, 112), return_tensors="pt")["pixel_values"]
+    expected = type(embed).forward(embed, pixels)
+    assert torch.allclose(embed(pixels), expected, atol=1e-5)
+    embed.proj.__class__ = type("Adapted", (torch.nn.Conv3d,), {})  # as if an adapter were around it
+    assert torch.equal(embed(pixels), expected)

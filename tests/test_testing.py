@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import subprocess
 import sys
 import time
@@ -13,12 +12,7 @@ import pytest
 from PIL import Image
 
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import SPECIAL_TOKENS, build_tiny_random_model
 from vlmray.testing import FakeEngine, build_tiny_random_adapter
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def ask(number: int = 1, color: str = "red", **options: object) -> GenerationRequest:
@@ -29,43 +23,6 @@ def ask(number: int = 1, color: str = "red", **options: object) -> GenerationReq
         images=[Image.new("RGB", (8, 8), color)],
     )
     return dataclasses.replace(request, **options)  # type: ignore[arg-type]
-
-
-def test_the_seed_makes_the_bytes(tiny_model: Path, tmp_path: Path) -> None:
-    assert hashes(build_tiny_random_model(tmp_path / "again")) == hashes(tiny_model)
-    other = hashes(build_tiny_random_model(tmp_path / "other", seed=1))
-    assert other["model.safetensors"] != hashes(tiny_model)["model.safetensors"]
-    assert other["tokenizer.json"] == hashes(tiny_model)["tokenizer.json"]
-
-
-def test_the_tiny_model_is_small_and_loads_in_plain_transformers(tiny_model: Path) -> None:
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-    assert sum(path.stat().st_size for path in tiny_model.iterdir()) < 5_000_000
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    image_processor = AutoImageProcessor.from_pretrained(tiny_model)
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    assert image_processor.size["longest_edge"] == 1280 * 28 * 28
-    for token in SPECIAL_TOKENS:
-        assert len(tokenizer.encode(token)) == 1
-    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    assert model.generation_config.eos_token_id == ends
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == tuple(ends)
-    text = "What's 1,000 % of Ünïcode 你好?\n\n  Yes<|im_end|>"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_other_sizes_make_another_base(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder = build_tiny_random_model(tmp_path, vocab_size=900, hidden_size=64)
-    config = AutoConfig.from_pretrained(folder)
-    assert (config.text_config.vocab_size, config.text_config.hidden_size) == (900, 64)
-    assert len(AutoTokenizer.from_pretrained(folder)) == 900
-    with pytest.raises(ValueError, match="need vocab_size >= 300"):
-        build_tiny_random_model(tmp_path, vocab_size=100)
 
 
 def test_the_adapter_leaves_the_vision_tower_and_the_global_seed_alone(

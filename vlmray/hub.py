@@ -13,7 +13,7 @@ RepoType = Literal["model", "dataset"]
 
 _TIMEOUT_S = 10.0
 _HINT = {
-    "model": "give a local folder, or tiny-random, or fill the cache below HF_HOME beforehand",
+    "model": "give a local folder, or builtin, or fill the cache below HF_HOME beforehand",
     "dataset": "give a local folder or file, or charts, or fill the cache below HF_HOME beforehand",
 }
 

@@ -242,7 +242,7 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
         if Path(model_id).is_dir():
             raise
         raise ValueError(
-            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass tiny-random, "
+            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass builtin, "
             "a local checkpoint folder, or set HF_HOME to a cache that holds it"
         ) from error
     model, info = loaded

@@ -34,10 +34,12 @@ class MuonAdamW(Optimizer):
         weight_decay: float = 0.0,
         **adamw: Any,
     ) -> None:
-        self._parts: tuple[Optimizer, ...] = (
-            Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW(others, lr=lr, weight_decay=0.0, **adamw),
-        )
+        self._parts: list[Optimizer] = []
+        if matrices:
+            muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        if others:  # LoRA trains matrices alone
+            self._parts.append(AdamW(others, lr=lr, weight_decay=0.0, **adamw))
         super().__init__([group for part in self._parts for group in part.param_groups], defaults={})
         self._share()
 

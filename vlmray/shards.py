@@ -16,6 +16,7 @@ from ray.data import DataContext, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vlmray import cluster
 from vlmray.batches import BatchPlan
@@ -70,12 +71,20 @@ class Shard:
             [(number, plan.batch(rank, number)) for number in range(first, min(first + per_task, stop))]
             for first in firsts
         ]
+        # Not in the worker's own process: Ray Data's scheduler is a busy thread, and a model of many small
+        # operations would wait for the interpreter lock before each of them.
+        tables = _feed.options(scheduling_strategy=_this_node()).remote(self, tasks, plan.world_size)
         expected = iter(range(start, stop))
-        for number, rows in _group(self._run(_BatchSource(self.samples, tasks), len(tasks), plan.world_size)):
-            assert number == next(expected), f"batch {number} came out of order"
-            yield [to_feature(row) for row in rows]
+        try:
+            for number, rows in _group(map(ray.get, tables)):
+                assert number == next(expected), f"batch {number} came out of order"
+                yield [to_feature(row) for row in rows]
+        finally:
+            ray.cancel(tables, force=True)  # a run that stops early leaves batches behind
 
-    def _run(self, source: Datasource, num_tasks: int, world_size: int) -> Iterator[pa.Table]:
+    def run(self, tasks: Sequence[Sequence[Batch]], world_size: int) -> Iterator[pa.Table]:
+        """Run the pipeline of a worker in this process, and yield its tables in order."""
+        num_tasks = len(tasks)
         DataContext.get_current().execution_options.preserve_order = True
         num_cpus = cluster.cpus_per_task()
         share = int(ray.cluster_resources().get("CPU", 1) / num_cpus / world_size)
@@ -84,9 +93,23 @@ class Shard:
         # Tasks tied to one machine ask for no CPU: the head of a cluster may offer none.
         here: dict[str, Any] = {"num_cpus": 0, "compute": few, "label_selector": self.driver}
         tables = ray.data.read_datasource(
-            source, override_num_blocks=num_tasks, **(here if self.on_driver else anywhere)
+            _BatchSource(self.samples, tasks),
+            override_num_blocks=num_tasks,
+            **(here if self.on_driver else anywhere),
         ).map_batches(_decode, batch_size=None, batch_format="pyarrow", **anywhere)
         return iter(tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+
+
+@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", _generator_backpressure_num_objects=4)
+def _feed(shard: Shard, tasks: Sequence[Sequence[Batch]], world_size: int) -> Iterator[pa.Table]:
+    """Run a worker's pipeline beside it, a few tables ahead."""
+    DataContext.get_current().enable_progress_bars = False
+    DataContext.get_current().print_on_execution_start = False
+    yield from shard.run(tasks, world_size)
+
+
+def _this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class _BatchSource(Datasource):
