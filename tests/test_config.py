@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.config import DemoConfig, FinetuneConfig, InferConfig, QuestionsConfig
 from vlmray.options import field_docs, parse_args
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("config_class", [InferConfig, FinetuneConfig])
+@pytest.mark.parametrize("config_class", [InferConfig, FinetuneConfig, DemoConfig])
 def test_every_option_has_help(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
     docs = field_docs(config_class)
     for field in dataclasses.fields(config_class):

@@ -36,7 +36,6 @@ Features = Sequence[Feature | None]
 
 SAMPLE_SCHEMA = pa.schema(
     {
-        "batch": pa.int64(),
         "sample_id": pa.string(),
         "question": pa.string(),
         "answers": pa.list_(pa.string()),

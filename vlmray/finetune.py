@@ -22,7 +22,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data import DataContext
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -40,7 +39,7 @@ from vlmray.progress import Board, ProgressBar, TellFailures
 from vlmray.questions import Questions, check_model, open_questions
 from vlmray.report import group_errors
 from vlmray.sft_options import check_sft_options
-from vlmray.shards import PlannedShards, Shard
+from vlmray.shards import Shard
 from vlmray.small_models import resolve_model_id
 from vlmray.training import Outcome, TrainingMistake, lora_config_of, train_loop_per_worker
 from vlmray.training_report import Check, TrainingReport, render_training_html
@@ -243,16 +242,12 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
 
 def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
     config, training = run.config, run.training
-    DataContext.get_current().enable_progress_bars = False
-    DataContext.get_current().print_on_execution_start = False
-    shards: Any = {TRAIN: Shard.of(run.data.train)}
+    shards = {TRAIN: Shard.of(run.data.train)}
     if run.data.evaluation is not None:
         shards[EVALUATION] = Shard.of(run.data.evaluation)
     return TorchTrainer(
         _train_on_ray,  # type: ignore[arg-type]  # what it returns becomes the result's return_value
-        train_loop_config={"run": training, "board": board},
-        datasets=shards,
-        dataset_config=PlannedShards(),
+        train_loop_config={"run": training, "board": board, "shards": shards},
         scaling_config=ScalingConfig(
             num_workers=run.workers.num_workers,
             use_gpu="GPU" in run.workers.resources,
@@ -287,25 +282,25 @@ def _train_on_ray(config: dict[Any, Any]) -> dict[str, Any]:
     They pass through Ray's controller, which for anything else would import all of torch.
     """
     try:
-        outcome = train_loop_per_worker(config, RayWorker(config["run"], config["board"]))
+        outcome = train_loop_per_worker(config, RayWorker(config["run"], config["shards"], config["board"]))
     except TrainingMistake as mistake:
         return {"mistake": str(mistake)}  # raised, it would be tried again and again
     return dataclasses.asdict(outcome)
 
 
 class RayWorker:
-    """A worker of Ray Train: samples come from its shards, checkpoints go to the run's storage."""
+    """A worker of Ray Train: samples come from shards, checkpoints go to the run's storage."""
 
-    def __init__(self, run: TrainingRun, board: Any) -> None:
+    def __init__(self, run: TrainingRun, shards: Mapping[str, Shard], board: Any) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self._run = run
+        self._shards = shards
         self._board = board
 
     def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
-        shard: Any = ray.train.get_dataset_shard(name)
-        return shard.read(self._run.plan(name, self.world_size), self.rank, start, stop)
+        return self._shards[name].read(self._run.plan(name, self.world_size), self.rank, start, stop)
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
