@@ -334,7 +334,7 @@ class FinetuneConfig(QuestionsConfig):
 class DemoConfig:
     """Teach the built-in model a family of questions that it does not know, and compare before and after."""
 
-    family: str = "comparison"
+    family: str = "count_above"
     """Family of chart questions to teach; see vlmray/charts.py for all of them."""
 
     num_charts: int = 200

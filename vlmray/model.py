@@ -271,6 +271,8 @@ def _embed_patches_by_matmul(model: Any) -> None:
 def _covers_its_input(module: Any, projection: Any) -> bool:
     if not isinstance(projection, torch.nn.Conv3d) or projection.groups != 1:
         return False
+    if hasattr(module, "_hf_hook") or hasattr(projection, "_hf_hook"):
+        return False  # accelerate moves its weights when it is called
     patch = (module.temporal_patch_size, module.patch_size, module.patch_size)
     return projection.kernel_size == projection.stride == patch and projection.padding == (0, 0, 0)
 
