@@ -73,7 +73,7 @@ def requests_of(rows: list[dict[str, Any]]) -> list[GenerationRequest]:
 
 
 def card() -> dict[str, float]:
-    """Accuracy by family, as the model card has it of 2,000 charts."""
+    """Accuracy by family, as the model card has it."""
     text = (BUILTIN_FOLDER / "README.md").read_text()
     found = re.findall(r"^\| (\w+)(?: \(untrained\))? \| [\d,]+ \| ([\d.]+) \|$", text, flags=re.MULTILINE)
     return {family: float(accuracy) for family, accuracy in found}
