@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vlmray.charts import FAMILIES, parse_charts_name
 from vlmray.config import FinetuneConfig
 from vlmray.dataset import get_dataset_columns
 from vlmray.engines import Engine, build_engine
+from vlmray.images import decode_image
 from vlmray.model import generate_text_from_sample, load_processor
 from vlmray.options import build_config
 from vlmray.schema import GenerationRequest
@@ -68,10 +70,6 @@ def score(rows: list[dict[str, Any]], engine: Engine) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def requests_of(rows: list[dict[str, Any]]) -> list[GenerationRequest]:
-    return stages.make_requests(rows, TASK)
-
-
 def card() -> dict[str, float]:
     """Accuracy by family, as the model card has it."""
     text = (BUILTIN_FOLDER / "README.md").read_text()
@@ -97,7 +95,10 @@ def test_it_leaves_something_to_teach(scores: dict[str, float]) -> None:
 def test_answers_do_not_depend_on_the_batch_or_a_save(
     rows: list[dict[str, Any]], engine: Engine, tmp_path: Path
 ) -> None:
-    requests = requests_of(rows[:: len(rows) // 64])
+    requests = [
+        replace(request, images=[decode_image(image) for image in request.images])
+        for request in stages.make_requests(rows[:: len(rows) // 64], TASK)
+    ]
     together = [completion.text for completion in engine.generate(requests)]
     processor = load_processor(str(BUILTIN_FOLDER))
     model: Any = AutoModelForImageTextToText.from_pretrained(BUILTIN_FOLDER, dtype=torch.float32)
