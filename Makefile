@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint setup clean
 
 demo: setup
-	$(BIN)/vlmray demo
+	$(BIN)/vlmray demo --output_dir outputs/demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -219,6 +219,7 @@ def test_a_training_folder_that_cannot_be_written(folder: str, tmp_path: Path) -
     ("options", "message"),
     [
         (f"{TRAIN} --use_peft false --quantization 4bit", "--quantization 4bit needs LoRA"),
+        (f"{TRAIN} --optim adamm", "--optim 'adamm' is unknown; known: muon, adamw_torch"),
         (f"{TRAIN} --lora_target_modules zzz", "matches the LoRA target 'zzz'"),
     ],
 )

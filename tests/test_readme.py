@@ -28,7 +28,7 @@ def test_commands_are_accepted(path: Path) -> None:
     found = [(job, options) for job, options in commands(path) if "--help" not in options]
     assert found
     for job, options in found:
-        assert parse_args(JOBS[job].config_class, shlex.split(options, comments=True)).sample_slices
+        assert parse_args(JOBS[job].config_class, shlex.split(options, comments=True)).log_level
 
 
 def test_options_of_the_table_exist() -> None:

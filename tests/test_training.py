@@ -544,15 +544,15 @@ def test_several_questions_on_one_image_are_all_answered(tiny_model: Path, tmp_p
 
 def test_other_fields_of_sft_config_take_effect(tiny_model: Path) -> None:
     plain = curve(train(make_config(tiny_model, max_steps=3)))
-    options = {"max_grad_norm": "1e-9", "optim": "sgd", "logging_first_step": "true"}
-    changed = curve(train(make_config(tiny_model, max_steps=3, sft_config=options)))
+    options = {"max_grad_norm": "1e-9", "logging_first_step": "true"}
+    changed = curve(train(make_config(tiny_model, max_steps=3, optim="sgd", sft_config=options)))
     assert changed[0] == pytest.approx(plain[0])
     assert abs(changed[2] - plain[2]) > 1e-3
 
 
 def test_values_are_converted_as_their_fields_say() -> None:
     given = {
-        "max_grad_norm": "0.5", "logging_first_step": "true", "seed_worker": None, "optim": "adamw_torch",
+        "max_grad_norm": "0.5", "logging_first_step": "true", "seed_worker": None, "adam_beta1": "0.8",
         "adam_beta2": 0.95, "torch_compile": False, "lr_scheduler_kwargs": {"min_lr": 1e-6},
         "logging_nan_inf_filter": "no", "neftune_noise_alpha": 5,
     }  # fmt: skip
@@ -579,7 +579,7 @@ def test_values_are_converted_as_their_fields_say() -> None:
         ({"max_grad_norm": "much"}, "max_grad_norm: invalid float value: 'much'"),
         ({"max_grad_norm": [1, 2]}, "unrecognized arguments|max_grad_norm"),
         ({"logging_first_step": "perhaps"}, "logging_first_step"),
-        ({"optim": "adamm"}, "optim"),
+        ({"optim": "sgd"}, "optim has an option of its own, --optim"),
     ],
 )
 def test_a_wrong_field_or_value_is_one_line(given: dict[str, Any], message: str) -> None:

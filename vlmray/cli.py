@@ -103,6 +103,8 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
     job = JOBS[name]
     config = parse_args(job.config_class, argv, prog=prog)
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+    # It warns of an optional package on some CPUs, for 4-bit weights that nobody may have asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Ray prints the worker's traceback for each retry of a model that does not load; one line will do.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "retries remaining")
     # `ray job stop` and schedulers send SIGTERM; it ends a run the way Ctrl-C does.
