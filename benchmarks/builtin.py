@@ -18,23 +18,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
 from vlmray import stages
-from vlmray.charts import FAMILIES, KINDS, parse_charts_name
+from vlmray.charts import FAMILIES, KINDS
 from vlmray.dataset import get_dataset_columns
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
-from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
+from vlmray.small_models import BUILTIN, trained_charts
 from vlmray.sources import ChartsSource
 from vlmray.stages import Task
 
 ROWS_PER_CALL = 1024
 
-TRAINED = parse_charts_name(
-    yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text(encoding="utf-8"))["dataset_name"]
-)
-"""What the built-in model was trained on."""
+TRAINED = trained_charts()
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from running import ROOT
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from vlmray import stages
-from vlmray.charts import FAMILIES, parse_charts_name
+from vlmray.charts import FAMILIES
 from vlmray.config import FinetuneConfig
 from vlmray.dataset import get_dataset_columns
 from vlmray.engines import Engine, build_engine
@@ -27,12 +27,12 @@ from vlmray.images import decode_image
 from vlmray.model import generate_text_from_sample, load_processor
 from vlmray.options import build_config
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import BUILTIN, BUILTIN_FOLDER, SPECIAL_TOKENS
+from vlmray.small_models import BUILTIN, BUILTIN_FOLDER, SPECIAL_TOKENS, trained_charts
 from vlmray.sources import ChartsSource
 from vlmray.stages import Task
 
 RECIPE = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text())
-TRAINED = parse_charts_name(RECIPE["dataset_name"])
+TRAINED = trained_charts()
 NUM_CHARTS = 40
 TASK = Task(prompt_template="{question}", metric="exact_match", max_new_tokens=48)
 

@@ -22,19 +22,15 @@ from vlmray.inference import plan_inference, run_inference
 from vlmray.outputs import OutputDirectory
 from vlmray.page import Fact, GalleryItem, Row, format_duration
 from vlmray.report import group_errors
-from vlmray.small_models import BUILTIN
+from vlmray.small_models import BUILTIN, trained_charts
 from vlmray.sources import ChartsSource
 from vlmray.training_report import TrainingReport, plot_curves
 
-_KIND = "bar"
-"""The kind of chart that the built-in model was trained on."""
+_TRAINED = trained_charts()
+"""Its families are asked along in training: taught one family alone, the model would forget the others."""
 
 _SEED = 2026
 """Of the charts, which the built-in model has not seen in training: those had another."""
-
-_KNOWN = ("count", "position", "extreme", "highest", "lowest", "value_by_colour", "value_by_label", "list")
-"""Families that the built-in model was trained on. They are asked along: taught one family alone, it would
-forget the others."""
 
 _BATCH_SIZE = 16
 _BASE, _TUNED = "base", "base + LoRA"
@@ -75,7 +71,9 @@ def _say(text: str) -> None:
 
 def _charts(num_rows: int, per_image: int, **parameters: str) -> str:
     more = "".join(f"&{name}={value}" for name, value in parameters.items())
-    return f"charts?num_rows={num_rows}&questions_per_image={per_image}&seed={_SEED}&kind={_KIND}{more}"
+    return (
+        f"charts?num_rows={num_rows}&questions_per_image={per_image}&seed={_SEED}&kind={_TRAINED.kind}{more}"
+    )
 
 
 def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[str, Any]]:
@@ -105,7 +103,7 @@ def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[s
 def _train(config: DemoConfig) -> TrainingReport:
     folder = f"{config.output_dir}/lora"
     num_samples = config.max_steps * _BATCH_SIZE
-    families = tuple(dict.fromkeys((config.family, *_KNOWN)))
+    families = tuple(dict.fromkeys((config.family, *_TRAINED.families)))
     run = plan_finetune(
         FinetuneConfig(
             model_id=BUILTIN,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmray.charts import LABELS, TITLES, ChartDataset, ChartsConfig
+from vlmray.charts import LABELS, TITLES, ChartDataset, ChartsConfig, parse_charts_name
 from vlmray.checkpoints import cache_folder
 
 if TYPE_CHECKING:
@@ -112,6 +112,14 @@ def resolve_model_id(model_id: str) -> str:
     if not folder.is_dir():
         _build_atomically(build, folder)
     return str(folder)
+
+
+def trained_charts() -> ChartsConfig:
+    """Return what the built-in model was trained on, as its recipe has it."""
+    import yaml
+
+    recipe = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text(encoding="utf-8"))
+    return parse_charts_name(recipe["dataset_name"])
 
 
 def _build_atomically(build: Callable[[Path], object], folder: Path) -> None:
