@@ -1,7 +1,7 @@
 """What can the built-in model do? Accuracy by question family on charts that it has not seen.
 
     python benchmarks/builtin.py --num_charts 2000
-    python benchmarks/builtin.py --num_charts 300 --kind hbar,line,pie
+    python benchmarks/builtin.py --num_charts 300 --style varied --kind bar,hbar,line,pie
     python benchmarks/builtin.py --num_charts 500 --quantization 4bit
 
 Every chart is asked one question of every family, each question on its own, by the engine alone. The seed is
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlmray import stages
-from vlmray.charts import FAMILIES, KINDS
+from vlmray.charts import FAMILIES, KINDS, STYLES, ChartsConfig
 from vlmray.dataset import get_dataset_columns
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--num_charts", type=int, default=2000)
     parser.add_argument("--kind", default=",".join(TRAINED.kinds), help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--style", choices=STYLES, default=TRAINED.style)
     parser.add_argument("--seed", type=int, default=TRAINED.seed + 1000)
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
@@ -48,9 +49,11 @@ def main() -> None:
         engine="transformers", model_id=options.model_id, adapter=options.adapter, dtype="float32",
         quantization=options.quantization, batch_size=options.batch_size,
     )  # fmt: skip
-    num_rows = options.num_charts * len(FAMILIES)
-    name = f"charts?num_rows={num_rows}&seed={options.seed}&questions_per_image={len(FAMILIES)}"
-    source = ChartsSource(f"{name}&kind={options.kind}", "test")
+    charts = ChartsConfig(
+        num_rows=options.num_charts * len(FAMILIES), questions_per_image=len(FAMILIES), seed=options.seed,
+        kind=options.kind, style=options.style,
+    )  # fmt: skip
+    source = ChartsSource(charts.name, "test")
     scores: dict[str, list[float]] = {family: [] for family in FAMILIES}
     for row in answer(source, engine):
         if row["error"] is not None:
@@ -64,12 +67,12 @@ def main() -> None:
         **{f"{family} (untrained)": mean(scores[family]) for family in others},
     }
     elapsed_s = time.perf_counter() - started
-    print(f"{options.model_id}, {options.num_charts} charts of {options.kind}, seed {options.seed}\n")
+    print(f"{options.model_id}, {options.num_charts} charts of {charts.name}\n")
     print(f"{'family':28} {'questions':>9} {'right':>7}")
     for family, figures in table.items():
         print(f"{family:28} {figures['num_questions']:9} {figures['accuracy']:7.3f}")
-    print(f"\n{num_rows / elapsed_s:.0f} answers/s, model loading included")
-    print(json.dumps({**vars(options), "families": table, "answers_per_s": num_rows / elapsed_s}))
+    print(f"\n{charts.num_rows / elapsed_s:.0f} answers/s, model loading included")
+    print(json.dumps({**vars(options), "families": table, "answers_per_s": charts.num_rows / elapsed_s}))
 
 
 def answer(source: ChartsSource, engine: Engine) -> Iterator[dict[str, Any]]:

@@ -40,8 +40,10 @@ TASK = Task(prompt_template="{question}", metric="exact_match", max_new_tokens=4
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """One question of every family about each of some charts that were not trained on."""
-    name = f"charts?num_rows={NUM_CHARTS * len(FAMILIES)}&questions_per_image={len(FAMILIES)}&seed=77"
-    source = ChartsSource(f"{name}&kind={TRAINED.kind}", "test")
+    charts = replace(
+        TRAINED, num_rows=NUM_CHARTS * len(FAMILIES), questions_per_image=len(FAMILIES), seed=77, family=None
+    )
+    source = ChartsSource(charts.name, "test")
     spec = get_dataset_columns("charts", source.column_names)
     read = stages.read_rows(source, spec, "test", range(len(source)))
     return stages.prepare_rows(read, TASK)

@@ -19,7 +19,16 @@ from PIL import Image
 
 from vlmray import charts
 from vlmray.chart_drawing import Box, Chart, draw_chart
-from vlmray.charts import FAMILIES, KINDS, SPLITS, ChartDataset, ChartsConfig, Row, parse_charts_name
+from vlmray.charts import (
+    FAMILIES,
+    KINDS,
+    PLAIN,
+    SPLITS,
+    ChartDataset,
+    ChartsConfig,
+    Row,
+    parse_charts_name,
+)
 
 
 def dataset(name: str = "charts", split: str = "train") -> ChartDataset:
@@ -110,6 +119,24 @@ def test_families_take_turns() -> None:
     assert counts == dict.fromkeys(FAMILIES, 12)
     comparisons = Counter(row["answers"][0] for row in dataset("charts?num_rows=300&family=comparison"))
     assert min(comparisons["yes"], comparisons["no"]) > 100
+
+
+def test_a_family_named_twice_is_asked_twice_as_often() -> None:
+    rows = list(
+        dataset("charts?num_rows=400&family=difference,count,difference,difference&questions_per_image=8")
+    )
+    assert Counter(row["family"] for row in rows) == {"difference": 300, "count": 100}
+    for start in range(0, len(rows), 8):
+        asked = [row["question"] for row in rows[start : start + 8] if row["family"] == "difference"]
+        assert len(set(asked)) == len(asked) == 6
+
+
+def test_plain_charts_differ_in_what_they_say_alone() -> None:
+    charts = [dataset("charts?style=plain&kind=bar").chart(index) for index in range(0, 200, 2)]
+    assert {chart.style for chart in charts} == {PLAIN}
+    assert {chart.title for chart in charts} == {""}
+    assert {label for chart in charts for label in chart.labels} == set("ABCDEFGH")
+    assert len({(chart.colours, chart.values) for chart in charts}) == 100
 
 
 def test_filters_are_obeyed() -> None:
@@ -342,6 +369,8 @@ def test_names_parse() -> None:
     assert parse_charts_name("charts?family=extreme%2Ccount").families == ("count", "extreme")
     assert ChartsConfig().families == FAMILIES
     assert ChartsConfig(kind="pie,bar").kinds == ("bar", "pie")
+    for config in (ChartsConfig(), ChartsConfig(num_rows=3, family="count, list", style="plain")):
+        assert parse_charts_name(config.name) == config
 
 
 @pytest.mark.parametrize(
@@ -357,6 +386,7 @@ def test_names_parse() -> None:
         ("charts?questions_per_image=0", "questions_per_image must be at least 1"),
         ("charts?family=cuont", "unknown family 'cuont'; known: count, .*difference"),
         ("charts?family=", "unknown family ''; known"),
+        ("charts?style=fancy", "unknown style 'fancy'; known: varied, plain"),
         ("charts?kind=bar,donut", "unknown kind 'donut'; known: bar, hbar, line, pie"),
     ],
 )

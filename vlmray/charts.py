@@ -31,10 +31,10 @@ import hashlib
 import io
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations, pairwise, permutations
 from typing import NamedTuple, TypedDict
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from vlmray.chart_drawing import (
     COLOURS,
@@ -217,6 +217,11 @@ LABELS = (
 )
 SIZES = ((168, 140), (196, 140), (196, 168), (224, 168))  # multiples of 28 pixels
 NUM_MARKS = (3, 4, 5, 6)
+STYLES = ("varied", "plain")
+PLAIN = Style(
+    size=SIZES[0], theme="white", palette="vivid", font_size=10, legend="none", print_values=False,
+    axis_numbers=True, grid=True, outline=False, bar_width=0.65, marker="circle", hole=0.0, rotation=0,
+)  # fmt: skip
 
 # Ten levels can be told apart against gridlines; finer values are only used where they are printed.
 COARSE_SCALES = (Scale(10, 1, 2), Scale(20, 2, 4), Scale(50, 5, 10), Scale(100, 10, 20))
@@ -231,18 +236,18 @@ def _rng(*parts: object) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def _sample_chart(rng: random.Random, kinds: tuple[Kind, ...]) -> Chart:
+def _sample_chart(rng: random.Random, kinds: tuple[Kind, ...], *, plain: bool) -> Chart:
     kind, count = rng.choice(kinds), rng.choice(NUM_MARKS)
-    style = _sample_style(rng)
+    style = PLAIN if plain else _sample_style(rng)
     if kind == "pie":
         scale, values = PIE_SCALE, _sample_shares(rng, count)
     else:
         scale = rng.choice(COARSE_SCALES + FINE_SCALES if style.print_values else COARSE_SCALES)
         values = rng.sample(range(scale.step, scale.top + 1, scale.step), count)
-    pool = rng.choice(LABELS)
+    pool = LABELS[0] if plain else rng.choice(LABELS)
     return Chart(
         kind=kind,
-        title=rng.choice(("", *TITLES)),
+        title="" if plain else rng.choice(("", *TITLES)),
         labels=tuple(pool[index] for index in sorted(rng.sample(range(len(pool)), count))),
         colours=tuple(rng.sample(COLOURS, count)),
         values=tuple(values),
@@ -302,10 +307,13 @@ class ChartsConfig:
     """Another seed is another dataset."""
 
     family: str | None = None
-    """Only questions of these families, comma-separated; see `FAMILIES`."""
+    """Only questions of these families, comma-separated, twice as many of one named twice; see `FAMILIES`."""
 
     kind: str | None = None
     """Only charts of these kinds, comma-separated: bar, hbar (lying bars), line, pie."""
+
+    style: str = "varied"
+    """`varied` looks, or one `plain` look for all charts, with letters for labels; see `PLAIN`."""
 
     questions_per_image: int = 2
     """Consecutive rows that ask about the same image."""
@@ -316,10 +324,12 @@ class ChartsConfig:
                 raise ValueError(f"charts: {name} must be at least {least}, got {getattr(self, name)}")
         _select("family", self.family, FAMILIES)
         _select("kind", self.kind, KINDS)
+        if self.style not in STYLES:
+            raise ValueError(f"charts: unknown style {self.style!r}; known: {', '.join(STYLES)}")
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families that may be asked, in the order of `FAMILIES`."""
+        """Families that may be asked, in the order of `FAMILIES`, each as often as it is named."""
         return _select("family", self.family, FAMILIES)
 
     @property
@@ -327,6 +337,12 @@ class ChartsConfig:
         """Kinds that may be drawn, in the order of `KINDS`."""
         chosen = _select("kind", self.kind, KINDS)
         return tuple(kind for kind in KINDS if kind in chosen)
+
+    @property
+    def name(self) -> str:
+        """The dataset name that `parse_charts_name` reads as this."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return f"charts?{urlencode(given, safe=',')}"
 
 
 def _select(parameter: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -336,7 +352,7 @@ def _select(parameter: str, text: str | None, known: tuple[str, ...]) -> tuple[s
     for name in chosen:
         if name not in known:
             raise ValueError(f"charts: unknown {parameter} {name!r}; known: {', '.join(known)}")
-    return tuple(name for name in known if name in chosen)
+    return tuple(sorted(chosen, key=known.index))
 
 
 def parse_charts_name(name: str) -> ChartsConfig:
@@ -389,7 +405,7 @@ class ChartDataset:
     """One split of the chart dataset, readable at any index.
 
     Splits differ in their seeds. Restricting `family` keeps the charts and changes what is asked.
-    Families take turns, so they are as common as each other in any longer stretch of rows.
+    Families take turns, so each has its share of any longer stretch of rows.
     """
 
     def __init__(self, config: ChartsConfig, split: str) -> None:
@@ -442,7 +458,8 @@ class ChartDataset:
         return divmod(index, self.config.questions_per_image)
 
     def _chart(self, image_index: int) -> Chart:
-        return _sample_chart(_rng("chart", self.split, self.config.seed, image_index), self.config.kinds)
+        rng = _rng("chart", self.split, self.config.seed, image_index)
+        return _sample_chart(rng, self.config.kinds, plain=self.config.style == "plain")
 
     def _draw(self, image_index: int) -> tuple[Chart, bytes]:
         """Return a chart and its PNG; the last one is kept, since rows of an image come in a row."""
@@ -458,12 +475,14 @@ class ChartDataset:
 
         Images are dealt in blocks of as many as there are families. A block has its own order of
         families and each image starts one further, so every family comes up equally often and an
-        image meets none twice before it has met all; from then on the family's next question is due.
+        image meets none twice before it has met all; then the family's next question is due. A family
+        that is named several times counts as several.
         """
         families = list(self.config.families)
         count, seed = len(families), self.config.seed
         _rng("families", self.split, seed, image_index // count).shuffle(families)
-        family = families[(image_index + slot) % count]
+        turns = [families[(image_index + turn) % count] for turn in range(slot + 1)]
+        family = turns[-1]
         questions = list(_QUESTIONS[family](chart))
         _rng("question", self.split, seed, image_index, family).shuffle(questions)
-        return family, questions[slot // count % len(questions)]
+        return family, questions[(turns.count(family) - 1) % len(questions)]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmray.charts import FAMILIES
+from vlmray.charts import FAMILIES, ChartsConfig
 from vlmray.comparison import ComparisonReport, choose_changed, compare, render_comparison_html
 from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
 from vlmray.finetune import plan_finetune, run_finetune
@@ -69,11 +69,12 @@ def _say(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def _charts(num_rows: int, per_image: int, **parameters: str) -> str:
-    more = "".join(f"&{name}={value}" for name, value in parameters.items())
-    return (
-        f"charts?num_rows={num_rows}&questions_per_image={per_image}&seed={_SEED}&kind={_TRAINED.kind}{more}"
-    )
+def _charts(num_charts: int, families: Sequence[str]) -> ChartsConfig:
+    """Return charts that look as those of training did, with a question of every family about each."""
+    return dataclasses.replace(
+        _TRAINED, num_rows=num_charts * len(families), questions_per_image=len(families), seed=_SEED,
+        family=",".join(families),
+    )  # fmt: skip
 
 
 def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[s
         InferConfig(
             model_id=BUILTIN,
             adapter=adapter,
-            dataset_name=_charts(config.num_charts * len(FAMILIES), len(FAMILIES)),
+            dataset_name=_charts(config.num_charts, FAMILIES).name,
             sample_slices="[:]",
             max_new_tokens=48,
             batch_size=32,
@@ -102,12 +103,11 @@ def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[s
 
 def _train(config: DemoConfig) -> TrainingReport:
     folder = f"{config.output_dir}/lora"
-    num_samples = config.max_steps * _BATCH_SIZE
     families = tuple(dict.fromkeys((config.family, *_TRAINED.families)))
     run = plan_finetune(
         FinetuneConfig(
             model_id=BUILTIN,
-            dataset_name=_charts(num_samples * len(families), len(families), family=",".join(families)),
+            dataset_name=_charts(config.max_steps * _BATCH_SIZE, families).name,
             max_turns=len(families),
             num_workers=1,
             per_device_train_batch_size=_BATCH_SIZE,
@@ -144,7 +144,7 @@ def _gallery(config: DemoConfig, before: Sequence[Row], after: Sequence[Row]) ->
     """Show changed answers with what was said before, their images read again from the source."""
     earlier = {row["sample_id"]: row for row in before}
     chosen = choose_changed(before, after, config.family)
-    source = ChartsSource(_charts(config.num_charts * len(FAMILIES), len(FAMILIES)), "test")
+    source = ChartsSource(_charts(config.num_charts, FAMILIES).name, "test")
     images = source.read([row["row_index"] for row in chosen], ["image"])
     return [
         dataclasses.replace(
