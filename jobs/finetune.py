@@ -2,7 +2,7 @@
 
 On one machine, with the built-in model and charts, no GPU and no network needed:
 
-    python jobs/finetune.py --model_id builtin --dataset_name "charts?kind=bar" --max_steps 50
+    python jobs/finetune.py --model_id builtin --dataset_name "charts?kind=bar&style=plain" --max_steps 50
 
 On a cluster, ChartQA with Qwen2.5-VL-7B on eight GPUs:
 

@@ -125,6 +125,13 @@ def test_accumulated_small_batches_give_the_losses_of_a_large_one(tiny_model: Pa
     assert len(curve(large)) == 6
 
 
+def test_mixed_precision_works_on_a_cpu(tiny_model: Path) -> None:
+    full = curve(train(make_config(tiny_model, max_steps=4)))
+    mixed = curve(train(make_config(tiny_model, max_steps=4, bf16=True)))
+    assert mixed != full  # or it was not used
+    assert differ(mixed, full) < 0.05
+
+
 def test_gradient_checkpointing_changes_no_loss(tiny_model: Path) -> None:
     plain = train(make_config(tiny_model, max_steps=4, gradient_checkpointing=False))
     saving = train(make_config(tiny_model, max_steps=4, gradient_checkpointing=True))
