@@ -43,6 +43,7 @@ LEVELS: dict[str, int] = {
     "vlmray.encoding": 2,
     "vlmray.collator": 3,
     "vlmray.engines.base": 2,
+    "vlmray.engines.answers": 2,
     "vlmray.engines.sampling": 2,
     "vlmray.engines.transformers": 3,
     "vlmray.testing": 3,

@@ -289,6 +289,112 @@ def test_adapters_and_base_mix_in_one_call_and_match_peft(
     engine.close()
 
 
+def test_adapters_and_base_share_a_forward_pass(
+    tiny_model: Path, tiny_adapter: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine.load_adapter("named", str(tiny_adapter))
+    passes = []
+    generate = engine.model.generate
+    monkeypatch.setattr(
+        engine.model,
+        "generate",
+        lambda **kwargs: passes.append(kwargs["input_ids"].shape) or generate(**kwargs),
+    )
+    texts(engine.generate([make_request(n, adapter=None if n % 2 else "named") for n in range(6)]))
+    assert [shape[0] for shape in passes] == [6]
+    engine.close()
+
+
+def test_adapters_of_the_vision_tower_are_kept_apart(
+    tiny_model: Path, tiny_adapter: Path, tmp_path: Path, processor: Any
+) -> None:
+    seeing = build_tiny_random_adapter(tmp_path / "seeing", tiny_model, seed=3, lora_vision=True)
+    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    rows = [make_request(n) for n in range(4)]
+    for name, path in (("reading", tiny_adapter), ("seeing", seeing)):
+        engine.load_adapter(name, str(path))
+    names = [None, "reading", "seeing"]
+    alone = [texts(engine.generate([dataclasses.replace(r, adapter=name) for r in rows])) for name in names]
+    mixed = texts(engine.generate([dataclasses.replace(r, adapter=name) for r in rows for name in names]))
+    assert [mixed[place::3] for place in range(3)] == alone
+    assert len(set(map(tuple, alone))) == 3
+    engine.close()
+
+
+def test_an_unloaded_adapter_is_unknown_and_can_be_loaded_again(
+    tiny_model: Path, tiny_adapter: Path, processor: Any
+) -> None:
+    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    row = make_request(1)
+    base = texts(engine.generate([row]))
+    engine.load_adapter("named", str(tiny_adapter))
+    named = texts(engine.generate([dataclasses.replace(row, adapter="named")]))
+    engine.unload_adapter("named")
+    (completion,) = engine.generate([dataclasses.replace(row, adapter="named")])
+    assert completion.error == "ValueError: unknown adapter 'named'; known: none"
+    assert texts(engine.generate([row])) == base
+    with pytest.raises(ValueError, match="no adapter named 'named' is loaded; known: none"):
+        engine.unload_adapter("named")
+    engine.load_adapter("named", str(tiny_adapter))
+    assert texts(engine.generate([dataclasses.replace(row, adapter="named")])) == named != base
+    engine.close()
+
+
+def test_streamed_pieces_are_the_text_and_come_while_others_go_on(make_engine: Any) -> None:
+    requests = [make_request(n, n % 3, max_new_tokens=4 + 3 * n) for n in range(6)]
+    engine = make_engine(batch_size=4)
+    expected = engine.generate(requests)
+    pieces: list[tuple[int, str]] = []
+    assert engine.generate(requests, on_text=lambda index, text: pieces.append((index, text))) == expected
+    for index, completion in enumerate(expected):
+        assert "".join(text for place, text in pieces if place == index) == completion.text
+    first_batch = [place for place, _ in pieces[:8]]
+    assert len(set(first_batch)) > 1  # rows of a batch take turns
+    assert all(text for _, text in pieces)
+
+
+def test_a_batch_that_is_tried_again_streams_nothing_twice(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [make_request(n, 1) for n in range(4)]
+    engine = make_engine(batch_size=4)
+    expected = texts(engine.generate(requests))
+    generate = engine.model.generate
+
+    def fail_after_streaming(**inputs: Any) -> Any:
+        output = generate(**inputs)
+        if len(inputs["input_ids"]) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    monkeypatch.setattr(engine.model, "generate", fail_after_streaming)
+    found = dict.fromkeys(range(4), "")
+
+    def collect(index: int, text: str) -> None:
+        found[index] += text
+
+    assert texts(engine.generate(requests, on_text=collect)) == list(found.values()) == expected
+
+
+def test_an_answer_ends_before_a_stop_text(make_engine: Any) -> None:
+    engine = make_engine()
+    requests = [make_request(n, 1, max_new_tokens=24) for n in range(4)]
+    whole = engine.generate(requests)
+    words = whole[0].text.split(" ")
+    stop = (" ".join(words[2:4]), "never said")
+    stopping = dataclasses.replace(requests[0], stop=stop)
+    pieces: list[str] = []
+    completions = engine.generate(
+        [stopping, *requests[1:]], on_text=lambda index, text: pieces.append(text) if index == 0 else None
+    )
+    assert completions[1:] == whole[1:]
+    assert completions[0].text == "".join(pieces) == whole[0].text.partition(stop[0])[0]
+    assert completions[0].finish_reason == "stop"
+    assert 0 < completions[0].num_completion_tokens < whole[0].num_completion_tokens
+    assert engine.generate([stopping])[0] == completions[0]
+
+
 def test_a_default_adapter_answers_requests_that_name_none(tiny_model: Path, tiny_adapter: Path) -> None:
     rows = make_mixed_requests(4)
     base = build_engine(engine="transformers", model_id=str(tiny_model))

@@ -8,8 +8,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from vlmray.engines.sampling import (
-    RowwiseLengthCriteria,
     RowwiseLogitsProcessor,
+    RowwiseStoppingCriteria,
     keep_nucleus,
     sample_scores,
 )
@@ -58,5 +58,5 @@ def test_greedy_rows_are_not_touched_and_each_row_has_its_own_limit() -> None:
     ids, scores = torch.zeros(3, 4, dtype=torch.long), torch.arange(30.0).view(3, 10)
     changed = RowwiseLogitsProcessor(rows, [0, 0, 0])(ids, scores)
     assert [bool((changed[row] != scores[row]).any()) for row in range(3)] == [False, False, True]
-    criteria = RowwiseLengthCriteria(rows, num_prompt_tokens=2)
+    criteria = RowwiseStoppingCriteria(rows, num_prompt_tokens=2)
     assert criteria(ids, scores).tolist() == [True, True, False]

@@ -172,9 +172,23 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
     return model.eval()
 
 
+def detach_adapter(model: Any, name: str) -> Any:
+    """Take an adapter out of a `PeftModel`; return the bare base once there is no other."""
+    if len(model.peft_config) == 1:
+        return model.unload()
+    model.delete_adapter(name)
+    return model
+
+
 def is_peft_model(model: Any) -> bool:
     """Tell whether a model is wrapped by PEFT, without importing PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def adapts_language_alone(model: Any) -> bool:
+    """Tell whether all adapters of a `PeftModel` are on layers of its language model."""
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if ".lora_A" in name}
+    return all(".language_model." in name or name.endswith(".lm_head") for name in adapted)
 
 
 def generate_text_from_sample(

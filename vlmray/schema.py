@@ -60,6 +60,9 @@ class GenerationRequest:
 
     top_p: float = 1.0
 
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+
     seed: int = 0
     """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
 

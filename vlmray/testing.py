@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vlmray.engines.base import check_request, failed_completion
+from vlmray.engines.base import OnText, check_request, failed_completion
 from vlmray.images import load_image_pil
-from vlmray.lora import LANGUAGE_TARGETS
+from vlmray.lora import get_default_lora_config_for_qwen_vl
 from vlmray.schema import Completion, GenerationRequest
 
 
 def build_tiny_random_adapter(
-    path: str | os.PathLike[str], base: str | os.PathLike[str], *, seed: int = 0, r: int = 4
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    r: int = 4,
+    lora_vision: bool = False,
 ) -> Path:
     """Write a random LoRA adapter for a local base model, strong enough to change its answers.
 
@@ -34,17 +39,21 @@ def build_tiny_random_adapter(
         base: Folder of the model the adapter is for.
         seed: Seeds the weights.
         r: Rank.
+        lora_vision: Adapt the vision encoder too.
 
     Returns:
         The folder, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
+    config = get_default_lora_config_for_qwen_vl(
+        r=r, lora_alpha=2 * r, lora_dropout=0.0, lora_vision=lora_vision
+    )
     model = AutoModelForImageTextToText.from_pretrained(base, use_safetensors=True)
     with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
-        peft_model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LANGUAGE_TARGETS))
+        peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -117,9 +126,16 @@ class FakeEngine:
                 raise ValueError(f"parameter {key!r} in --model_id has value {value!r}: {error}") from error
         return cls(**options)
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Answer every request, in order."""
-        return [self._answer(request) for request in requests]
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+    ) -> list[Completion]:
+        """Answer every request, in order; text comes in one piece."""
+        completions = []
+        for index, request in enumerate(requests):
+            completions.append(self._answer(request))
+            if on_text is not None and completions[-1].text:
+                on_text(index, completions[-1].text)
+        return completions
 
     def close(self) -> None:
         """Do nothing: there is nothing to free."""

@@ -6,10 +6,13 @@ requests of Ray Serve, and plain Python without Ray; nothing in `vlmray.engines`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vlmray.schema import Completion, GenerationRequest
+
+OnText = Callable[[int, str], None]
+"""Called with the place of a request and the text that it got since the last call."""
 
 
 @runtime_checkable
@@ -29,14 +32,18 @@ class Engine(Protocol):
       images that do not match, an image the processor refuses, an unknown adapter, a row too large
       for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
       in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
+    * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
+      its completion; they come from the thread that called `generate`, before it returns.
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
     An engine is used by one thread at a time.
     """
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Answer every request, in order."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+    ) -> list[Completion]:
+        """Answer every request, in order, and tell `on_text` of text as soon as there is some."""
         ...
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ Shapes: `B` rows of the batch, `T` tokens so far (left padding included), `V` vo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -103,13 +103,32 @@ def keep_nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     return scores.masked_fill(torch.zeros_like(outside).scatter_(0, order, outside), float("-inf"))
 
 
-class RowwiseLengthCriteria(StoppingCriteria):
-    """Stop each row at its own `max_new_tokens`; the others of the batch go on."""
+class RowwiseStoppingCriteria(StoppingCriteria):
+    """Stop each row at its own `max_new_tokens`, or where its reader has enough; the others go on.
 
-    def __init__(self, requests: Sequence[GenerationRequest], num_prompt_tokens: int) -> None:
+    Args:
+        requests: The rows of the batch, B in order.
+        num_prompt_tokens: Width of the prompts, padding included.
+        read: Called with row and token of every new token of a row that has not ended; returns whether
+            the row ends with it.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        num_prompt_tokens: int,
+        read: Callable[[int, int], bool] | None = None,
+    ) -> None:
         self._limits = [num_prompt_tokens + request.max_new_tokens for request in requests]
+        self._read = read
+        self._ended = [False] * len(requests)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Return which rows (B,) are complete, given the ids so far (B, T)."""
+        if self._read is not None:
+            for row, token_id in enumerate(input_ids[:, -1].tolist()):
+                self._ended[row] = self._ended[row] or self._read(row, token_id)
         length = input_ids.shape[1]
-        return torch.tensor([length >= limit for limit in self._limits], device=input_ids.device)
+        for row, limit in enumerate(self._limits):
+            self._ended[row] = self._ended[row] or length >= limit
+        return torch.tensor(self._ended, device=input_ids.device)

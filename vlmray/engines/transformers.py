@@ -1,6 +1,6 @@
 """The engine over `transformers`: exact, batched, and at home on any device.
 
-    requests -> prompts -> by adapter, longest first -> batches -> encode ahead -> generate -> completions
+    requests -> prompts -> longest first -> batches -> encode ahead -> generate -> completions
 
 Each row is encoded alone (so a bad one is found alone), on threads that work one batch ahead of the model,
 and rows meet only in the left-padded tensors of their batch. Encoded images are decoded on these threads
@@ -28,10 +28,17 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.encoding import encode_text, join_rows, row_signature
-from vlmray.engines.base import check_request, failed_completion
-from vlmray.engines.sampling import RowwiseLengthCriteria, RowwiseLogitsProcessor
+from vlmray.engines.answers import AnswerText
+from vlmray.engines.base import OnText, check_request, failed_completion
+from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images import decode_image, image_size
-from vlmray.model import attach_adapter, is_peft_model, load_qwen_vl_model_and_processor
+from vlmray.model import (
+    adapts_language_alone,
+    attach_adapter,
+    detach_adapter,
+    is_peft_model,
+    load_qwen_vl_model_and_processor,
+)
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -49,6 +56,11 @@ class _Row:
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
     encoded: Future[dict[str, torch.Tensor]] | None = None
+    answer: AnswerText | None = None
+    """What it wrote so far; only for rows that are streamed or have stop texts."""
+
+    num_sent: int = 0
+    """Characters that were streamed; a batch that is tried again does not send them twice."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -85,6 +97,8 @@ class TransformersEngine:
         self.processor = processor
         self.batch_size = batch_size
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
+        self._num_loaded = 0
+        self._may_mix = True
         self._token_budget: int | None = None
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
@@ -128,27 +142,41 @@ class TransformersEngine:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter_folder(path, self.model.config.name_or_path)
-        internal = f"loaded_{len(self._adapters)}"  # PEFT makes module names of it, which allow no dots
+        internal = f"loaded_{self._num_loaded}"  # PEFT makes module names of it, which allow no dots
         self.model = attach_adapter(self.model, path, name=internal)
         self._adapters[name] = internal
+        self._num_loaded += 1
+        # PEFT applies each adapter to its rows of a batch; a vision tower sees patches instead of rows.
+        self._may_mix = self._may_mix and adapts_language_alone(self.model)
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Answer every request, in order."""
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that `load_adapter` loaded, and free its memory.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        internal = self._adapters.pop(name, None)
+        if internal is None:
+            raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
+        self.model = detach_adapter(self.model, internal)
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+    ) -> list[Completion]:
+        """Answer every request, in order, and tell `on_text` of text as soon as there is some."""
         completions: dict[int, Completion] = {}
-        queues: dict[str | None, list[_Row]] = {}
+        rows: list[_Row] = []
         for index, request in enumerate(requests):
             try:
                 row = self._open_row(index, request)
             except Exception as error:
                 completions[index] = failed_completion(error)
             else:
-                queues.setdefault(self._adapters[request.adapter], []).append(row)
-        for adapter, rows in queues.items():
-            # Longest first: the largest batch comes while memory is least fragmented, and fails early.
-            rows.sort(key=lambda row: row.num_tokens, reverse=True)
-            with self._use_adapter(adapter):
-                for row, completion in self._answer(deque(rows)):
-                    completions[row.index] = completion
+                rows.append(row)
+        # Longest first: the largest batch comes while memory is least fragmented, and fails early.
+        rows.sort(key=lambda row: (self._group(row), -row.num_tokens))
+        for row, completion in self._answer(deque(rows), on_text):
+            completions[row.index] = completion
         return [completions[index] for index in range(len(requests))]
 
     def close(self) -> None:
@@ -176,19 +204,19 @@ class TransformersEngine:
         patches = image_processor.get_number_of_image_patches(height, width, {})
         return int(patches) // image_processor.merge_size**2
 
-    def _answer(self, queue: deque[_Row]) -> Iterator[tuple[_Row, Completion]]:
-        """Answer the rows of one adapter batch by batch; the rows behind are encoded meanwhile."""
+    def _answer(self, queue: deque[_Row], on_text: OnText | None) -> Iterator[tuple[_Row, Completion]]:
+        """Answer rows batch by batch; the rows behind are encoded meanwhile."""
         while queue:
             batch = self._take_batch(queue)
             self._start_encoding([*batch, *islice(queue, self.batch_size)])
             ready: dict[Any, list[_Row]] = {}
             for row in batch:
                 try:
-                    ready.setdefault(row_signature(row.inputs), []).append(row)
+                    ready.setdefault((row_signature(row.inputs), self._group(row)), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
                     yield row, failed_completion(error, prompt=row.prompt)
             for rows in ready.values():
-                yield from zip(rows, self._run_or_halve(rows), strict=True)
+                yield from zip(rows, self._run_or_halve(rows, on_text), strict=True)
 
     def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
         """Pop the next rows: at least one, at most `batch_size`, and no more than memory has held."""
@@ -211,10 +239,10 @@ class TransformersEngine:
         images = [self._decode(image) if isinstance(image, bytes) else image for image in row.request.images]
         return encode_text(self.processor, row.prompt, images)
 
-    def _run_or_halve(self, rows: list[_Row]) -> list[Completion]:
+    def _run_or_halve(self, rows: list[_Row], on_text: OnText | None) -> list[Completion]:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
         try:
-            return self._run(rows)
+            return self._run(rows, on_text)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
@@ -228,9 +256,9 @@ class TransformersEngine:
             return [failed_completion(MemoryError(message), prompt=rows[0].prompt)]
         self._token_budget = min(self._token_budget or width * len(rows), width * len(rows) // 2)
         half = len(rows) // 2
-        return self._run_or_halve(rows[:half]) + self._run_or_halve(rows[half:])
+        return self._run_or_halve(rows[:half], on_text) + self._run_or_halve(rows[half:], on_text)
 
-    def _run(self, rows: list[_Row]) -> list[Completion]:
+    def _run(self, rows: list[_Row], on_text: OnText | None) -> list[Completion]:
         """Generate for rows that share a forward pass."""
         inputs = join_rows(
             [row.inputs for row in rows], pad_id=self.processor.tokenizer.pad_token_id, side="left"
@@ -246,52 +274,92 @@ class TransformersEngine:
             # takes for "unset", where a value would make it warn that greedy ignores it.
             **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
         )
-        with torch.inference_mode():
+        end_ids = _end_ids(config)
+        for row in rows:
+            watched = on_text is not None or row.request.stop
+            row.answer = AnswerText(self.processor.tokenizer, row.request.stop) if watched else None
+        read = functools.partial(_read_token, rows, end_ids, on_text) if any(r.answer for r in rows) else None
+        with torch.inference_mode(), self._use_adapters(rows) as options:
             output = self.model.generate(
                 **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
                 generation_config=config,
                 logits_processor=LogitsProcessorList(
                     [RowwiseLogitsProcessor(requests, num_padding, penalty)]
                 ),
-                stopping_criteria=StoppingCriteriaList([RowwiseLengthCriteria(requests, num_tokens)]),
+                stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(requests, num_tokens, read)]),
+                **options,
             )
-        end_ids = _end_ids(config)
         answers = output[:, num_tokens:].tolist()
-        return [
-            self._complete(row, ids, num_tokens - padding, end_ids)
-            for row, ids, padding in zip(rows, answers, num_padding, strict=True)
-        ]
+        completions = []
+        for row, ids, padding in zip(rows, answers, num_padding, strict=True):
+            completions.append(self._complete(row, ids, num_tokens - padding, end_ids))
+            _send(row, completions[-1].text, on_text)
+        return completions
 
     def _complete(
         self, row: _Row, token_ids: list[int], num_prompt_tokens: int, end_ids: set[int]
     ) -> Completion:
         """Cut a row's new tokens at its own limit and its first end token, and decode them."""
+        row.encoded = None  # pixels are large and needed no more
+        text: str | None = None
         token_ids = token_ids[: row.request.max_new_tokens]
+        if row.answer is not None and row.answer.stopped:
+            text, token_ids = row.answer.text, token_ids[: row.answer.num_tokens]
         end = next((place for place, token in enumerate(token_ids) if token in end_ids), None)
         if end is not None:
             token_ids = token_ids[: end + 1]
-        row.encoded = None  # pixels are large and needed no more
+        ended = end is not None or text is not None
         return Completion(
-            text=self.processor.tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+            if text is None
+            else text,
             prompt=row.prompt,
             num_prompt_tokens=num_prompt_tokens,
             num_completion_tokens=len(token_ids),
-            finish_reason="length" if end is None else "stop",
+            finish_reason="stop" if ended else "length",
         )
 
     @contextlib.contextmanager
-    def _use_adapter(self, adapter: str | None) -> Iterator[None]:
-        if adapter is not None:
-            self.model.set_adapter(adapter)
-            yield
-        elif is_peft_model(self.model):
-            with self.model.disable_adapter():
-                yield
+    def _use_adapters(self, rows: list[_Row]) -> Iterator[dict[str, Any]]:
+        """Let each row meet its own adapter; yield what `generate` has to be told for that."""
+        adapters = [self._adapters[row.request.adapter] for row in rows]
+        if not is_peft_model(self.model):
+            yield {}
+        elif len(set(adapters)) > 1:
+            yield {"adapter_names": [adapter or "__base__" for adapter in adapters]}
+        elif adapters[0] is not None:
+            self.model.set_adapter(adapters[0])
+            yield {}
         else:
-            yield
+            with self.model.disable_adapter():
+                yield {}
+
+    def _group(self, row: _Row) -> str:
+        """Name what rows must have in common to share a forward pass, as far as adapters go."""
+        return "" if self._may_mix else self._adapters[row.request.adapter] or ""
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
+
+
+def _read_token(
+    rows: list[_Row], end_ids: set[int], on_text: OnText | None, index: int, token_id: int
+) -> bool:
+    """Add a row's next token to its answer, send what is new in it, and tell whether it ends there."""
+    row = rows[index]
+    if row.answer is None:
+        return False
+    if token_id in end_ids:
+        return True
+    row.answer.push(token_id)
+    _send(row, row.answer.settled, on_text)
+    return row.answer.stopped
+
+
+def _send(row: _Row, text: str, on_text: OnText | None) -> None:
+    if on_text is not None and len(text) > row.num_sent:
+        on_text(row.index, text[row.num_sent :])
+        row.num_sent = len(text)
 
 
 def _end_ids(config: Any) -> set[int]:
