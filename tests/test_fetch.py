@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlmray.fetch import MAX_REDIRECTS, FetchError, fetch_url
+from vlmray.fetch import MAX_REDIRECTS, FetchError, fetch_url, is_public
 
 BODY = bytes(range(100))
 
@@ -30,6 +30,7 @@ class _Handler(BaseHTTPRequestHandler):
             "to-ftp": "ftp://host/x",
             "loop": "/loop",
             "to-nowhere": "http://[bad",
+            "to-other": "http://127.0.0.2:9/ok",
         }
         if name in redirects:
             self._answer(b"", status=302, location=redirects[name])
@@ -168,14 +169,33 @@ def test_messages_do_not_show_the_query_of_a_url(server: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_url_policy_sees_every_hop(server: str) -> None:
-    seen: list[str] = []
-    fetch(f"{server}/redirect", url_policy=seen.append)
-    assert seen == [f"{server}/redirect", f"{server}/ok"]
+PUBLIC = ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+PRIVATE = [
+    "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1",
+    "169.254.169.254", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fd00::1", "ff02::1",
+    "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "2002:a9fe:a9fe::",
+]  # fmt: skip
 
-    def refuse(url: str) -> None:
-        if url.endswith("/ok"):
-            raise FetchError(f"address of {url} is private")
 
-    with pytest.raises(FetchError, match="is private"):
-        fetch(f"{server}/redirect", url_policy=refuse)
+@pytest.mark.parametrize(("ip", "public"), [*((ip, True) for ip in PUBLIC), *((ip, False) for ip in PRIVATE)])
+def test_public_addresses_are_told_from_others(ip: str, public: bool) -> None:
+    assert is_public(ip) == public
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "0"])
+def test_private_addresses_are_not_connected_to(
+    server: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", server)  # which could reach it
+    monkeypatch.delenv("no_proxy")
+    with pytest.raises(FetchError, match="is not a public address"):
+        fetch(f"http://{host}:{server.rpartition(':')[2]}/ok", public_only=True)
+
+
+def test_redirects_to_private_addresses_are_not_followed(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmray.fetch.is_public", lambda ip: ip == "127.0.0.1")
+    assert fetch(f"{server}/redirect", public_only=True) == BODY
+    with pytest.raises(FetchError, match=r"127\.0\.0\.2 is not a public address"):
+        fetch(f"{server}/to-other", public_only=True)

@@ -1,22 +1,22 @@
 """Fetches images from http and https URLs, within bounds of time, size, redirects and schemes.
 
-    URL -> url_policy -> one request, watched by a timer -> bytes, or a redirect and the same again
+    URL -> one request, watched by a timer -> bytes, or a redirect and the same again
 
-An address a stranger names must not hold a worker for hours, fill its memory or read its files. Not
-covered: telling private from public addresses. A server that takes URLs from strangers passes a
-`url_policy`.
+An address a stranger names must not hold a worker for hours, fill its memory or read its files. A server
+that takes URLs from strangers passes `public_only` too, so that they cannot ask for what only it can reach.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import socket
 import string
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -24,35 +24,31 @@ MAX_REDIRECTS = 5
 
 URL_SCHEMES = ("http", "https")
 
-UrlPolicy = Callable[[str], None]
-"""Called with every URL before it is asked, redirects included; raises `FetchError` to refuse it."""
-
 
 class FetchError(ValueError):
     """A URL that gives no body, with the reason in one line."""
 
 
-def fetch_url(url: str, *, max_bytes: int, timeout_s: float, url_policy: UrlPolicy | None = None) -> bytes:
+def fetch_url(url: str, *, max_bytes: int, timeout_s: float, public_only: bool = False) -> bytes:
     """Fetch a URL, following a few redirects by hand so that each meets the same checks.
 
     Args:
         url: An http or https URL.
         max_bytes: Limit on the body, checked while it is read.
         timeout_s: Time for everything together, redirects included.
-        url_policy: Called with each URL before it is asked; raises `FetchError` to refuse.
+        public_only: Connect to public addresses alone, not to loopback, private or link-local ones, whatever
+            the names resolve to; proxies of the environment are not used then.
 
     Raises:
         FetchError: No connection, no complete answer in time, a status other than 2xx, too many bytes or
-            redirects, a redirect to another scheme, or a refusal by `url_policy`.
+            redirects, a redirect to another scheme, or an address that is not public.
     """
     first = _show(url)
     deadline = time.monotonic() + timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         _check_scheme(url)
-        if url_policy is not None:
-            url_policy(url)
         try:
-            with _open_url(url, deadline) as response:
+            with _open_url(url, deadline, public_only) as response:
                 location = response.headers.get("Location")
                 if not (300 <= response.status < 400 and location):
                     return _read_body(response, _show(url), max_bytes)
@@ -110,8 +106,9 @@ class _Watch:
     would hold a worker for hours. So a timer shuts the socket, which ends any read in progress.
     """
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, public_only: bool) -> None:
         self.deadline = deadline
+        self.public_only = public_only
         self.sockets: list[socket.socket] = []
 
     def check(self) -> float:
@@ -127,12 +124,42 @@ class _Watch:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+def _connect_to_public(address: tuple[str, int], *options: Any) -> socket.socket:
+    """Connect as `socket.create_connection` does, to an address that was checked, not to a name.
+
+    A name that is resolved once to be checked and again to connect can give two answers.
+    """
+    host, port = address
+    found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    public = sorted(ip for ip in found if is_public(ip))
+    if len(public) < len(found):
+        raise FetchError(f"{shorten_source(host)} is not a public address")
+    return socket.create_connection((public[0], port), *options)
+
+
+def is_public(ip: str) -> bool:
+    """Tell whether an IP address belongs to the public internet, seeing through IPv6 forms of IPv4 ones."""
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(address.packed[-4:])
+        if inner is not None:
+            address = inner
+    return address.is_global and not address.is_multicast
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
 class _WatchedHTTPConnection(http.client.HTTPConnection):
     """A connection that shows its socket to the timer that has to hang up."""
 
     def __init__(self, host: str, *, watch: _Watch, **options: Any) -> None:
         super().__init__(host, **options)
         self._watch = watch
+        if watch.public_only:
+            self._create_connection = _connect_to_public
 
     def connect(self) -> None:
         super().connect()
@@ -159,11 +186,11 @@ class _WatchedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 @contextlib.contextmanager
-def _open_url(url: str, deadline: float) -> Iterator[http.client.HTTPResponse]:
+def _open_url(url: str, deadline: float, public_only: bool) -> Iterator[http.client.HTTPResponse]:
     """Open one URL, without redirects; a `TimeoutError` ends what is not over at the deadline."""
-    watch = _Watch(deadline)
+    watch = _Watch(deadline, public_only)
     opener = urllib.request.OpenerDirector()  # Bare: no handlers for file, ftp, redirects or errors.
-    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(urllib.request.ProxyHandler({} if public_only else None))
     opener.add_handler(_WatchedHandler(watch))
     request = urllib.request.Request(_quote_url(url), headers={"User-Agent": "vlmray", "Accept": "image/*"})
     timer = threading.Timer(watch.check(), watch.hang_up)

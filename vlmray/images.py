@@ -6,8 +6,7 @@ The two halves are separate so that encoded bytes, a hundred times smaller than 
 between stages and be decoded on the worker that needs them. Whatever is wrong with an image is an
 `ImageError` with one line that says what was found.
 
-A server that takes sources from strangers passes a `url_policy` (see `fetch.py`), and hands over no
-paths.
+A server that takes sources from strangers passes `public_only` (see `fetch.py`), and hands over no paths.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
-from vlmray.fetch import URL_SCHEMES, FetchError, UrlPolicy, fetch_url, shorten_source
+from vlmray.fetch import URL_SCHEMES, FetchError, fetch_url, shorten_source
 
 MAX_PIXELS = 64_000_000
 """Default limit on width x height: 8000 x 8000, 192 MB once decoded."""
@@ -62,7 +61,7 @@ def load_image_pil(
     max_bytes: int = MAX_BYTES,
     timeout_s: float = 10.0,
     base_dir: str | Path | None = None,
-    url_policy: UrlPolicy | None = None,
+    public_only: bool = False,
 ) -> Image.Image:
     """Load an image from any source as RGB, upright, fully decoded.
 
@@ -73,7 +72,7 @@ def load_image_pil(
         max_bytes: Limit on the encoded size, checked while it is read.
         timeout_s: Time for the whole download, redirects included.
         base_dir: Folder that relative paths start from. Not a fence: `..` leaves it.
-        url_policy: Called with each URL before it is asked; raises `FetchError` to refuse.
+        public_only: Fetch URLs from public addresses alone.
 
     Raises:
         ImageError: The source is missing, of an unknown kind, too large, damaged, or not an image.
@@ -81,7 +80,7 @@ def load_image_pil(
     if isinstance(source, Image.Image):
         return _to_upright_rgb(source, max_pixels)
     data = read_image_bytes(
-        source, max_bytes=max_bytes, timeout_s=timeout_s, base_dir=base_dir, url_policy=url_policy
+        source, max_bytes=max_bytes, timeout_s=timeout_s, base_dir=base_dir, public_only=public_only
     )
     return decode_image(data, max_pixels=max_pixels)
 
@@ -92,7 +91,7 @@ def read_image_bytes(
     max_bytes: int = MAX_BYTES,
     timeout_s: float = 10.0,
     base_dir: str | Path | None = None,
-    url_policy: UrlPolicy | None = None,
+    public_only: bool = False,
 ) -> bytes:
     """Fetch the encoded bytes of an image without decoding them.
 
@@ -111,7 +110,7 @@ def read_image_bytes(
     elif isinstance(source, Path):
         data = _read_path(source, max_bytes, base_dir)
     elif isinstance(source, str):
-        data = _read_string(source, max_bytes, timeout_s, base_dir, url_policy)
+        data = _read_string(source, max_bytes, timeout_s, base_dir, public_only)
     else:
         expected = "a PIL image, bytes, URL, path, data URI or {'bytes', 'path'} dict"
         raise ImageError(f"unsupported image source {type(source).__name__}; expected {expected}")
@@ -186,7 +185,7 @@ def _read_string(
     max_bytes: int,
     timeout_s: float,
     base_dir: str | Path | None,
-    url_policy: UrlPolicy | None,
+    public_only: bool,
 ) -> bytes:
     """Read a data URI, a URL or a path."""
     if not source:
@@ -202,7 +201,7 @@ def _read_string(
     if scheme not in URL_SCHEMES:
         raise ImageError(f"unsupported URL scheme {scheme!r}; expected http, https, data or a path")
     try:
-        return fetch_url(source, max_bytes=max_bytes, timeout_s=timeout_s, url_policy=url_policy)
+        return fetch_url(source, max_bytes=max_bytes, timeout_s=timeout_s, public_only=public_only)
     except FetchError as error:
         raise ImageError(str(error)) from error
 
