@@ -199,6 +199,8 @@ READERS: list[tuple[str, str, Callable[..., object]]] = [
     ("position", f"What colour is the (leftmost|rightmost|top|bottom) {MARK}",
      lambda t, end: t[0 if end in ("leftmost", "top") else -1][1]),
     ("position", f"What colour is the {MARK} just (?:right of|below|clockwise from) (\\w+)", neighbour),
+    ("naming", f"Which label has (the \\w+ {MARK})", lambda t, a: named(t, a)[0]),
+    ("naming", f"What colour is the {MARK} of (\\w+)", lambda t, a: named(t, a)[1]),
     ("extreme", f"What colour is the ({LARGEST}|{SMALLEST}) {MARK}", lambda t, a: extreme(t, a)[1]),
     ("extreme", f"Which label has the ({LARGEST}|{SMALLEST}) {MARK}", lambda t, a: extreme(t, a)[0]),
     ("highest", "What is the (highest) (?:value|percent)", lambda t, a: extreme(t, a)[2]),

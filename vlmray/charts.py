@@ -13,6 +13,7 @@ Question families, all of which apply to every kind of chart:
 | `count` | how many marks (bars, points, slices) there are | number |
 | `count_above` | how many marks are above a value | number |
 | `position` | the colour of the mark at an end, or just after another one | colour |
+| `naming` | the label of the mark with a colour, or the colour of the one with a label | label or colour |
 | `extreme` | the colour or the label of the largest or smallest mark | colour or label |
 | `highest` | the highest value | number |
 | `lowest` | the lowest value | number |
@@ -129,6 +130,13 @@ def _position(chart: Chart) -> Iterator[Question]:
         yield Question(f"What colour is the {words.mark} just {words.after} {colour}?", answer)
 
 
+def _naming(chart: Chart) -> Iterator[Question]:
+    mark = WORDS[chart.kind].mark
+    for colour, label in zip(chart.colours, chart.labels, strict=True):
+        yield Question(f"Which label has the {colour} {mark}?", label)
+        yield Question(f"What colour is the {mark} of {label}?", colour)
+
+
 def _extreme(chart: Chart) -> Iterator[Question]:
     words = WORDS[chart.kind]
     for adjective, value in ((words.largest, max(chart.values)), (words.smallest, min(chart.values))):
@@ -189,6 +197,7 @@ _QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
     "count": _count,
     "count_above": _count_above,
     "position": _position,
+    "naming": _naming,
     "extreme": _extreme,
     "highest": _highest,
     "lowest": _lowest,
