@@ -1,8 +1,9 @@
-"""Answer a visual-question dataset with a vision-language model on Ray.
+r"""Answer a visual-question dataset with a vision-language model on Ray.
 
 On one machine, with the built-in model and charts, no network needed:
 
-    python jobs/infer.py --model_id builtin --dataset_name "charts?kind=bar&style=plain" --sample_slices "[0:200]"
+    python jobs/infer.py --model_id builtin --dataset_name "charts?kind=bar&style=plain" \
+        --sample_slices "[0:200]"
 
 On a cluster, ChartQA with Qwen2.5-VL-7B on all its GPUs:
 

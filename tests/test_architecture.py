@@ -49,6 +49,10 @@ LEVELS: dict[str, int] = {
     "vlmray.testing": 3,
     "vlmray.stages": 3,
     "vlmray.conversations": 4,
+    "vlmray.adapters": 2,
+    "vlmray.protocol": 1,
+    "vlmray.gateway": 3,
+    "vlmray.serving": 6,
     "vlmray.engines": 4,
     "vlmray.questions": 4,
     "vlmray.cluster": 4,
@@ -69,7 +73,7 @@ LEVELS: dict[str, int] = {
 
 WITH_RAY = (
     "vlmray.cluster", "vlmray.inference", "vlmray.pipeline", "vlmray.shards", "vlmray.progress",
-    "vlmray.finetune", "vlmray.demo",
+    "vlmray.finetune", "vlmray.demo", "vlmray.serving",
 )  # fmt: skip
 """Modules that may import Ray; all others run, and are tested, without."""
 

@@ -6,16 +6,18 @@ started (what was finished is kept), 2 a mistake in the options, 130 interrupted
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from vlmray import __version__
-from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
+from vlmray.config import DemoConfig, FinetuneConfig, InferConfig, ServeConfig
 from vlmray.options import parse_args
 
 
@@ -64,6 +66,24 @@ def finetune(config: FinetuneConfig) -> int:
     return 0 if all(check.passed for check in report.checks) else 1
 
 
+def serve(config: ServeConfig) -> int:
+    """Serve until interrupted, then answer what is in progress; return the exit code."""
+    from vlmray.serving import API_KEY, serve_app
+
+    server = serve_app(config)
+    print(f"{config.base_name} is served at {server.url}/v1, a page to try it on at {server.url}/")
+    if not os.environ.get(API_KEY):
+        print(f"without an API key, so on this machine only; {API_KEY} sets one")
+    print("Ctrl-C stops it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    print("stopping: requests in progress are answered, new ones are not", flush=True)
+    num_left = server.stop()
+    if num_left:
+        raise RuntimeError(f"{num_left} requests were cut off after {config.drain_timeout_s:g} s")
+    return 0
+
+
 def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
@@ -78,6 +98,7 @@ def demo(config: DemoConfig) -> int:
 JOBS: dict[str, Job[Any]] = {
     "infer": Job(InferConfig, infer, "everything finished is kept, the same command resumes"),
     "finetune": Job(FinetuneConfig, finetune, "with --resume it goes on from its last checkpoint"),
+    "serve": Job(ServeConfig, serve, "start it again"),
     "demo": Job(DemoConfig, demo, "the same command goes on"),
 }
 

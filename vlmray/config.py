@@ -137,15 +137,7 @@ class InferConfig(QuestionsConfig):
 
     def replica_range(self) -> tuple[int, int] | None:
         """Return the smallest and largest number of replicas, or None where the cluster decides."""
-        if self.num_replicas is None:
-            return None
-        try:
-            bounds = [int(part) for part in self.num_replicas.split(",")]
-        except ValueError:
-            bounds = []
-        if len(bounds) not in (1, 2) or not 1 <= bounds[0] <= bounds[-1]:
-            raise ValueError(f"--num_replicas must be N or MIN,MAX of at least 1, got {self.num_replicas!r}")
-        return bounds[0], bounds[-1]
+        return _replica_range(self.num_replicas, least=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +323,145 @@ class FinetuneConfig(QuestionsConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Serve a vision-language model and adapters behind an OpenAI-compatible endpoint on Ray Serve."""
+
+    model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts."""
+
+    served_model_name: str | None = None
+    """Name that clients ask the base model by; default: --model_id."""
+
+    adapters: str | None = None
+    """Adapters beside the base: 'name=folder,other=s3://bucket/folder'. Clients ask one by its name."""
+
+    adapter_dir: str | None = None
+    """Folder or URI whose subfolders are adapters too, each loaded when it is first asked."""
+
+    max_adapters: int = 8
+    """Adapters that a replica holds at a time; those not asked for longest make room."""
+
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the weights quantized by bitsandbytes."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision; auto: the checkpoint's on a GPU, float32 without one."""
+
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
+
+    min_pixels: int | None = None
+    """Scale smaller images up to this many pixels; default: the model's processor."""
+
+    max_pixels: int | None = None
+    """Scale larger images down to this many pixels; default: the model's processor."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings. Only for repositories you trust."""
+
+    engine: Literal["transformers", "fake"] = "transformers"
+    """What generates: transformers, or a scripted stand-in for tests."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than loopback need an API key, in the environment variable
+    VLMRAY_API_KEY."""
+
+    port: int = 8000
+    """Port to listen on."""
+
+    num_replicas: str | None = None
+    """Model replicas: N, or MIN,MAX to scale with the load, MIN from 0; default: one per GPU, or one without
+    GPUs."""
+
+    gpus_per_replica: float | None = None
+    """GPUs of each replica; default: 1 where the cluster has GPUs, else 0."""
+
+    target_ongoing_requests: int | None = None
+    """Requests per replica at which more replicas are started; default: --max_batch_size."""
+
+    upscale_delay_s: float = 10.0
+    """Start replicas once the load has called for them this long."""
+
+    downscale_delay_s: float = 300.0
+    """Stop replicas once the load has not needed them this long."""
+
+    max_batch_size: int = 16
+    """Requests that share a forward pass, at most."""
+
+    batch_wait_timeout_s: float = 0.01
+    """Wait this long for more requests to share a forward pass."""
+
+    max_queued_requests: int = 256
+    """Requests that may wait for a replica; more are answered 503."""
+
+    max_new_tokens: int = 512
+    """Tokens of an answer where the client sets no limit."""
+
+    max_new_tokens_limit: int = 4096
+    """Largest limit that a client may set."""
+
+    max_images: int = 8
+    """Images of a request, at most."""
+
+    max_image_pixels: int = 16_000_000
+    """Width x height of an image, at most."""
+
+    max_body_bytes: int = 33_554_432
+    """Size of a request and of each image it names by URL, at most."""
+
+    image_timeout_s: float = 10.0
+    """Time to fetch an image by URL, redirects included."""
+
+    allow_private_image_urls: bool = False
+    """Fetch images from loopback, private and link-local addresses too. Only where clients are trusted."""
+
+    drain_timeout_s: float = 60.0
+    """Time for requests in progress when the server is told to stop."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    """Verbosity of the log."""
+
+    def __post_init__(self) -> None:
+        _not_empty(self)
+        _at_least(
+            self, 1, "min_pixels", "max_pixels", "max_adapters", "target_ongoing_requests", "max_batch_size",
+            "max_new_tokens", "max_new_tokens_limit", "max_image_pixels", "max_body_bytes",
+        )  # fmt: skip
+        _at_least(
+            self, 0, "port", "gpus_per_replica", "upscale_delay_s", "downscale_delay_s",
+            "batch_wait_timeout_s", "max_queued_requests", "max_images", "image_timeout_s", "drain_timeout_s",
+        )  # fmt: skip
+        if self.max_new_tokens > self.max_new_tokens_limit:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} is above --max_new_tokens_limit "
+                f"{self.max_new_tokens_limit}"
+            )
+        self.replica_range()
+        self.adapter_paths()
+
+    @property
+    def base_name(self) -> str:
+        """Name that clients ask the base model by."""
+        return self.served_model_name or self.model_id
+
+    def replica_range(self) -> tuple[int, int] | None:
+        """Return the smallest and largest number of replicas, or None where the cluster decides."""
+        return _replica_range(self.num_replicas, least=0)
+
+    def adapter_paths(self) -> dict[str, str]:
+        """Return folder or URI of each adapter given by name."""
+        found: dict[str, str] = {}
+        for entry in (self.adapters or "").split(",") if self.adapters else []:
+            name, _, path = (part.strip() for part in entry.partition("="))
+            if not name or not path:
+                raise ValueError(f"--adapters has {entry!r}; expected name=folder, with commas between them")
+            if name in found or name == self.base_name:
+                raise ValueError(f"--adapters: the name {name!r} is given twice")
+            found[name] = path
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
     """Teach the built-in model a family of questions that it does not know, and compare before and after."""
 
@@ -355,6 +486,20 @@ class DemoConfig:
     def __post_init__(self) -> None:
         _not_empty(self)
         _at_least(self, 1, "num_charts", "max_steps")
+
+
+def _replica_range(num_replicas: str | None, *, least: int) -> tuple[int, int] | None:
+    if num_replicas is None:
+        return None
+    try:
+        bounds = [int(part) for part in num_replicas.split(",")]
+    except ValueError:
+        bounds = []
+    if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
+        raise ValueError(
+            f"--num_replicas must be N or MIN,MAX of at least {least or '0,1'}, got {num_replicas!r}"
+        )
+    return bounds[0], bounds[-1]
 
 
 def _not_empty(config: Any, *, except_for: str = "") -> None:
