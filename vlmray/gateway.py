@@ -189,14 +189,12 @@ class BodyLimit:
 
         async def watched(message: Any) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if started or num_bytes <= self.max_bytes:  # else it is what the application made of the error
+                started = True
+                await send(message)
 
-        try:
-            await self.app(scope, counted, watched)
-        except ApiError:
-            if started:
-                raise
+        await self.app(scope, counted, watched)
+        if num_bytes > self.max_bytes and not started:
             await error.response()(scope, receive, send)
 
 

@@ -11,17 +11,26 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_STOP_TEXTS = 16
 
+
+def _check_text(text: str) -> str:
+    """JSON can hold halves of characters, which are no text and cannot be sent back."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ImageURL(BaseModel):
     """Where an image is."""
 
-    url: str = Field(min_length=1, description="data URI, or http(s) URL")
+    url: Text = Field(min_length=1, description="data URI, or http(s) URL")
     detail: Literal["auto", "low", "high"] = Field(default="auto", description="accepted, without effect")
 
 
@@ -29,7 +38,7 @@ class TextPart(BaseModel):
     """A piece of text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImagePart(BaseModel):
@@ -43,7 +52,7 @@ class Message(BaseModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
 class StreamOptions(BaseModel):
@@ -65,13 +74,13 @@ class ChatRequest(BaseModel):
         },
     )
 
-    model: str
+    model: Text
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, description="older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: Finite | None = Field(default=None, ge=0, le=2, description="default 0: greedy")
     top_p: Finite | None = Field(default=None, gt=0, le=1)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     stream: bool | None = None
