@@ -73,6 +73,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "Too many requests are waiting, or the server is stopping; try again after Retry-After seconds.",
     }.items()
 }
+_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: chunks."}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +451,10 @@ def build_app(gateway: Gateway) -> FastAPI:
     _add_error_handlers(app)
     with_key = [Depends(gateway.check_key)]
 
-    @app.post("/v1/chat/completions", dependencies=with_key, response_model=ChatCompletion, responses=_ERRORS)
+    @app.post(
+        "/v1/chat/completions", dependencies=with_key, response_model=ChatCompletion,
+        responses={200: {"content": _STREAM}, **_ERRORS},
+    )  # fmt: skip
     async def chat_completions(chat: ChatRequest) -> Response:
         """Answer a conversation that may hold images."""
         return await gateway.chat(chat)
