@@ -73,7 +73,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         503: "Too many requests are waiting, or the server is stopping; try again after Retry-After seconds.",
     }.items()
 }
-_STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: chunks."}}}
+_EVENT = {"data": {"type": "string", "description": "a chunk as JSON, or [DONE]"}}
+_STREAM = {"text/event-stream": {"schema": {"type": "object", "properties": _EVENT}}}
 
 
 @dataclass(frozen=True, slots=True)
