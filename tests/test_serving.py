@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import base64
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +17,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray import serve
+from running import ROOT
 
 from vlmray.config import InferConfig, ServeConfig
 from vlmray.engines import build_engine
 from vlmray.inference import plan_inference, run_inference
 from vlmray.schema import GenerationRequest
-from vlmray.serving import APP_NAME, Server, serve_app
+from vlmray.serving import API_KEY, APP_NAME, Server, app, serve_app
 from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
 from vlmray.sources import ChartsSource
 from vlmray.testing import build_tiny_random_adapter
@@ -155,22 +163,8 @@ def test_500_requests_are_each_answered_right_though_a_replica_is_killed(
     engine: Any = build_engine(engine="transformers", model_id=BUILTIN, dtype="float32")
     for name, path in adapters.items():
         engine.load_adapter(name, str(path))
-    messages: list[Any] = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
-        for row in rows
-    ]
-    expected = {
-        model: engine.generate(
-            [
-                GenerationRequest(
-                    request_id="x", messages=[message], images=[row["image"]], max_new_tokens=32,
-                    adapter=None if model == BUILTIN else model,
-                )
-                for row, message in zip(rows, messages, strict=True)
-            ]
-        )
-        for model in models
-    }  # fmt: skip
+    names = {model: None if model == BUILTIN else model for model in models}
+    expected = {model: [answer_alone(engine, row, names[model]) for row in rows] for model in models}
     num_done = 0
 
     def answer(task: tuple[dict[str, Any], str]) -> str:
@@ -187,7 +181,155 @@ def test_500_requests_are_each_answered_right_though_a_replica_is_killed(
         found = list(answers)
     assert len(found) == NUM_REQUESTS
     for number, ((_, model), text) in enumerate(zip(tasks, found, strict=True)):
-        assert text == expected[model][number % len(rows)].text, number
-    assert len({expected[model][0].text for model in models}) > 1
+        assert text == expected[model][number % len(rows)], number
+    assert len({tuple(expected[model]) for model in models}) == 3
     wait_for(lambda: num_running() == 2)
     assert victim.pid not in [process.pid for process in replica_processes()]
+
+
+def test_adapters_come_at_run_time_and_make_room_for_each_other(
+    server: Server, adapters: dict[str, Path], tmp_path: Path, tiny_adapter: Path, inferred: list[str]
+) -> None:
+    """One server at a time fits on two CPUs, so this one follows on that of the module."""
+    server.stop()
+    rows = chart_rows()[:4]
+    config = ServeConfig(
+        model_id=BUILTIN, served_model_name="reader", adapter_dir=str(tmp_path), max_adapters=1, port=8102,
+        dtype="float32", max_new_tokens=32,
+    )  # fmt: skip
+    with serve_app(config) as changed:
+        client = make_client(changed)
+        assert [model.id for model in client.models.list()] == ["reader"]
+        assert [ask(client, row, "reader") for row in rows] == inferred[:4]
+        for name, path in {**adapters, "alien": tiny_adapter}.items():
+            shutil.copytree(path, tmp_path / name)
+        assert [model.id for model in client.models.list()] == ["reader", "alien", "first", "second"]
+        tasks = [(row, name) for _ in range(4) for row in rows for name in ("first", "second", "reader")]
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(lambda task: ask(client, *task), tasks))
+        engine: Any = build_engine(engine="transformers", model_id=BUILTIN, dtype="float32")
+        for name, path in adapters.items():
+            engine.load_adapter(name, str(path))
+        assert found == [answer_alone(engine, row, None if name == "reader" else name) for row, name in tasks]
+        with pytest.raises(openai.BadRequestError, match=r"was made for .* and does not fit"):
+            ask(client, rows[0], "alien")
+        with pytest.raises(openai.BadRequestError, match=r"127\.0\.0\.1 is not a public address"):
+            ask(client, rows[0], "reader", url="http://127.0.0.1:9/a.png")
+
+
+def answer_alone(engine: Any, row: dict[str, Any], adapter: str | None) -> str:
+    parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+    request = GenerationRequest(
+        request_id="x", images=[row["image"]], max_new_tokens=32, adapter=adapter,
+        messages=[{"role": "user", "content": parts}],
+    )  # fmt: skip
+    return str(engine.generate([request])[0].text)
+
+
+@pytest.mark.usefixtures("server")  # which has stopped by now: one server at a time
+def test_load_starts_replicas_and_quiet_stops_them() -> None:
+    config = ServeConfig(
+        model_id="fake?latency_s=0.2", engine="fake", num_replicas="1,3", max_batch_size=2, port=8103,
+        target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=2, max_queued_requests=100,
+    )  # fmt: skip
+    with serve_app(config) as server:
+        client = make_client(server)
+        assert num_running() == 1
+        stop = threading.Event()
+
+        def load() -> None:
+            while not stop.is_set():
+                client.chat.completions.create(
+                    model=config.model_id, messages=[{"role": "user", "content": "hi"}]
+                )
+
+        with ThreadPoolExecutor(12) as pool:
+            loads = [pool.submit(load) for _ in range(12)]
+            try:
+                wait_for(lambda: num_running() == 3)
+            finally:
+                stop.set()
+            for each in loads:
+                each.result()
+        wait_for(lambda: num_running() == 1)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_full_queue_is_refused_not_kept() -> None:
+    config = ServeConfig(
+        model_id="fake?latency_s=0.5", engine="fake", max_batch_size=1, max_queued_requests=1, port=8104
+    )
+    with serve_app(config) as server:
+
+        def answer(number: int) -> tuple[int, str | None]:
+            body = {"model": config.model_id, "messages": [{"role": "user", "content": str(number)}]}
+            response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            return response.status_code, response.headers.get("retry-after")
+
+        with ThreadPoolExecutor(12) as pool:
+            statuses = list(pool.map(answer, range(12)))
+        assert set(statuses) == {(200, None), (503, "1")}
+        assert answer(0) == (200, None)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--engine", "fake", "--port", "8105"]
+    process = subprocess.Popen(
+        [*command, "--model_id", "fake?latency_s=3&answer=done"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "RAY_ADDRESS": ""},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert "is served at http://127.0.0.1:8105/v1" in process.stdout.readline()
+        client = openai.OpenAI(base_url="http://127.0.0.1:8105/v1", api_key="none", max_retries=0)
+        message: Any = {"role": "user", "content": "hi"}
+        model = client.models.list().data[0].id
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.chat.completions.create, model=model, messages=[message])
+            wait_for(lambda: "in_flight 1.0" in httpx.get("http://127.0.0.1:8105/metrics").text)
+            process.send_signal(stop)
+            wait_for(lambda: httpx.get("http://127.0.0.1:8105/health").status_code == 503)
+            with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+                client.chat.completions.create(model=model, messages=[message])
+            assert answer.result().choices[0].message.content == "done"
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert errors == ""
+    finally:
+        process.kill()
+
+
+@pytest.mark.usefixtures("server")
+def test_serve_itself_can_run_it() -> None:
+    """What `serve run vlmray.serving:app model_id=fake engine=fake` does."""
+    serve.start(http_options={"port": 8106})
+    serve.run(app({"model_id": "fake", "engine": "fake", "max_batch_size": "4"}), name=APP_NAME)
+    try:
+        assert httpx.get("http://127.0.0.1:8106/health").json() == {"status": "ok"}
+    finally:
+        serve.shutdown()
+
+
+def test_mistakes_are_named_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_adapter: Path
+) -> None:
+    monkeypatch.delenv(API_KEY, raising=False)
+    with pytest.raises(ValueError, match=f"--host 0.0.0.0 lets others in; set {API_KEY}"):
+        serve_app(ServeConfig(model_id="fake", engine="fake", host="0.0.0.0"))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ValueError, match="Address already in use; pass another port"),
+    ):
+        serve_app(ServeConfig(model_id="fake", engine="fake", port=taken.getsockname()[1]))
+    with pytest.raises(ValueError, match=r"was made for .* and does not fit"):
+        serve_app(ServeConfig(model_id=BUILTIN, adapters=f"alien={tiny_adapter}", port=8107))
+    with pytest.raises(FileNotFoundError, match=r"--adapter_dir .*gone"):
+        serve_app(ServeConfig(model_id=BUILTIN, adapter_dir=str(tmp_path / "gone"), port=8107))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        serve_app(ServeConfig(model_id="./gone", port=8107))
+    with pytest.raises(ValueError, match="expected name=folder"):
+        ServeConfig(adapters="first")
+    with pytest.raises(ValueError, match=r"--num_replicas must be N or MIN,MAX of at least 0,1"):
+        ServeConfig(num_replicas="0")

@@ -262,16 +262,19 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
                 "metrics_interval_s": look_back_s / 3,
             }
         }
+    logs = {"log_level": config.log_level, "enable_access_log": False}
     model = _MODEL.options(
         max_ongoing_requests=2 * config.max_batch_size,  # a batch in the model, and one that waits for it
         max_queued_requests=config.max_queued_requests,
         ray_actor_options={"num_gpus": plan.num_gpus, "num_cpus": plan.num_cpus},
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         health_check_period_s=5,
+        logging_config=logs,
         **scaling,
     ).bind(config, plan.num_threads)
     digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
-    application: serve.Application = _GATEWAY.bind(config, digest, model)
+    gateway = _GATEWAY.options(logging_config=logs)
+    application: serve.Application = gateway.bind(config, digest, model)
     return application
 
 
@@ -291,6 +294,7 @@ class Server:
         self.config = config
         self.url = url
         self._handle = handle
+        self._stopped = False
 
     def __enter__(self) -> Server:
         return self
@@ -301,7 +305,13 @@ class Server:
         self.stop()
 
     def stop(self) -> int:
-        """Answer what is in progress, refuse the rest, stop; return how many requests were cut off."""
+        """Answer what is in progress, refuse the rest, stop; return how many requests were cut off.
+
+        Calling it twice is harmless.
+        """
+        if self._stopped:
+            return 0
+        self._stopped = True
         timeout_s = self.config.drain_timeout_s
         try:
             return int(self._handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10))
@@ -327,6 +337,7 @@ def serve_app(config: ServeConfig) -> Server:
         )
     _check_port(config)
     cluster.connect(config.log_level)
+    logging.getLogger("ray.serve").setLevel(config.log_level)
     application = build_application(config, api_key)
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
