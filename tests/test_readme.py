@@ -43,7 +43,7 @@ def test_the_python_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chart.png").write_bytes(ChartDataset(parse_charts_name("charts"), "test")[0]["image"])
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = re.findall(r"## From Python\n+```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 

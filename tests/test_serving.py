@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import signal
 import socket
@@ -152,6 +153,17 @@ def test_images_by_url_and_streams_give_the_same_text(client: openai.OpenAI, tmp
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         files.shutdown()
+
+
+def test_the_example_of_the_readme_runs(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chart.png").write_bytes(chart_rows()[0]["image"])
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*?OpenAI.*?)```", readme, flags=re.DOTALL)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().isdigit()
 
 
 def test_500_requests_are_each_answered_right_though_a_replica_is_killed(

@@ -1,0 +1,159 @@
+"""What does serving cost, and what does batching bring? A closed loop of clients against one replica.
+
+    python benchmarks/serving.py
+    python benchmarks/serving.py --max_new_tokens 8 --num_requests 400
+
+Every client asks its next question when it has the answer to the last: one about a chart, by data URI, with
+the longest answer allowed, since a random model does not stop by itself. Clients, server and model share this
+machine's cores. `bare engine` is the engine without a server, on the same requests in batches of the same
+size, run before and after; its mean counts. Times are of whole answers; `first text` is measured on streams,
+in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from typing import Any
+
+from vlmray.config import ServeConfig
+from vlmray.engines import build_engine
+from vlmray.schema import GenerationRequest
+from vlmray.serving import serve_app
+from vlmray.sources import ChartsSource
+
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
+NUM_IMAGES = 32
+
+
+def main() -> None:
+    """Measure, and print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model_id", default="tiny-random")
+    parser.add_argument(
+        "--num_requests", type=int, default=256, help="at each concurrency; fewer clients ask fewer"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--max_batch_size", type=int, default=32)
+    parser.add_argument("--port", type=int, default=8199)
+    options = parser.parse_args()
+    rows = ChartsSource(
+        f"charts?kind=bar&style=plain&num_rows={NUM_IMAGES}&questions_per_image=1", "test"
+    ).read(list(range(NUM_IMAGES)), ["image", "question"])
+    bare = [measure_engine(options, rows)]
+    config = ServeConfig(
+        model_id=options.model_id, max_batch_size=options.max_batch_size, num_replicas="1", dtype="float32",
+        max_new_tokens=options.max_new_tokens, port=options.port,
+    )  # fmt: skip
+    table = []
+    with serve_app(config):
+        for concurrency in CONCURRENCIES:
+            num_requests = max(24, options.num_requests * min(concurrency, 32) // 32)
+            figures = measure_clients(options, rows, concurrency, num_requests, stream=False)
+            streams = measure_clients(options, rows, concurrency, num_requests, stream=True)
+            table.append({"concurrency": concurrency, **figures, "ttft_ms": streams["p50_ms"]})
+    bare.append(measure_engine(options, rows))
+    print(f"{options.model_id}, {options.max_new_tokens} tokens each, batches of {options.max_batch_size}\n")
+    print(
+        f"{'clients':>7} {'requests/s':>10} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'first text ms':>13}"
+    )
+    for row in table:
+        times = " ".join(f"{row[name]:8.0f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
+        print(f"{row['concurrency']:7} {row['requests_per_s']:10.1f} {times} {row['ttft_ms']:13.0f}")
+    rates = {row["concurrency"]: row["requests_per_s"] for row in table}
+    to_bare, to_one = rates[32] / statistics.mean(bare), rates[32] / rates[1]
+    print(f"\nbare engine: {bare[0]:.1f} and {bare[1]:.1f} requests/s")
+    print(f"32 clients: {to_bare:.2f} of the bare engine, {to_one:.1f} times one client")
+    print(json.dumps({**vars(options), "table": table, "bare": bare, "to_bare": to_bare, "to_one": to_one}))
+
+
+def measure_engine(options: argparse.Namespace, rows: list[dict[str, Any]]) -> float:
+    """Return requests/s of the engine alone."""
+    engine = build_engine(
+        engine="transformers", model_id=options.model_id, dtype="float32", batch_size=options.max_batch_size
+    )
+    requests = []
+    for row in rows:
+        parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+        requests.append(
+            GenerationRequest(
+                request_id="bench", images=[row["image"]], max_new_tokens=options.max_new_tokens,
+                messages=[{"role": "user", "content": parts}],
+            )
+        )  # fmt: skip
+    engine.generate(requests)  # the first pass sets things up
+    started, num_done = time.perf_counter(), 0
+    while num_done < options.num_requests:
+        num_done += len(engine.generate(requests))
+    elapsed_s = time.perf_counter() - started
+    engine.close()
+    return num_done / elapsed_s
+
+
+def measure_clients(
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    concurrency: int,
+    num_requests: int,
+    *,
+    stream: bool,
+) -> dict[str, float]:
+    """Return requests/s and percentiles of the times to the answers; of streams, to their first text."""
+    bodies = [make_body(options, row, stream) for row in rows]
+    local = threading.local()
+
+    def ask(number: int) -> float:
+        if not hasattr(local, "connection"):
+            local.connection = HTTPConnection("127.0.0.1", options.port, timeout=300)
+        started = time.perf_counter()
+        local.connection.request(
+            "POST", "/v1/chat/completions", bodies[number % len(bodies)], {"Content-Type": "application/json"}
+        )
+        response = local.connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(f"HTTP {response.status}: {response.read().decode()}")
+        first_s = read_first_text(response.readline) if stream else None
+        response.read()
+        return (first_s or time.perf_counter()) - started
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        list(pool.map(ask, range(concurrency)))  # connections and code paths, not measured
+        started = time.perf_counter()
+        times_ms = sorted(1000 * elapsed_s for elapsed_s in pool.map(ask, range(num_requests)))
+        elapsed_s = time.perf_counter() - started
+    percentiles = statistics.quantiles(times_ms, n=100, method="inclusive")
+    return {
+        "requests_per_s": num_requests / elapsed_s,
+        "p50_ms": percentiles[49],
+        "p95_ms": percentiles[94],
+        "p99_ms": percentiles[98],
+    }
+
+
+def make_body(options: argparse.Namespace, row: dict[str, Any], stream: bool) -> bytes:
+    """Write a request."""
+    url = f"data:image/png;base64,{base64.b64encode(row['image']).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
+    message = {"role": "user", "content": parts}
+    return json.dumps({"model": options.model_id, "messages": [message], "stream": stream}).encode()
+
+
+def read_first_text(readline: Callable[[], bytes]) -> float:
+    """Read events up to the first with text, and return when it came."""
+    while line := readline():
+        if line.startswith(b"data: {"):
+            choices = json.loads(line[6:])["choices"]
+            if choices and choices[0]["delta"].get("content"):
+                break
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
