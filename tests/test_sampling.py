@@ -49,7 +49,7 @@ def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
         row, padded = torch.cat([row, new], dim=1), torch.cat([padded, new], dim=1)
 
 
-def test_greedy_rows_are_not_touched_and_each_row_has_its_own_limit() -> None:
+def test_greedy_rows_are_not_touched() -> None:
     rows = [
         GenerationRequest(request_id="greedy", messages=[], max_new_tokens=1),
         GenerationRequest(request_id="nearly", messages=[], max_new_tokens=2, temperature=1e-9),
@@ -58,5 +58,17 @@ def test_greedy_rows_are_not_touched_and_each_row_has_its_own_limit() -> None:
     ids, scores = torch.zeros(3, 4, dtype=torch.long), torch.arange(30.0).view(3, 10)
     changed = RowwiseLogitsProcessor(rows, [0, 0, 0])(ids, scores)
     assert [bool((changed[row] != scores[row]).any()) for row in range(3)] == [False, False, True]
-    criteria = RowwiseStoppingCriteria(rows, num_prompt_tokens=2)
-    assert criteria(ids, scores).tolist() == [True, True, False]
+
+
+def test_a_row_that_has_ended_is_read_no_further() -> None:
+    read: list[tuple[int, int]] = []
+
+    def ends(row: int, token_id: int) -> bool:
+        read.append((row, token_id))
+        return token_id == 7
+
+    criteria = RowwiseStoppingCriteria(2, ends)
+    ids, scores = torch.tensor([[1, 7], [7, 2]]), torch.zeros(2, 9)
+    assert criteria(ids, scores).tolist() == [True, False]
+    assert criteria(ids, scores).tolist() == [True, False]
+    assert read == [(0, 7), (1, 2), (1, 2)]

@@ -34,7 +34,7 @@ from vlmray.engines import build_engine
 from vlmray.engines.base import failed_completion
 from vlmray.gateway import BusyError, Gateway, Reply, build_app
 from vlmray.options import build_config
-from vlmray.schema import GenerationRequest
+from vlmray.schema import Completion, GenerationRequest
 from vlmray.small_models import resolve_model_id
 
 API_KEY = "VLMRAY_API_KEY"
@@ -133,6 +133,8 @@ class ModelReplica:
             async for piece in batch(_Item(request, stream)):
                 if piece:
                     yield piece
+                if isinstance(piece, Reply):
+                    return  # the others of its batch may go on
 
     def check_health(self) -> None:
         """Let Serve replace a replica whose engine broke."""
@@ -148,25 +150,34 @@ class ModelReplica:
     async def _batch(self, items: list[_Item]) -> AsyncIterator[list[str | Reply]]:  # type: ignore[misc]
         """Answer a batch; yield what each request got in the meantime, which may be nothing."""
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[int, str | Reply] | None] = asyncio.Queue()
+
+        def put(index: int, piece: str | Reply) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
         def on_text(index: int, text: str) -> None:
             if items[index].stream:
-                loop.call_soon_threadsafe(pieces.put_nowait, (index, text))
+                put(index, text)
 
-        requests = [item.request for item in items]
-        streams = any(item.stream for item in items)
-        work = loop.run_in_executor(self._thread, self._generate, requests, on_text if streams else None)
+        def on_end(index: int, completion: Completion) -> None:
+            put(index, Reply(completion, len(items)))
+
+        def generate() -> None:
+            streams = any(item.stream for item in items)
+            requests = [item.request for item in items]
+            self._generate(requests, on_text=on_text if streams else None, on_end=on_end)
+
+        work = loop.run_in_executor(self._thread, generate)
         work.add_done_callback(lambda _: pieces.put_nowait(None))
         while (piece := await pieces.get()) is not None:
             row: list[str | Reply] = [""] * len(items)
             row[piece[0]] = piece[1]
             yield row
-        yield [Reply(completion, len(items)) for completion in await work]
+        await work
 
-    def _generate(self, requests: list[GenerationRequest], on_text: Any) -> Any:
+    def _generate(self, requests: list[GenerationRequest], **listeners: Any) -> None:
         try:
-            return self._engine.generate(requests, on_text=on_text)
+            self._engine.generate(requests, **listeners)
         except Exception as error:  # only a broken engine raises
             self._failure = error
             raise

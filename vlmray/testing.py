@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vlmray.engines.base import OnText, check_request, failed_completion
+from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.images import load_image_pil
 from vlmray.lora import get_default_lora_config_for_qwen_vl
 from vlmray.schema import Completion, GenerationRequest
@@ -127,7 +127,11 @@ class FakeEngine:
         return cls(**options)
 
     def generate(
-        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
         """Answer every request, in order; text comes in one piece."""
         completions = []
@@ -135,6 +139,8 @@ class FakeEngine:
             completions.append(self._answer(request))
             if on_text is not None and completions[-1].text:
                 on_text(index, completions[-1].text)
+            if on_end is not None:
+                on_end(index, completions[-1])
         return completions
 
     def close(self) -> None:

@@ -14,6 +14,9 @@ from vlmray.schema import Completion, GenerationRequest
 OnText = Callable[[int, str], None]
 """Called with the place of a request and the text that it got since the last call."""
 
+OnEnd = Callable[[int, Completion], None]
+"""Called with the place of a request and its completion."""
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -33,7 +36,8 @@ class Engine(Protocol):
       for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
       in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
-      its completion; they come from the thread that called `generate`, before it returns.
+      its completion. `on_end` gets each completion as soon as it is there, after all its pieces. Both are
+      called by the thread that called `generate`, before it returns.
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
@@ -41,9 +45,13 @@ class Engine(Protocol):
     """
 
     def generate(
-        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order, and tell `on_text` of text as soon as there is some."""
+        """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
         ...
 
     def close(self) -> None:

@@ -104,31 +104,20 @@ def keep_nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 class RowwiseStoppingCriteria(StoppingCriteria):
-    """Stop each row at its own `max_new_tokens`, or where its reader has enough; the others go on.
+    """End each row where its reader says so; the others go on.
 
     Args:
-        requests: The rows of the batch, B in order.
-        num_prompt_tokens: Width of the prompts, padding included.
+        num_rows: Rows of the batch, B.
         read: Called with row and token of every new token of a row that has not ended; returns whether
             the row ends with it.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[GenerationRequest],
-        num_prompt_tokens: int,
-        read: Callable[[int, int], bool] | None = None,
-    ) -> None:
-        self._limits = [num_prompt_tokens + request.max_new_tokens for request in requests]
+    def __init__(self, num_rows: int, read: Callable[[int, int], bool]) -> None:
+        self._ended = [False] * num_rows
         self._read = read
-        self._ended = [False] * len(requests)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Return which rows (B,) are complete, given the ids so far (B, T)."""
-        if self._read is not None:
-            for row, token_id in enumerate(input_ids[:, -1].tolist()):
-                self._ended[row] = self._ended[row] or self._read(row, token_id)
-        length = input_ids.shape[1]
-        for row, limit in enumerate(self._limits):
-            self._ended[row] = self._ended[row] or length >= limit
+        for row, token_id in enumerate(input_ids[:, -1].tolist()):
+            self._ended[row] = self._ended[row] or self._read(row, token_id)
         return torch.tensor(self._ended, device=input_ids.device)

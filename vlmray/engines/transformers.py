@@ -28,8 +28,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.encoding import encode_text, join_rows, row_signature
-from vlmray.engines.answers import AnswerText
-from vlmray.engines.base import OnText, check_request, failed_completion
+from vlmray.engines.answers import Answer
+from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images import decode_image, image_size
 from vlmray.model import (
@@ -51,14 +51,14 @@ class _Row:
 
     index: int
     request: GenerationRequest
-    prompt: str
-    num_tokens: int
+    prompt: str = ""
+    num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
     encoded: Future[dict[str, torch.Tensor]] | None = None
-    answer: AnswerText | None = None
-    """What it wrote so far; only for rows that are streamed or have stop texts."""
-
+    answer: Answer | None = None
+    completion: Completion | None = None
+    num_prompt_tokens: int = 0
     num_sent: int = 0
     """Characters that were streamed; a batch that is tried again does not send them twice."""
 
@@ -161,23 +161,27 @@ class TransformersEngine:
         self.model = detach_adapter(self.model, internal)
 
     def generate(
-        self, requests: Sequence[GenerationRequest], *, on_text: OnText | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order, and tell `on_text` of text as soon as there is some."""
-        completions: dict[int, Completion] = {}
+        """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
+        listener = _Listener(on_text, on_end)
+        opened = [_Row(index, request) for index, request in enumerate(requests)]
         rows: list[_Row] = []
-        for index, request in enumerate(requests):
+        for row in opened:
             try:
-                row = self._open_row(index, request)
+                self._open(row)
             except Exception as error:
-                completions[index] = failed_completion(error)
+                listener.end(row, failed_completion(error))
             else:
                 rows.append(row)
         # Longest first: the largest batch comes while memory is least fragmented, and fails early.
         rows.sort(key=lambda row: (self._group(row), -row.num_tokens))
-        for row, completion in self._answer(deque(rows), on_text):
-            completions[row.index] = completion
-        return [completions[index] for index in range(len(requests))]
+        self._answer(deque(rows), listener)
+        return [row.completion for row in opened if row.completion is not None]
 
     def close(self) -> None:
         """Free the model's memory; calling it twice is harmless."""
@@ -185,16 +189,16 @@ class TransformersEngine:
         self.model = None
         _empty_cache()
 
-    def _open_row(self, index: int, request: GenerationRequest) -> _Row:
+    def _open(self, row: _Row) -> None:
         """Check a request and format its prompt; whatever is wrong with it is raised."""
+        request = row.request
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
         messages = [dict(message) for message in request.messages]  # the template call rewrites some parts
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        num_tokens = len(self.processor.tokenizer(prompt)["input_ids"])
-        num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
-        return _Row(index, request, prompt, num_tokens)
+        row.prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
+        row.num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
 
     def _count_visual_tokens(self, image: Image | bytes) -> int:
         width, height = image_size(image)
@@ -204,7 +208,7 @@ class TransformersEngine:
         patches = image_processor.get_number_of_image_patches(height, width, {})
         return int(patches) // image_processor.merge_size**2
 
-    def _answer(self, queue: deque[_Row], on_text: OnText | None) -> Iterator[tuple[_Row, Completion]]:
+    def _answer(self, queue: deque[_Row], listener: _Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
         while queue:
             batch = self._take_batch(queue)
@@ -214,9 +218,9 @@ class TransformersEngine:
                 try:
                     ready.setdefault((row_signature(row.inputs), self._group(row)), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
-                    yield row, failed_completion(error, prompt=row.prompt)
+                    listener.end(row, failed_completion(error, prompt=row.prompt))
             for rows in ready.values():
-                yield from zip(rows, self._run_or_halve(rows, on_text), strict=True)
+                self._run_or_halve(rows, listener)
 
     def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
         """Pop the next rows: at least one, at most `batch_size`, and no more than memory has held."""
@@ -239,10 +243,11 @@ class TransformersEngine:
         images = [self._decode(image) if isinstance(image, bytes) else image for image in row.request.images]
         return encode_text(self.processor, row.prompt, images)
 
-    def _run_or_halve(self, rows: list[_Row], on_text: OnText | None) -> list[Completion]:
+    def _run_or_halve(self, rows: list[_Row], listener: _Listener) -> None:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
         try:
-            return self._run(rows, on_text)
+            self._run(rows, listener)
+            return
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
@@ -253,12 +258,16 @@ class TransformersEngine:
             message = (
                 f"out of memory with this row alone ({width} tokens); lower --max_pixels or --max_new_tokens"
             )
-            return [failed_completion(MemoryError(message), prompt=rows[0].prompt)]
+            listener.end(rows[0], failed_completion(MemoryError(message), prompt=rows[0].prompt))
+            return
         self._token_budget = min(self._token_budget or width * len(rows), width * len(rows) // 2)
-        half = len(rows) // 2
-        return self._run_or_halve(rows[:half], on_text) + self._run_or_halve(rows[half:], on_text)
+        left = [row for row in rows if row.completion is None]
+        half = -(-len(left) // 2)
+        for part in (left[:half], left[half:]):
+            if part:
+                self._run_or_halve(part, listener)
 
-    def _run(self, rows: list[_Row], on_text: OnText | None) -> list[Completion]:
+    def _run(self, rows: list[_Row], listener: _Listener) -> None:
         """Generate for rows that share a forward pass."""
         inputs = join_rows(
             [row.inputs for row in rows], pad_id=self.processor.tokenizer.pad_token_id, side="left"
@@ -275,49 +284,22 @@ class TransformersEngine:
             **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
         )
         end_ids = _end_ids(config)
-        for row in rows:
-            watched = on_text is not None or row.request.stop
-            row.answer = AnswerText(self.processor.tokenizer, row.request.stop) if watched else None
-        read = functools.partial(_read_token, rows, end_ids, on_text) if any(r.answer for r in rows) else None
+        for row, padding in zip(rows, num_padding, strict=True):
+            row.num_prompt_tokens = num_tokens - padding
+            row.answer = Answer(
+                self.processor.tokenizer, row.request.max_new_tokens, end_ids, row.request.stop
+            )
+        read = functools.partial(_read_token, rows, listener)
         with torch.inference_mode(), self._use_adapters(rows) as options:
-            output = self.model.generate(
+            self.model.generate(
                 **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
                 generation_config=config,
                 logits_processor=LogitsProcessorList(
                     [RowwiseLogitsProcessor(requests, num_padding, penalty)]
                 ),
-                stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(requests, num_tokens, read)]),
+                stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(len(rows), read)]),
                 **options,
             )
-        answers = output[:, num_tokens:].tolist()
-        completions = []
-        for row, ids, padding in zip(rows, answers, num_padding, strict=True):
-            completions.append(self._complete(row, ids, num_tokens - padding, end_ids))
-            _send(row, completions[-1].text, on_text)
-        return completions
-
-    def _complete(
-        self, row: _Row, token_ids: list[int], num_prompt_tokens: int, end_ids: set[int]
-    ) -> Completion:
-        """Cut a row's new tokens at its own limit and its first end token, and decode them."""
-        row.encoded = None  # pixels are large and needed no more
-        text: str | None = None
-        token_ids = token_ids[: row.request.max_new_tokens]
-        if row.answer is not None and row.answer.stopped:
-            text, token_ids = row.answer.text, token_ids[: row.answer.num_tokens]
-        end = next((place for place, token in enumerate(token_ids) if token in end_ids), None)
-        if end is not None:
-            token_ids = token_ids[: end + 1]
-        ended = end is not None or text is not None
-        return Completion(
-            text=self.processor.tokenizer.decode(token_ids, skip_special_tokens=True)
-            if text is None
-            else text,
-            prompt=row.prompt,
-            num_prompt_tokens=num_prompt_tokens,
-            num_completion_tokens=len(token_ids),
-            finish_reason="stop" if ended else "length",
-        )
 
     @contextlib.contextmanager
     def _use_adapters(self, rows: list[_Row]) -> Iterator[dict[str, Any]]:
@@ -342,24 +324,47 @@ class TransformersEngine:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
 
 
-def _read_token(
-    rows: list[_Row], end_ids: set[int], on_text: OnText | None, index: int, token_id: int
-) -> bool:
-    """Add a row's next token to its answer, send what is new in it, and tell whether it ends there."""
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Whoever wants to hear of answers before all are there."""
+
+    on_text: OnText | None
+    on_end: OnEnd | None
+
+    def text(self, row: _Row, text: str) -> None:
+        """Send what is new in a row's text."""
+        if self.on_text is not None and len(text) > row.num_sent:
+            self.on_text(row.index, text[row.num_sent :])
+            row.num_sent = len(text)
+
+    def end(self, row: _Row, completion: Completion) -> None:
+        """Close a row."""
+        row.encoded = None  # pixels are large and needed no more
+        row.completion = completion
+        if self.on_end is not None:
+            self.on_end(row.index, completion)
+
+
+def _read_token(rows: list[_Row], listener: _Listener, index: int, token_id: int) -> bool:
+    """Add a row's next token to its answer and tell whether it ends there."""
     row = rows[index]
-    if row.answer is None:
-        return False
-    if token_id in end_ids:
-        return True
-    row.answer.push(token_id)
-    _send(row, row.answer.settled, on_text)
-    return row.answer.stopped
-
-
-def _send(row: _Row, text: str, on_text: OnText | None) -> None:
-    if on_text is not None and len(text) > row.num_sent:
-        on_text(row.index, text[row.num_sent :])
-        row.num_sent = len(text)
+    answer = row.answer
+    assert answer is not None
+    ended = answer.push(token_id)
+    if listener.on_text is not None:
+        listener.text(row, answer.settled)
+    if ended:
+        listener.end(
+            row,
+            Completion(
+                text=answer.text,
+                prompt=row.prompt,
+                num_prompt_tokens=row.num_prompt_tokens,
+                num_completion_tokens=answer.num_tokens,
+                finish_reason=answer.finish_reason or "stop",
+            ),
+        )
+    return ended
 
 
 def _end_ids(config: Any) -> set[int]:
