@@ -465,7 +465,7 @@ class ServeConfig:
 class DemoConfig:
     """Teach the built-in model a family of questions that it does not know, and compare before and after."""
 
-    family: str = "count_above"
+    family: str = "naming"
     """Family of chart questions to teach; see vlmray/charts.py for all of them."""
 
     num_charts: int = 200
