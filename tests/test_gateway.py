@@ -337,6 +337,7 @@ BAD: dict[str, tuple[int, bytes | dict[str, Any]]] = {
     "half an image": (400, ask("x", data_uri(png((300, 300))[:60]))),
     "50,000 x 50,000 pixels": (400, ask("x", data_uri(huge_png()))),
     "an SVG": (400, ask("x", data_uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"))),
+    "a long text": (400, ask("x" * 300_000)),
     "a body of 2 MB": (413, ask("x" * 2**21)),
 }  # fmt: skip
 

@@ -400,6 +400,9 @@ class ServeConfig:
     max_new_tokens_limit: int = 4096
     """Largest limit that a client may set."""
 
+    max_prompt_chars: int = 200_000
+    """Characters of all texts of a request, at most."""
+
     max_images: int = 8
     """Images of a request, at most."""
 
@@ -425,7 +428,8 @@ class ServeConfig:
         _not_empty(self)
         _at_least(
             self, 1, "min_pixels", "max_pixels", "max_adapters", "target_ongoing_requests", "max_batch_size",
-            "max_new_tokens", "max_new_tokens_limit", "max_image_pixels", "max_body_bytes",
+            "max_new_tokens", "max_new_tokens_limit", "max_prompt_chars", "max_image_pixels",
+            "max_body_bytes",
         )  # fmt: skip
         _at_least(
             self, 0, "port", "gpus_per_replica", "upscale_delay_s", "downscale_delay_s",

@@ -134,7 +134,7 @@ def _train(config: DemoConfig) -> TrainingReport:
 def _facts(training: TrainingReport, elapsed_s: float) -> tuple[Fact, ...]:
     share = training.num_trainable / training.num_parameters
     return (
-        Fact("charts trained on", f"{training.num_samples:,}", "a question of each family"),
+        Fact("charts trained on", f"{training.num_samples:,}", f"{_SHARE} new questions about each"),
         Fact("parameters trained", f"{training.num_trainable:,}", f"{100 * share:.1f} % of all"),
         Fact("training", format_duration(training.elapsed_s)),
         Fact("elapsed", format_duration(elapsed_s), "all three steps"),

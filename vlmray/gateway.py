@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -51,6 +52,7 @@ from vlmray.protocol import (
     ModelList,
     Usage,
     check_supported,
+    count_chars,
     image_sources,
     to_messages,
 )
@@ -61,6 +63,7 @@ _LOG = logging.getLogger(__name__)
 _NUM_FETCHES = 64  # downloads at a time; they wait for other machines
 _CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
 _NUM_DECODES = 4  # images decoded at a time; each may take max_image_pixels * 3 bytes
+_OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # all others need the key
 _TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -162,20 +165,29 @@ class Metrics:
         self.batch_size.labels(model).observe(reply.batch_size)
 
 
-class BodyLimit:
-    """ASGI middleware that ends requests whose body is larger than it may be, declared or not."""
+class Guard:
+    """ASGI middleware that refuses requests without the key, and bodies larger than they may be.
 
-    def __init__(self, app: Any, max_bytes: int) -> None:
+    Both happen before anything of the body is parsed.
+    """
+
+    def __init__(self, app: Any, gateway: Gateway) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.gateway = gateway
+        self.max_bytes = gateway.config.max_body_bytes
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
         """Pass everything else on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
         error = ApiError(413, f"the body is larger than {self.max_bytes} bytes")
+        declared = headers.get(b"content-length", b"0")
+        if scope["path"] not in _OPEN_PATHS and not self.gateway.admits(headers.get(b"authorization", b"")):
+            error = ApiError(401, "wrong or missing API key; send it as 'Authorization: Bearer KEY'")
+            await error.response()(scope, receive, send)
+            return
         if not declared.isdigit() or int(declared) > self.max_bytes:
             await error.response()(scope, receive, send)
             return
@@ -218,6 +230,7 @@ class Gateway:
         self.num_in_flight = 0
         self.metrics.in_flight.set_function(lambda: self.num_in_flight)
         self.draining = False
+        self._adapters: list[str] = []
         self._key_digest = key_digest
         self._fetches, self._decodes = CapacityLimiter(_NUM_FETCHES), CapacityLimiter(_NUM_DECODES)
 
@@ -229,14 +242,13 @@ class Gateway:
             await asyncio.sleep(0.05)
         return self.num_in_flight
 
-    def check_key(self, request: Request) -> None:
-        """Refuse a request without the API key, in time that does not depend on what it holds."""
+    def admits(self, authorization: bytes) -> bool:
+        """Tell whether a header holds the API key, in time that does not depend on what it holds."""
         if self._key_digest is None:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
-        if not hmac.compare_digest(given, self._key_digest) or scheme.lower() != "bearer":
-            raise ApiError(401, "wrong or missing API key; send it as 'Authorization: Bearer KEY'")
+            return True
+        scheme, _, key = authorization.partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        return hmac.compare_digest(given, self._key_digest) and scheme.lower() == b"bearer"
 
     async def models(self) -> ModelList:
         """List base and adapters."""
@@ -275,9 +287,10 @@ class Gateway:
     async def _find_adapter(self, name: str) -> str | None:
         if name == self.config.base_name:
             return None
-        names = await to_thread.run_sync(self.catalog.names)
-        if name not in names:
-            known = ", ".join([self.config.base_name, *names][:20])
+        if name not in self._adapters:  # listing may ask an object store: only for new names
+            self._adapters = await to_thread.run_sync(self.catalog.names)
+        if name not in self._adapters:
+            known = ", ".join([self.config.base_name, *self._adapters][:20])
             message = f"the model {name[:80]!r} does not exist; known: {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
@@ -293,6 +306,9 @@ class Gateway:
         if limit > config.max_new_tokens_limit:
             message = f"max_tokens is {limit}; at most {config.max_new_tokens_limit} are allowed"
             raise ApiError(400, message, param="max_tokens")
+        num_chars = count_chars(chat)
+        if num_chars > config.max_prompt_chars:
+            raise ApiError(400, f"{num_chars} characters; at most {config.max_prompt_chars} are allowed")
         sources = image_sources(chat)
         if len(sources) > config.max_images:
             raise ApiError(400, f"{len(sources)} images; at most {config.max_images} are allowed")
@@ -448,9 +464,9 @@ def build_app(gateway: Gateway) -> FastAPI:
         description="Vision-language models behind OpenAI's chat protocol.",
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, max_bytes=gateway.config.max_body_bytes)
+    app.add_middleware(Guard, gateway=gateway)
     _add_error_handlers(app)
-    with_key = [Depends(gateway.check_key)]
+    with_key = [Security(HTTPBearer(auto_error=False, description="The API key; `Guard` checks it."))]
 
     @app.post(
         "/v1/chat/completions", dependencies=with_key, response_model=ChatCompletion,

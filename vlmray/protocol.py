@@ -146,6 +146,14 @@ def image_sources(request: ChatRequest) -> list[str]:
     ]
 
 
+def count_chars(request: ChatRequest) -> int:
+    """Return the length of all texts together."""
+    contents = [message.content for message in request.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    texts = [content for content in contents if isinstance(content, str)]
+    return sum(map(len, texts)) + sum(len(part.text) for part in parts if isinstance(part, TextPart))
+
+
 def to_messages(request: ChatRequest) -> list[dict[str, Any]]:
     """Return the conversation as chat templates here read it; images are placeholders."""
     messages = []
