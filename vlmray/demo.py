@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmray.charts import FAMILIES, ChartsConfig
 from vlmray.comparison import ComparisonReport, choose_changed, compare, render_comparison_html
 from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
@@ -122,6 +124,7 @@ def _train(config: DemoConfig) -> TrainingReport:
             eval_samples=64,
             eval_steps=max(1, config.max_steps // 3),
             max_new_tokens=48,
+            bf16=_has_fast_bfloat16() or None,
             output_dir=folder,
             resume=(Path(folder) / "options.json").is_file() and not config.overwrite,
             overwrite=config.overwrite,
@@ -129,6 +132,12 @@ def _train(config: DemoConfig) -> TrainingReport:
         )
     )
     return run_finetune(run)
+
+
+def _has_fast_bfloat16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 matrices in hardware; others are slower at them."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 def _facts(training: TrainingReport, elapsed_s: float) -> tuple[Fact, ...]:

@@ -226,7 +226,6 @@ class GatewayReplica:
     """Takes HTTP requests and asks the model replicas."""
 
     def __init__(self, config: ServeConfig, key_digest: bytes | None, model: DeploymentHandle) -> None:
-        config = dataclasses.replace(config, served_model_name=config.base_name)
         self._gateway = Gateway(config, _Replicas(model), key_digest)
 
     def __serve_build_asgi_app__(self) -> Any:
