@@ -475,7 +475,7 @@ class DemoConfig:
     num_charts: int = 200
     """Held-out charts that are answered before and after, with one question of every family each."""
 
-    max_steps: int = 150
+    max_steps: int = 100
     """Optimizer steps of the training."""
 
     output_dir: str = "outputs/demo"
