@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from running import http_server
 
 from vlmray.fetch import MAX_REDIRECTS, FetchError, fetch_url, is_public
 
@@ -94,13 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http_server:
-        http_server.daemon_threads = True
-        thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{http_server.server_port}"
-        http_server.shutdown()
-        thread.join()
+    with http_server(_Handler) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import openai
@@ -25,6 +25,7 @@ import psutil
 import pytest
 import uvicorn
 from PIL import Image
+from running import http_server
 
 from vlmray.config import ServeConfig
 from vlmray.gateway import BusyError, Gateway, Reply, build_app
@@ -228,7 +229,7 @@ def test_adapters_of_a_folder_are_listed_as_they_come(tmp_path: Any) -> None:
 
 def test_images_come_from_urls_where_that_is_allowed() -> None:
     backend = Backend()
-    with image_server() as images, serving(backend, allow_private_image_urls=True) as (url, _):
+    with http_server(_Images) as images, serving(backend, allow_private_image_urls=True) as (url, _):
         status, _, _ = post(url, ask("How many?", f"{images}/ok", data_uri(png(colour="blue"))))
         assert status == 200
         assert backend.requests[-1].images == [png(), png(colour="blue")]
@@ -253,17 +254,6 @@ class _Images(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-@contextlib.contextmanager
-def image_server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Images) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def says(role: str, content: Any) -> dict[str, Any]:
@@ -364,7 +354,7 @@ def test_bad_image_hosts_are_bounded(path: str) -> None:
         "image_timeout_s": 0.5,
         "max_body_bytes": 2**20,
     }
-    with image_server() as images, serving(Backend(), **options) as (url, _):
+    with http_server(_Images) as images, serving(Backend(), **options) as (url, _):
         started = time.monotonic()
         status, answer, _ = post(url, ask("x", f"{images}/{path}"))
         assert status == 400, answer

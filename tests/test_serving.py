@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray import serve
-from running import ROOT
+from running import ROOT, http_server
 
 from vlmray.config import InferConfig, ServeConfig
 from vlmray.engines import build_engine
@@ -140,9 +140,8 @@ def test_images_by_url_and_streams_give_the_same_text(client: openai.OpenAI, tmp
             pass
 
     expected = ask(client, row)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as files:
-        threading.Thread(target=files.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{files.server_port}/chart.png"
+    with http_server(Handler) as files:
+        url = f"{files}/chart.png"
         assert ask(client, row, url=url) == expected
         parts: Any = [
             {"type": "image_url", "image_url": {"url": url}},
@@ -152,7 +151,6 @@ def test_images_by_url_and_streams_give_the_same_text(client: openai.OpenAI, tmp
             model=BUILTIN, messages=[{"role": "user", "content": parts}], stream=True
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
-        files.shutdown()
 
 
 def test_the_example_of_the_readme_runs(

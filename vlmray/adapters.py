@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
-from vlmray.checkpoints import cache_folder, check_adapter_folder
+from vlmray.checkpoints import cache_folder, check_adapter_folder, make_once
 from vlmray.outputs import open_filesystem
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -97,20 +95,14 @@ def _copy(uri: str) -> Path:
     infos = filesystem.get_file_info([f"{root}/{name}" for name in (_CONFIG, _WEIGHTS)])
     version = hashlib.sha256(repr([uri, *((info.size, info.mtime_ns) for info in infos)]).encode())
     folder = cache_folder() / "adapters" / version.hexdigest()[:16]
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
-        try:
-            for info in infos:
-                if info.is_file:
-                    copy_files(
-                        info.path, str(scratch / info.base_name), source_filesystem=filesystem,
-                        destination_filesystem=LocalFileSystem(),
-                    )  # fmt: skip
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same bytes
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+
+    def copy(scratch: Path) -> None:
+        for info in infos:
+            if info.is_file:
+                copy_files(
+                    info.path, str(scratch / info.base_name), source_filesystem=filesystem,
+                    destination_filesystem=LocalFileSystem(),
+                )  # fmt: skip
+
+    make_once(folder, copy)
     return folder

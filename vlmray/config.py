@@ -12,12 +12,40 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuestionsConfig:
-    """Which model is asked which questions, and how: what the jobs have in common."""
+class ModelConfig:
+    """Which model, and how it is loaded."""
 
     model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts,
     tiny-random has random weights."""
+
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the weights quantized by bitsandbytes."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision; auto: the checkpoint's on a GPU, float32 without one."""
+
+    attn_implementation: str | None = None
+    """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
+
+    min_pixels: int | None = None
+    """Scale smaller images up to this many pixels; default: the model's processor."""
+
+    max_pixels: int | None = None
+    """Scale larger images down to this many pixels; default: the model's processor."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings. Only for repositories you trust."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "min_pixels", "max_pixels")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionsConfig(ModelConfig):
+    """Which model is asked which questions, and how: what jobs over datasets have in common."""
 
     dataset_name: str = "HuggingFaceM4/ChartQA"
     """Dataset on the hub, a local folder or file (Parquet, JSONL, ...), s3://, gs:// or hf:// Parquet, or
@@ -47,24 +75,6 @@ class QuestionsConfig:
     metric: str | None = None
     """Metric of the score; default: the dataset's own."""
 
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load the weights quantized by bitsandbytes."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto: the checkpoint's on a GPU, float32 without one."""
-
-    attn_implementation: str | None = None
-    """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
-
-    min_pixels: int | None = None
-    """Scale smaller images up to this many pixels; default: the model's processor."""
-
-    max_pixels: int | None = None
-    """Scale larger images down to this many pixels; default: the model's processor."""
-
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository brings. Only for repositories you trust."""
-
     seed: int = 0
     """Seed of everything random."""
 
@@ -80,10 +90,8 @@ class QuestionsConfig:
     def __post_init__(self) -> None:
         # Only an empty system prompt means something; elsewhere it is a shell variable that was not set.
         _not_empty(self, except_for="system_prompt")
-        _at_least(self, 1, "min_pixels", "max_pixels")
+        ModelConfig.__post_init__(self)
         _at_least(self, 0, "seed", "max_errors")
-        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,11 +331,8 @@ class FinetuneConfig(QuestionsConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(ModelConfig):
     """Serve a vision-language model and adapters behind an OpenAI-compatible endpoint on Ray Serve."""
-
-    model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts."""
 
     served_model_name: str | None = None
     """Name that clients ask the base model by; default: --model_id."""
@@ -340,24 +345,6 @@ class ServeConfig:
 
     max_adapters: int = 8
     """Adapters that a replica holds at a time; those not asked for longest make room."""
-
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load the weights quantized by bitsandbytes."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto: the checkpoint's on a GPU, float32 without one."""
-
-    attn_implementation: str | None = None
-    """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
-
-    min_pixels: int | None = None
-    """Scale smaller images up to this many pixels; default: the model's processor."""
-
-    max_pixels: int | None = None
-    """Scale larger images down to this many pixels; default: the model's processor."""
-
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository brings. Only for repositories you trust."""
 
     engine: Literal["transformers", "fake"] = "transformers"
     """What generates: transformers, or a scripted stand-in for tests."""
@@ -426,8 +413,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         _not_empty(self)
+        ModelConfig.__post_init__(self)
         _at_least(
-            self, 1, "min_pixels", "max_pixels", "max_adapters", "target_ongoing_requests", "max_batch_size",
+            self, 1, "max_adapters", "target_ongoing_requests", "max_batch_size",
             "max_new_tokens", "max_new_tokens_limit", "max_prompt_chars", "max_image_pixels",
             "max_body_bytes",
         )  # fmt: skip

@@ -18,14 +18,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmray.charts import LABELS, TITLES, ChartDataset, ChartsConfig, parse_charts_name
-from vlmray.checkpoints import cache_folder
+from vlmray.checkpoints import cache_folder, make_once
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +107,7 @@ def resolve_model_id(model_id: str) -> str:
         return model_id
     build, version = _BUILDS[model_id]
     folder = cache_folder() / f"{model_id}-{version}"
-    if not folder.is_dir():
-        _build_atomically(build, folder)
+    make_once(folder, build)
     return str(folder)
 
 
@@ -120,20 +117,6 @@ def trained_charts() -> ChartsConfig:
 
     recipe = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text(encoding="utf-8"))
     return parse_charts_name(recipe["dataset_name"])
-
-
-def _build_atomically(build: Callable[[Path], object], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        build(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes folders that only their owner reads
-        scratch.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was faster, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------
