@@ -18,11 +18,11 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import requests
 from ray import serve
 from running import ROOT, http_server
 
@@ -273,7 +273,7 @@ def test_a_full_queue_is_refused_not_kept() -> None:
 
         def answer(number: int) -> tuple[int, str | None]:
             body = {"model": config.model_id, "messages": [{"role": "user", "content": str(number)}]}
-            response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            response = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
             return response.status_code, response.headers.get("retry-after")
 
         with ThreadPoolExecutor(12) as pool:
@@ -298,9 +298,9 @@ def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> N
         model = client.models.list().data[0].id
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.chat.completions.create, model=model, messages=[message])
-            wait_for(lambda: "in_flight 1.0" in httpx.get("http://127.0.0.1:8105/metrics").text)
+            wait_for(lambda: "in_flight 1.0" in requests.get("http://127.0.0.1:8105/metrics").text)
             process.send_signal(stop)
-            wait_for(lambda: httpx.get("http://127.0.0.1:8105/health").status_code == 503)
+            wait_for(lambda: requests.get("http://127.0.0.1:8105/health").status_code == 503)
             with pytest.raises(openai.InternalServerError, match="the server is stopping"):
                 client.chat.completions.create(model=model, messages=[message])
             assert answer.result().choices[0].message.content == "done"
@@ -317,7 +317,7 @@ def test_serve_itself_can_run_it() -> None:
     serve.start(http_options={"port": 8106})
     serve.run(app({"model_id": "fake", "engine": "fake", "max_batch_size": "4"}), name=APP_NAME)
     try:
-        assert httpx.get("http://127.0.0.1:8106/health").json() == {"status": "ok"}
+        assert requests.get("http://127.0.0.1:8106/health").json() == {"status": "ok"}
     finally:
         serve.shutdown()
 
