@@ -217,7 +217,7 @@ def test_adapter_weights_that_would_have_no_effect_are_refused(
     with pytest.raises(ValueError, match="does not fit the model"):
         engine.load_adapter("bad", str(renamed))
     assert engine.generate([ask()]) == before  # a refused adapter leaves the engine as it was
-    assert list(engine.model.peft_config) == ["loaded_1"]
+    assert len(engine.model.peft_config) == 1
 
 
 def test_an_adapter_of_another_base_is_refused_before_loading(
