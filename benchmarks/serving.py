@@ -42,6 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--max_batch_size", type=int, default=32)
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=CONCURRENCIES, help="with 1 and 32 among them"
+    )
     parser.add_argument("--port", type=int, default=8199)
     options = parser.parse_args()
     rows = ChartsSource(
@@ -54,7 +57,7 @@ def main() -> None:
     )  # fmt: skip
     table = []
     with serve_app(config):
-        for concurrency in CONCURRENCIES:
+        for concurrency in options.clients:
             num_requests = max(24, options.num_requests * min(concurrency, 32) // 32)
             figures = measure_clients(options, rows, concurrency, num_requests, stream=False)
             streams = measure_clients(options, rows, concurrency, num_requests, stream=True)
