@@ -47,12 +47,13 @@ _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableE
 _MAX_TRIES = 5
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Item:
-    """One request in a batch."""
+    """One request that waits for an engine, and what it got so far; a failure of the engine ends it."""
 
-    request: GenerationRequest
-    stream: bool
+    def __init__(self, request: GenerationRequest, stream: bool) -> None:
+        self.request = request
+        self.stream = stream
+        self.pieces: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
 
 
 class _Adapter:
@@ -115,9 +116,10 @@ class ModelReplica:
             return await self._load_adapter(name)
 
         self._load = serve.multiplexed(load, max_num_models_per_replica=config.max_adapters)
-        batch: Any = self._batch  # type: ignore[misc]
-        batch.set_max_batch_size(config.max_batch_size)
-        batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
+        self._max_batch_size = config.max_batch_size
+        self._batch_wait_s = config.batch_wait_timeout_s
+        self._waiting: asyncio.Queue[_Item] = asyncio.Queue()
+        self._batches: asyncio.Task[None] | None = None
 
     async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Reply]:
         """Yield pieces of the answer, if `stream`, and last a `Reply`."""
@@ -129,12 +131,16 @@ class ModelReplica:
                     yield Reply(failed_completion(error), 1)
                     return
                 request = dataclasses.replace(request, adapter=adapter.engine_name)
-            batch: Any = self._batch  # type: ignore[misc]
-            async for piece in batch(_Item(request, stream)):
-                if piece:
-                    yield piece
-                if isinstance(piece, Reply):
-                    return  # the others of its batch may go on
+            if self._batches is None:  # here, as the constructor may run outside the event loop
+                self._batches = asyncio.create_task(self._answer_batches())
+            item = _Item(request, stream)
+            self._waiting.put_nowait(item)
+            piece: str | Reply | Exception = ""
+            while not isinstance(piece, Reply):
+                piece = await item.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
 
     def check_health(self) -> None:
         """Let Serve replace a replica whose engine broke."""
@@ -146,14 +152,30 @@ class ModelReplica:
         with contextlib.suppress(RuntimeError):  # the replica is being stopped
             self._thread.submit(self._engine.unload_adapter, engine_name)
 
-    @serve.batch()  # type: ignore[arg-type]
-    async def _batch(self, items: list[_Item]) -> AsyncIterator[list[str | Reply]]:  # type: ignore[misc]
-        """Answer a batch; yield what each request got in the meantime, which may be nothing."""
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[tuple[int, str | Reply] | None] = asyncio.Queue()
+    async def _answer_batches(self) -> None:
+        """Answer what waits, batch after batch.
 
+        `serve.batch` would close a batch while the one before it is still in the engine, when few requests
+        have come; here all that came meanwhile are in the next.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            items = [await self._waiting.get()]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._batch_wait_s):
+                    while len(items) + self._waiting.qsize() < self._max_batch_size:
+                        items.append(await self._waiting.get())
+            while len(items) < self._max_batch_size and not self._waiting.empty():
+                items.append(self._waiting.get_nowait())
+            try:
+                await loop.run_in_executor(self._thread, self._run_batch, items, loop)
+            except Exception as error:
+                for item in items:
+                    item.pieces.put_nowait(error)
+
+    def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
         def put(index: int, piece: str | Reply) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+            loop.call_soon_threadsafe(items[index].pieces.put_nowait, piece)
 
         def on_text(index: int, text: str) -> None:
             if items[index].stream:
@@ -162,18 +184,9 @@ class ModelReplica:
         def on_end(index: int, completion: Completion) -> None:
             put(index, Reply(completion, len(items)))
 
-        def generate() -> None:
-            streams = any(item.stream for item in items)
-            requests = [item.request for item in items]
-            self._generate(requests, on_text=on_text if streams else None, on_end=on_end)
-
-        work = loop.run_in_executor(self._thread, generate)
-        work.add_done_callback(lambda _: pieces.put_nowait(None))
-        while (piece := await pieces.get()) is not None:
-            row: list[str | Reply] = [""] * len(items)
-            row[piece[0]] = piece[1]
-            yield row
-        await work
+        streams = any(item.stream for item in items)
+        requests = [item.request for item in items]
+        self._generate(requests, on_text=on_text if streams else None, on_end=on_end)
 
     def _generate(self, requests: list[GenerationRequest], **listeners: Any) -> None:
         try:
