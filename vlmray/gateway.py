@@ -60,8 +60,8 @@ from vlmray.schema import Completion, GenerationRequest
 
 _LOG = logging.getLogger(__name__)
 
-_NUM_FETCHES = 64  # downloads at a time; they wait for other machines
 _CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
+_NUM_FETCHES = 64  # downloads at a time; they wait for other machines
 _NUM_DECODES = 4  # images decoded at a time; each may take max_image_pixels * 3 bytes
 _OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # all others need the key
 _TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
@@ -182,12 +182,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if scope["path"] not in _OPEN_PATHS and not self.gateway.admits(headers.get(b"authorization", b"")):
+            refusal = ApiError(401, "wrong or missing API key; send it as 'Authorization: Bearer KEY'")
+            await refusal.response()(scope, receive, send)
+            return
         error = ApiError(413, f"the body is larger than {self.max_bytes} bytes")
         declared = headers.get(b"content-length", b"0")
-        if scope["path"] not in _OPEN_PATHS and not self.gateway.admits(headers.get(b"authorization", b"")):
-            error = ApiError(401, "wrong or missing API key; send it as 'Authorization: Bearer KEY'")
-            await error.response()(scope, receive, send)
-            return
         if not declared.isdigit() or int(declared) > self.max_bytes:
             await error.response()(scope, receive, send)
             return

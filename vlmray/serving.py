@@ -174,6 +174,8 @@ class ModelReplica:
                     item.pieces.put_nowait(error)
 
     def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
+        """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
+
         def put(index: int, piece: str | Reply) -> None:
             loop.call_soon_threadsafe(items[index].pieces.put_nowait, piece)
 
@@ -186,11 +188,8 @@ class ModelReplica:
 
         streams = any(item.stream for item in items)
         requests = [item.request for item in items]
-        self._generate(requests, on_text=on_text if streams else None, on_end=on_end)
-
-    def _generate(self, requests: list[GenerationRequest], **listeners: Any) -> None:
         try:
-            self._engine.generate(requests, **listeners)
+            self._engine.generate(requests, on_text=on_text if streams else None, on_end=on_end)
         except Exception as error:  # only a broken engine raises
             self._failure = error
             raise
