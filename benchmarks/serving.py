@@ -1,11 +1,11 @@
 """What does serving cost, and what does batching bring? A closed loop of clients against one replica.
 
     python benchmarks/serving.py
-    python benchmarks/serving.py --max_new_tokens 8 --num_requests 400
+    python benchmarks/serving.py --dataset_name path/to/ChartQA --num_requests 96 --clients 1 8 32
 
-Every client asks its next question when it has the answer to the last: one about a chart, by data URI, with
-the longest answer allowed, since a random model does not stop by itself. Clients, server and model share this
-machine's cores. `bare engine` is the engine without a server, on the same requests in batches of the same
+Every client asks its next question when it has the answer to the last: one about a chart, by data URI.
+Clients, server and model share this machine's cores, so the less the model has to do for a request, the more
+the rest shows. `bare engine` is the engine without a server, on the same requests in batches of the same
 size, run before and after; its mean counts. Times are of whole answers; `first text` is measured on streams,
 in a pass of its own.
 """
@@ -24,19 +24,23 @@ from http.client import HTTPConnection
 from typing import Any
 
 from vlmray.config import ServeConfig
+from vlmray.dataset import get_dataset_columns
 from vlmray.engines import build_engine
 from vlmray.schema import GenerationRequest
 from vlmray.serving import serve_app
-from vlmray.sources import ChartsSource
+from vlmray.sources import open_source
+from vlmray.stages import read_rows
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
-NUM_IMAGES = 32
+NUM_SAMPLES = 32
 
 
 def main() -> None:
     """Measure, and print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model_id", default="tiny-random")
+    parser.add_argument("--dataset_name", default="charts?kind=bar&style=plain&questions_per_image=1")
+    parser.add_argument("--dataset_split", default="test")
     parser.add_argument(
         "--num_requests", type=int, default=256, help="at each concurrency; fewer clients ask fewer"
     )
@@ -47,9 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=8199)
     options = parser.parse_args()
-    rows = ChartsSource(
-        f"charts?kind=bar&style=plain&num_rows={NUM_IMAGES}&questions_per_image=1", "test"
-    ).read(list(range(NUM_IMAGES)), ["image", "question"])
+    rows = read_samples(options)
     bare = [measure_engine(options, rows)]
     config = ServeConfig(
         model_id=options.model_id, max_batch_size=options.max_batch_size, num_replicas="1", dtype="float32",
@@ -63,7 +65,9 @@ def main() -> None:
             streams = measure_clients(options, rows, concurrency, num_requests, stream=True)
             table.append({"concurrency": concurrency, **figures, "ttft_ms": streams["p50_ms"]})
     bare.append(measure_engine(options, rows))
-    print(f"{options.model_id}, {options.max_new_tokens} tokens each, batches of {options.max_batch_size}\n")
+    print(
+        f"{options.model_id}, at most {options.max_new_tokens} tokens each, batches of {options.max_batch_size}\n"
+    )
     print(
         f"{'clients':>7} {'requests/s':>10} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'first text ms':>13}"
     )
@@ -75,6 +79,13 @@ def main() -> None:
     print(f"\nbare engine: {bare[0]:.1f} and {bare[1]:.1f} requests/s")
     print(f"32 clients: {to_bare:.2f} of the bare engine, {to_one:.1f} times one client")
     print(json.dumps({**vars(options), "table": table, "bare": bare, "to_bare": to_bare, "to_one": to_one}))
+
+
+def read_samples(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read the first questions, each with its image as encoded bytes."""
+    source = open_source(options.dataset_name, options.dataset_split)
+    spec = get_dataset_columns(options.dataset_name, source.column_names)
+    return read_rows(source, spec, options.dataset_split, range(NUM_SAMPLES))
 
 
 def measure_engine(options: argparse.Namespace, rows: list[dict[str, Any]]) -> float:
@@ -142,7 +153,7 @@ def measure_clients(
 
 def make_body(options: argparse.Namespace, row: dict[str, Any], stream: bool) -> bytes:
     """Write a request."""
-    url = f"data:image/png;base64,{base64.b64encode(row['image']).decode()}"
+    url = f"data:image;base64,{base64.b64encode(row['image']).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
     message = {"role": "user", "content": parts}
     return json.dumps({"model": options.model_id, "messages": [message], "stream": stream}).encode()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler
@@ -280,6 +284,65 @@ def test_a_full_queue_is_refused_not_kept() -> None:
             statuses = list(pool.map(answer, range(12)))
         assert set(statuses) == {(200, None), (503, "1")}
         assert answer(0) == (200, None)
+
+
+def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: openai.OpenAI) -> None:
+    """Through Serve's own proxy: 100 MB with and without a declared length, and huge or broken images."""
+
+    def private_bytes() -> int:
+        actors = ("ray::ProxyActor", "ray::ServeReplica")
+        return sum(
+            process.info["memory_info"].rss - process.info["memory_info"].shared
+            for process in psutil.process_iter(["cmdline", "memory_info"])
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith(actors)
+        )
+
+    def post(body: Any) -> tuple[int, float]:
+        started = time.monotonic()
+        headers = {"Content-Type": "application/json"}
+        with contextlib.suppress(requests.ConnectionError):  # refused before all of it was sent
+            url = f"{server.url}/v1/chat/completions"
+            return requests.post(url, data=body, headers=headers, timeout=60).status_code, (
+                time.monotonic() - started
+            )
+        return 413, time.monotonic() - started
+
+    def image(data: bytes) -> bytes:
+        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+        return json.dumps({"model": BUILTIN, "messages": [message]}).encode()
+
+    row = chart_rows()[0]
+    megabyte = b" " * 2**20
+    attacks: list[tuple[Callable[[], Any], int]] = [
+        (lambda: megabyte * 100, 413),
+        (lambda: (megabyte for _ in range(100)), 413),
+        (lambda: image(huge_png(50_000, 50_000)), 400),
+        (lambda: image(row["image"][:500]), 400),
+        (lambda: image(b"\x00" * 20_000_000), 400),
+        (lambda: b"{" * 1_000_000, 400),
+    ]
+    expected = ask(client, row)
+    for make, _ in attacks * 2:  # the first times, code and pools of memory come in
+        post(make())
+    before = private_bytes()
+    for make, status in attacks * 3:
+        found, elapsed_s = post(make())
+        assert found == status
+        assert elapsed_s < 10
+        assert ask(client, row) == expected
+    assert private_bytes() - before < 256 * 2**20
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A small file that says it has this many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\x00" * 1_000_000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 @pytest.mark.usefixtures("server")

@@ -128,12 +128,15 @@ def driver_node() -> dict[str, str]:
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
-def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
+def plan_replicas(
+    replica_range: tuple[int, int] | None, gpus_per_replica: float | None, *, busy_cpus: int = 0
+) -> ReplicaPlan:
     """Divide the cluster among replicas.
 
     Args:
         replica_range: Smallest and largest number asked for; None: one per GPU, or one without GPUs.
         gpus_per_replica: GPUs of each; None: 1 where the cluster has or can start GPUs, else 0.
+        busy_cpus: CPUs of a node that others keep busy; replicas on CPUs have no thread for these.
 
     Raises:
         ValueError: the cluster neither has nor can start the GPUs that the smallest number needs.
@@ -158,7 +161,8 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
         max_replicas=high,
         num_gpus=0,
         num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
-        num_threads=max(1, int(_node_cpus() // high)),
+        # Threads that wait for a core that others have taken make the rest wait with them.
+        num_threads=max(1, int((_node_cpus() - busy_cpus) // high)),
     )
 
 
@@ -184,7 +188,6 @@ def plan_workers(num_workers: int | None) -> WorkerPlan:
     # The tasks that read and decode need room beside the workers, or both wait for each other.
     share = max(0.01, int(100 * (_present("CPU") - cpus_per_task()) / wanted) / 100)
     per_node = -(-wanted // max(1, sum(node["Alive"] for node in ray.nodes())))
-    # Threads that wait for a core that a task has taken make the others wait with them.
     num_threads = max(1, int((_node_cpus() - 1) // per_node))
     return WorkerPlan(num_workers=wanted, resources={"CPU": share}, num_threads=num_threads)
 

@@ -378,6 +378,9 @@ class ServeConfig(ModelConfig):
     batch_wait_timeout_s: float = 0.01
     """Wait this long for more requests to share a forward pass."""
 
+    stream_interval_s: float = 0.05
+    """Send the text of a stream in pieces this far apart, the first at once; 0: every token by itself."""
+
     max_queued_requests: int = 256
     """Requests that may wait for a replica; more are answered 503."""
 
@@ -421,7 +424,8 @@ class ServeConfig(ModelConfig):
         )  # fmt: skip
         _at_least(
             self, 0, "port", "gpus_per_replica", "upscale_delay_s", "downscale_delay_s",
-            "batch_wait_timeout_s", "max_queued_requests", "max_images", "image_timeout_s", "drain_timeout_s",
+            "batch_wait_timeout_s", "stream_interval_s", "max_queued_requests", "max_images",
+            "image_timeout_s", "drain_timeout_s",
         )  # fmt: skip
         if self.max_new_tokens > self.max_new_tokens_limit:
             raise ValueError(

@@ -16,6 +16,7 @@ import ipaddress
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -43,6 +44,8 @@ API_KEY = "VLMRAY_API_KEY"
 APP_NAME = "vlmray"
 
 _LOG = logging.getLogger(__name__)
+# What glibc does by itself, with many threads and bodies of megabytes, is to keep gigabytes of freed memory.
+_GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 _MAX_TRIES = 5
 
@@ -54,6 +57,10 @@ class _Item:
         self.request = request
         self.stream = stream
         self.pieces: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
+        self.held = ""
+        """Text that was not sent yet: a message for every token would cost more than the token."""
+        self.send_at = 0.0
+        """When text is sent again, as `time.monotonic` tells it; the first is sent at once."""
 
 
 class _Adapter:
@@ -118,6 +125,7 @@ class ModelReplica:
         self._load = serve.multiplexed(load, max_num_models_per_replica=config.max_adapters)
         self._max_batch_size = config.max_batch_size
         self._batch_wait_s = config.batch_wait_timeout_s
+        self._stream_interval_s = config.stream_interval_s
         self._waiting: asyncio.Queue[_Item] = asyncio.Queue()
         self._batches: asyncio.Task[None] | None = None
 
@@ -176,15 +184,22 @@ class ModelReplica:
     def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
 
-        def put(index: int, piece: str | Reply) -> None:
-            loop.call_soon_threadsafe(items[index].pieces.put_nowait, piece)
+        def put(item: _Item, piece: str | Reply) -> None:
+            loop.call_soon_threadsafe(item.pieces.put_nowait, piece)
 
         def on_text(index: int, text: str) -> None:
-            if items[index].stream:
-                put(index, text)
+            item = items[index]
+            item.held += text if item.stream else ""
+            now = time.monotonic()
+            if item.held and now >= item.send_at:
+                put(item, item.held)
+                item.held, item.send_at = "", now + self._stream_interval_s
 
         def on_end(index: int, completion: Completion) -> None:
-            put(index, Reply(completion, len(items)))
+            item = items[index]
+            if item.held:
+                put(item, item.held)
+            put(item, Reply(completion, len(items)))
 
         streams = any(item.stream for item in items)
         requests = [item.request for item in items]
@@ -249,9 +264,7 @@ class GatewayReplica:
 
 
 _MODEL: Any = serve.deployment(name="model")(ModelReplica)
-_GATEWAY: Any = serve.deployment(
-    name="gateway", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-)(GatewayReplica)
+_GATEWAY: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000)(GatewayReplica)
 
 
 def build_application(config: ServeConfig, api_key: str | None = None) -> serve.Application:
@@ -269,7 +282,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         model_id = resolve_model_id(config.model_id)
         check_model_folder(model_id)
         AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, busy_cpus=1)  # for HTTP
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
         look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
@@ -295,7 +308,10 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         **scaling,
     ).bind(config, plan.num_threads)
     digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
-    gateway = _GATEWAY.options(logging_config=logs)
+    gateway = _GATEWAY.options(
+        logging_config=logs,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _GIVE_MEMORY_BACK}},
+    )
     application: serve.Application = gateway.bind(config, digest, model)
     return application
 
