@@ -126,6 +126,9 @@ def measure_clients(
     def ask(number: int) -> float:
         if not hasattr(local, "connection"):
             local.connection = HTTPConnection("127.0.0.1", options.port, timeout=300)
+        # A client that had to wait for the others finds that the server has closed its connection.
+        local.connection.close()
+        local.connection.connect()
         started = time.perf_counter()
         local.connection.request(
             "POST", "/v1/chat/completions", bodies[number % len(bodies)], {"Content-Type": "application/json"}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from vlmray import __version__
-from vlmray.config import DemoConfig, FinetuneConfig, InferConfig, ServeConfig
+from vlmray.config import BenchmarkConfig, DemoConfig, FinetuneConfig, InferConfig, ServeConfig
 from vlmray.options import parse_args
 
 
@@ -84,6 +84,16 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
+def benchmark(config: BenchmarkConfig) -> int:
+    """Compare models and print what came of it; return the exit code: 1 where nothing was answered."""
+    from vlmray.benchmark import plan_benchmark, run_benchmark
+    from vlmray.benchmark_report import format_results
+
+    results = run_benchmark(plan_benchmark(config))
+    print(f"\n{format_results(results)}\n\nreport: {config.output_dir}/report.html")
+    return 0 if results.num_answered else 1
+
+
 def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
@@ -99,6 +109,9 @@ JOBS: dict[str, Job[Any]] = {
     "infer": Job(InferConfig, infer, "everything finished is kept, the same command resumes"),
     "finetune": Job(FinetuneConfig, finetune, "with --resume it goes on from its last checkpoint"),
     "serve": Job(ServeConfig, serve, "start it again"),
+    "benchmark": Job(
+        BenchmarkConfig, benchmark, "everything answered and measured is kept, the same command goes on"
+    ),
     "demo": Job(DemoConfig, demo, "the same command goes on"),
 }
 

@@ -43,20 +43,25 @@ class InferenceError(RuntimeError):
     """A run that could not go on; everything finished is in the output folder."""
 
 
-def plan_inference(config: InferConfig) -> InferenceRun:
+def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
     """Open dataset and output folder, find what is left to do, and check all options against them.
+
+    Args:
+        config: The run's options.
+        endpoint: A server that will answer, where `model_id` is a name it knows; nothing here can check it.
 
     Raises:
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
-    _check_model(config)
+    if endpoint is None:
+        _check_model(config)
     questions = open_questions(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
     folder = prepare_output_directory(
         config.output_dir,
-        _answer_options(config, spec),
+        {**_answer_options(config, spec), "endpoint": endpoint},
         output_format=config.output_format,
         overwrite=config.overwrite,
     )

@@ -1,25 +1,33 @@
-"""Per-sample metrics: pure functions of a prediction and its accepted answers, from 0 to 1.
+"""Metrics: pure functions of a prediction and its accepted answers, from 0 to 1.
 
-    (prediction, answers) -> METRICS[name] -> Score
+    (prediction, answers)              -> METRICS[name] -> Score
+    all predictions with their answers -> corpus_bleu   -> score and signature
 
 Each metric says where its definition comes from and how it deviates. Cases that fix its behaviour are
 data: `tests/golden/*.json`. Predictions are scored as given; extracting an answer from a long text is
-the prompt's business. Corpus metrics (ROUGE, BLEU) and averages over samples are not covered.
+the prompt's business. Averages over samples are not covered. `evaluate.load(EVALUATE_PATH, name)` gives
+any of them to code that takes metrics of the `evaluate` library.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from vlmray.schema import Score
 
 Metric = Callable[[str, Sequence[str]], float]
 
 ANLS_THRESHOLD = 0.5
+BLEU = "bleu"
+EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
+"""What `evaluate.load` takes, with the name of a metric; it needs no network."""
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -136,6 +144,41 @@ def token_f1(prediction: str, answer: str) -> float:
     return 2 * num_common / (len(predicted) + len(expected))
 
 
+def rouge(prediction: str, answer: str) -> float:
+    """Score ROUGE-L: the F1 of the longest common subsequence of words, without stemming.
+
+    Source: the package rouge-score, as `evaluate` and TRL's examples use it. On answers of one word it is
+    0 or 1: good for sentences, not for ranking models on ChartQA.
+
+    >>> round(rouge("the tall red bar", "the red bar"), 3)
+    0.857
+    """
+    return float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
+
+
+def corpus_bleu(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[float, str]:
+    """Score BLEU of a whole corpus, 0 to 1, which is not a mean over samples.
+
+    Source: sacrebleu, with its defaults.
+
+    Returns:
+        The score, and sacrebleu's signature, without which BLEU scores cannot be compared.
+
+    Raises:
+        ValueError: There are no predictions, or not as many as lists of answers.
+    """
+    if not predictions or len(predictions) != len(answers):
+        raise ValueError(f"{len(predictions)} predictions and {len(answers)} lists of answers")
+    from sacrebleu.metrics import BLEU as SacreBLEU
+
+    for accepted in answers:
+        _check_answers(accepted)
+    most = max(map(len, answers))
+    streams = [[texts[i] if i < len(texts) else None for texts in answers] for i in range(most)]
+    bleu: Any = SacreBLEU()
+    return bleu.corpus_score(list(predictions), streams).score / 100, str(bleu.get_signature())
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Score min(1, matches / 3), averaged over leaving out one human answer at a time.
 
@@ -182,6 +225,13 @@ def choice_accuracy(prediction: str, answer: str) -> float:
     predicted_text = (predicted and predicted["text"]) or prediction
     expected_text = (expected and expected["text"]) or answer
     return exact_match(_strip_dots(predicted_text), _strip_dots(expected_text))
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
 
 
 def _best_of(metric: Callable[[str, str], float]) -> Metric:
@@ -257,6 +307,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": _best_of(exact_match),
     "anls": _best_of(anls),
     "token_f1": _best_of(token_f1),
+    "rouge": _best_of(rouge),
     "vqa_accuracy": vqa_accuracy,
     "choice_accuracy": _best_of(choice_accuracy),
 }

@@ -36,7 +36,7 @@ def parse_args(config_class: type[C], argv: Sequence[str] | None = None, *, prog
     parser.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins")
     helps = field_docs(config_class)
     hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in _options(config_class):
         _add_option(parser, field, hints[field.name], helps.get(field.name, ""))
     given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     path = given.pop("config", None)
@@ -53,10 +53,11 @@ def build_config(config_class: type[C], options: Mapping[str, Any]) -> C:
         ValueError: an option is unknown, missing, of the wrong type or out of range.
     """
     hints = typing.get_type_hints(config_class)
+    known = [field.name for field in _options(config_class)]
     for name in options:
-        if name not in hints:
-            raise ValueError(f"unknown option {name!r}{_suggestion(name, hints)}")
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}{_suggestion(name, known)}")
+    for field in _options(config_class):
         if field.default is MISSING and field.name not in options:
             raise ValueError(f"--{field.name} is required: {_first_sentence(config_class, field.name)}")
     return config_class(**{name: _convert(name, hints[name], value) for name, value in options.items()})
@@ -107,6 +108,10 @@ class _Parser(argparse.ArgumentParser):
 
     def _names(self) -> list[str]:
         return [action.dest for action in self._actions]
+
+
+def _options(config_class: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(config_class) if field.init]
 
 
 class _Help(argparse.HelpFormatter):

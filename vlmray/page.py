@@ -65,10 +65,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A table cell with a bar beside its text; `bar` is 0 to 1, None draws none."""
+    """A table cell with a bar beside its text."""
 
     text: str
     bar: float | None = None
+    """0 to 1; None draws none."""
+
+    interval: tuple[float, float] | None = None
+    """Around the end of the bar, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

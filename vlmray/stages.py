@@ -193,7 +193,7 @@ def generate_rows(rows: Sequence[Row], engine: Engine, task: Task) -> list[Row]:
     pending = [row for row in rows if row["error"] is None]
     completions = engine.generate(make_requests(pending, task)) if pending else []
     for row, completion in zip(pending, completions, strict=True):
-        row |= _result(completion)
+        row |= answered(completion)
     return list(rows)
 
 
@@ -213,7 +213,8 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
     ]
 
 
-def _result(completion: Completion) -> Row:
+def answered(completion: Completion) -> Row:
+    """Return what a completion adds to a row."""
     return {
         "prompt": completion.prompt,
         "prediction": None if completion.error else completion.text,

@@ -1,0 +1,102 @@
+"""Intervals and tests: right on cases worked out by hand, and right as often as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from vlmray.significance import holm, mean_interval, paired_difference
+
+
+def test_without_shared_images_the_interval_is_that_of_a_proportion() -> None:
+    rng = np.random.default_rng(0)
+    scores = (rng.random(2000) < 0.8).astype(float)
+    found = mean_interval(scores, range(2000))
+    error = 1.96 * np.sqrt(0.8 * 0.2 / 2000)
+    assert found.mean == scores.mean()
+    assert found.low == pytest.approx(found.mean - error, abs=0.003)
+    assert found.high == pytest.approx(found.mean + error, abs=0.003)
+    assert (found.num_samples, found.num_images) == (2000, 2000)
+
+
+def test_questions_of_one_image_count_once() -> None:
+    """Every question asked four times about its image tells no more than once."""
+    rng = np.random.default_rng(1)
+    scores = (rng.random(300) < 0.6).astype(float)
+    once = mean_interval(scores, range(300))
+    four = mean_interval(np.repeat(scores, 4), np.repeat(np.arange(300), 4).tolist())
+    assert four.high - four.low == pytest.approx(once.high - once.low, rel=0.05)
+    blind = mean_interval(np.repeat(scores, 4), range(1200))
+    assert blind.high - blind.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(("score", "low", "high"), [(1.0, 0.6915, 1.0), (0.0, 0.0, 0.3085)])
+def test_all_alike_is_not_certain(score: float, low: float, high: float) -> None:
+    found = mean_interval([score] * 10, range(10))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of 400 samples of 150 images with one to four questions, 95 % of the intervals hold the true mean."""
+    rng = np.random.default_rng(2)
+    num_right = 0
+    for seed in range(400):
+        counts = rng.integers(1, 5, 150)
+        skill = rng.beta(4, 2, 150)  # questions of one chart are alike
+        images = np.repeat(np.arange(150), counts)
+        scores = (rng.random(len(images)) < skill[images]).astype(float)
+        found = mean_interval(scores, images.tolist(), num_resamples=500, seed=seed)
+        num_right += found.low <= 4 / 6 <= found.high
+    assert 0.91 <= num_right / 400 <= 0.98
+
+
+def test_a_difference_is_paired() -> None:
+    first = [0.0] * 30 + [1.0] * 70
+    second = [1.0] * 20 + [0.0] * 10 + [1.0] * 65 + [0.0] * 5
+    found = paired_difference(first, second, range(100))
+    assert found.mean == pytest.approx(0.15)
+    assert (found.num_gained, found.num_lost) == (20, 5)
+    error = np.std(np.subtract(second, first)) / 10
+    assert (found.low, found.high) == pytest.approx((0.15 - 1.96 * error, 0.15 + 1.96 * error), abs=0.02)
+    assert found.smallest == pytest.approx(2.8016 * error, rel=0.05)
+    table = [[65, 5], [20, 10]]
+    assert found.mcnemar_p == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert found.p_value == pytest.approx(stats.binomtest(20, 25).pvalue, abs=0.003)
+
+
+def test_equal_answers_are_no_difference() -> None:
+    found = paired_difference([0.0, 1.0, 0.5], [0.0, 1.0, 0.5], "abc")
+    assert (found.mean, found.low, found.high, found.p_value, found.smallest) == (0, 0, 0, 1, None)
+    assert found.mcnemar_p is None  # 0.5 is neither right nor wrong
+
+
+def test_what_is_lost_on_an_image_makes_up_for_what_is_gained_on_it() -> None:
+    found = paired_difference([0.0, 1.0] * 8, [1.0, 0.0] * 8, [index // 2 for index in range(16)])
+    assert (found.mean, found.p_value, found.num_gained, found.num_lost) == (0, 1, 8, 8)
+
+
+def test_swapping_the_models_turns_the_sign() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.random(80), rng.random(80)
+    images = [index // 3 for index in range(80)]
+    one, other = paired_difference(first, second, images), paired_difference(second, first, images)
+    assert one.mean == pytest.approx(-other.mean)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=0.005)
+    assert one.p_value == pytest.approx(other.p_value, abs=0.02)
+    assert (one.num_gained, one.num_lost) == (other.num_lost, other.num_gained)
+
+
+def test_holm() -> None:
+    p_values = [0.01, 0.04, 0.03]
+    assert holm(p_values) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("scores", "images"), [([], []), ([1.0], []), ([[1.0]], [0])])
+def test_what_cannot_be_compared_is_refused(scores: list[float], images: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"scores|images"):
+        mean_interval(scores, images)
