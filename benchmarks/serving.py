@@ -66,7 +66,8 @@ def main() -> None:
             table.append({"concurrency": concurrency, **figures, "ttft_ms": streams["p50_ms"]})
     bare.append(measure_engine(options, rows))
     print(
-        f"{options.model_id}, at most {options.max_new_tokens} tokens each, batches of {options.max_batch_size}\n"
+        f"{options.model_id}, at most {options.max_new_tokens} tokens each, batches of"
+        f" {options.max_batch_size}\n"
     )
     print(
         f"{'clients':>7} {'requests/s':>10} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'first text ms':>13}"

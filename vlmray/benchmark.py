@@ -3,8 +3,8 @@
     config -> plan_benchmark -> Benchmark -> run_benchmark -> Results, report.html, results.json
 
 Models are asked through a server, ours or one that runs, or by the batch pipeline. Either way each model's
-answers land in a folder of its own as those of an inference run do, so what was answered is never asked again,
-and a run that was killed goes on.
+answers land in a folder of its own as those of an inference run do, so what was answered is never asked
+again, and a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vlmray.report import group_errors
 from vlmray.schema import GenerationRequest
 from vlmray.scoreboard import SampleFacts, Scoreboard, answer_type, score_models
 from vlmray.serving import API_KEY, serve_app
-from vlmray.significance import paired_difference
+from vlmray.significance import Difference, paired_difference
 
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
 
@@ -256,9 +256,8 @@ async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], spee
             served_as = {name: _served_name(benchmark, name) for name in names}
             for name in served_as.values():
                 if name not in served:
-                    raise ValueError(
-                        f"--endpoint {url} does not serve {name!r}; it serves {', '.join(served)}"
-                    )
+                    known = ", ".join(served)
+                    raise ValueError(f"--endpoint {url} does not serve {name!r}; it serves {known}")
             for name in names:
                 if benchmark.metrics:
                     await _answer(benchmark, endpoint, name, served_as[name])
@@ -539,7 +538,7 @@ def _read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 def _against_baseline(
     benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard | None
-) -> dict[str, Any]:
+) -> dict[str, Difference]:
     """Compare each model with the one of its name in the earlier run, by the deciding metric."""
     if board is None or benchmark.baseline is None:
         return {}

@@ -6,11 +6,13 @@ Scoreboard, SpeedPoint -> Results -> format_results, format_markdown, render_ben
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlmray.page import (
+    TERMINAL_WIDTH,
     Cell,
     Column,
     Fact,
@@ -92,6 +94,7 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
         board = self.board
+        bleu = board.bleu if board else {}
         return {
             "models": dict(self.models),
             "verdicts": verdicts(self),
@@ -100,9 +103,7 @@ class Results:
                 {**dataclasses.asdict(difference), "verdict": difference.verdict}
                 for difference in (board.differences if board else ())
             ],
-            "bleu": {name: {"score": s, "signature": g} for name, (s, g) in board.bleu.items()}
-            if board
-            else {},
+            "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
                 name: dataclasses.asdict(found) for name, found in self.against_baseline.items()
             },
@@ -130,14 +131,18 @@ def verdicts(results: Results) -> list[str]:
 
 def _sentence(found: GroupDifference) -> str:
     difference = found.difference
-    where = f"{difference.num_samples:,} samples, {difference.num_images:,} images"
-    numbers = f"{_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}"
+    sign = "" if found.p_corrected < 0.001 else "= "
+    details = (
+        f"{_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}, p {sign}"
+        f"{_p(found.p_corrected)} ({difference.num_samples:,} samples, {difference.num_images:,} images)."
+    )
     if found.verdict != "no significant change":
-        return f"{found.model} is {found.verdict} than {found.base}: {numbers}, {_p(found.p_corrected)} ({where})."
-    text = f"{found.model} against {found.base}: no significant change: {numbers}, {_p(found.p_corrected)} ({where})."
+        return f"{found.model} is {found.verdict} than {found.base}: {details}"
+    text = f"{found.model} against {found.base}: no significant change: {details}"
     if difference.smallest is None:
         return f"{text} No answer scores differently."
-    return f"{text} A difference of {100 * difference.smallest:.1f} points would have shown in 4 of 5 such samples."
+    smallest = f"{100 * difference.smallest:.1f}"
+    return f"{text} A difference of {smallest} points would have shown in 4 of 5 such samples."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,7 +157,8 @@ def format_results(results: Results) -> str:
         parts.append(_score_table(results.board, with_intervals=False).to_text())
     if results.speed:
         parts.append(_speed_table(results, short=True).to_text())
-    return "\n\n".join([*parts, *verdicts(results)])
+    parts += [textwrap.fill(verdict, TERMINAL_WIDTH) for verdict in verdicts(results)]
+    return "\n\n".join(parts)
 
 
 def format_markdown(results: Results) -> str:
@@ -216,15 +222,10 @@ def _headline(results: Results) -> Fact:
         best = max(results.speed, key=lambda point: point.requests_per_s)
         return Fact(f"requests/s of {best.model}, at best", format_rate(best.requests_per_s))
     metric = board.metrics[0]
-    if len(board.models) == 1:
-        return Fact(
-            f"{metric} of {board.models[0]}", format_percent(board.score(board.models[0], metric).mean)
-        )
-    found = board.difference(board.models[1], metric)
-    value = {"better": "Better", "worse": "Worse", "no significant change": "No significant change"}[
-        found.verdict
-    ]
-    return Fact(verdicts(results)[0], value)
+    base, *others = board.models
+    if not others:
+        return Fact(f"{metric} of {base}", format_percent(board.score(base, metric).mean))
+    return Fact(verdicts(results)[0], board.difference(others[0], metric).verdict.capitalize())
 
 
 def _facts(results: Results) -> tuple[Fact, ...]:
@@ -259,9 +260,10 @@ def _verdict_table(results: Results) -> Table:
         columns=_DIFFERENCE_COLUMNS,
         rows=tuple(rows),
         note=(
-            f"The first metric decides. Intervals: 95 %, bootstrap over images. p: paired permutation test over "
-            f"images, corrected by Holm where several models are compared; below {ALPHA:.2f} is a verdict. McNemar: "
-            "exact test over samples, for scores of 0 and 1; it takes questions about one image for independent."
+            "The first metric decides. Intervals: 95 %, bootstrap over images. p: paired permutation test "
+            f"over images, corrected by Holm where several models are compared; below {ALPHA:.2f} it is a "
+            "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one image for "
+            "independent."
         ),
     )
 
@@ -274,30 +276,27 @@ _DIFFERENCE_COLUMNS = (
 
 def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
     difference = found.difference
-    mcnemar = (
-        "–"
-        if difference.mcnemar_p is None
-        else _p(difference.mcnemar_p).removeprefix("p = ").removeprefix("p ")
-    )
     return (
-        name, found.verdict, _points(difference.mean), _range(difference),
-        _p(found.p_corrected).removeprefix("p = ").removeprefix("p "), mcnemar,
-        f"{difference.num_gained:,}", f"{difference.num_lost:,}",
-    )  # fmt: skip
+        name,
+        found.verdict,
+        _points(difference.mean),
+        _range(difference),
+        _p(found.p_corrected),
+        "–" if difference.mcnemar_p is None else _p(difference.mcnemar_p),
+        f"{difference.num_gained:,}",
+        f"{difference.num_lost:,}",
+    )
 
 
 def _score_table(board: Scoreboard, *, with_intervals: bool) -> Table:
-    """One row a metric, one column a model; as one row a model on the page, so that bars compare models."""
-    rows: list[tuple[str | Cell, ...]] = []
-    for metric in board.metrics:
-        cells = [board.score(model, metric) for model in board.models]
-        rows.append((metric, *(_score_cell(cell, with_intervals) for cell in cells)))
+    rows: list[tuple[str | Cell, ...]] = [
+        (metric, *(_score_cell(board.score(model, metric), with_intervals) for model in board.models))
+        for metric in board.metrics
+    ]
     if board.bleu:
         rows.append(("bleu", *(f"{100 * score:.1f}" for score, _ in board.bleu.values())))
-    note = (
-        "BLEU is of the corpus, without an interval, and not for ranking models by short answers: "
-        + "; ".join(sorted({signature for _, signature in board.bleu.values()}))
-    )
+    signatures = "; ".join(sorted({signature for _, signature in board.bleu.values()}))
+    note = f"BLEU is of the corpus, without an interval; by short answers it ranks nothing. {signatures}"
     return Table(
         title="Scores",
         columns=(Column("metric"), *(Column(model, True) for model in board.models)),
@@ -317,61 +316,59 @@ def _score_cell(interval: Interval, with_intervals: bool) -> str | Cell:
 
 
 def _breakdown_table(board: Scoreboard, kind: str) -> Table:
+    """One row for each group and model, with the difference to the first model."""
     metric = board.metrics[0]
-    base = board.models[0]
+    base, *others = board.models
     rows: list[tuple[str | Cell, ...]] = []
     for group in board.groups(kind):
-        intervals = {model: board.score(model, metric, kind, group) for model in board.models}
-        for model, interval in intervals.items():
-            name = f"{group}: {model}" if len(board.models) > 1 else group
-            row: tuple[str | Cell, ...] = (name, f"{interval.num_samples:,}", _score_cell(interval, True))
-            if len(board.models) > 1:
-                found = None if model == base else board.difference(model, metric, kind, group)
-                row += (
-                    ("", "", "")
-                    if found is None
-                    else (
-                        _points(found.difference.mean),
-                        _p(found.p_corrected).removeprefix("p = ").removeprefix("p "),
-                        found.verdict,
-                    )
-                )
-            rows.append(row)
-    columns = [Column(kind), Column("samples", True), Column(metric, True)]
-    if len(board.models) > 1:
-        columns += [Column("points", True), Column("p", True), Column("verdict")]
-    note = (
-        "p-values are corrected by Holm for all comparisons of this table." if len(board.models) > 1 else ""
+        for model in board.models:
+            interval = board.score(model, metric, kind, group)
+            row = (
+                f"{group}: {model}" if others else group,
+                f"{interval.num_samples:,}",
+                _score_cell(interval, True),
+            )
+            if model != base:
+                found = board.difference(model, metric, kind, group)
+                rows.append((*row, _points(found.difference.mean), _p(found.p_corrected), found.verdict))
+            else:
+                rows.append((*row, "", "", "") if others else row)
+    compared = (Column("points", True), Column("p", True), Column("verdict"))
+    return Table(
+        title=f"By {kind}",
+        columns=(Column(kind), Column("samples", True), Column(metric, True), *(compared if others else ())),
+        rows=tuple(rows),
+        note="p is corrected by Holm for all comparisons of this table." if others else "",
     )
-    return Table(title=f"By {kind}", columns=tuple(columns), rows=tuple(rows), note=note)
 
 
 def _speed_table(results: Results, *, short: bool = False) -> Table:
-    points = sorted(results.speed, key=lambda point: (point.load, list(results.models).index(point.model)))
-    has_price = results.price_per_hour is not None
-    columns = [
-        Column("model"), Column("load", True), Column("requests/s", True), Column("tokens/s", True),
-        Column("TTFT p50" if short else "first text, ms: p50 / p90 / p99", True),
-        Column("latency p50" if short else "latency, ms: p50 / p90 / p99", True),
-    ]  # fmt: skip
-    columns += [Column("failed", True)] if any(point.num_failed for point in points) else []
-    columns += [Column("per 1,000", True)] if has_price else []
+    """One row for each load and model; the short one fits a terminal."""
+    order = list(results.models)
+    points = sorted(results.speed, key=lambda point: (point.load, order.index(point.model)))
+    has_failed = any(point.num_failed for point in points)
+    price = results.price_per_hour
+    suffix = "p50" if short else "ms: p50 / p90 / p99"
+    columns = [Column("model")]
+    columns += [Column(label, True) for label in ("load", "requests/s", "tokens/s")]
+    columns += [Column(f"{label} {suffix}", True) for label in ("first text,", "latency,")]
+    columns += [Column("failed", True)] if has_failed else []
+    columns += [Column("per 1,000", True)] if price is not None else []
     rows = []
     for point in points:
-        times = [_times(found, short) for found in (point.ttft_ms, point.latency_ms)]
         row = [
-            point.model, f"{point.load:g}", format_rate(point.requests_per_s), format_rate(point.tokens_per_s),
-            *times,
-        ]  # fmt: skip
-        if any(other.num_failed for other in points):
-            row.append(f"{point.num_failed:,}")
-        if results.price_per_hour is not None:
-            row.append(f"{results.price_per_hour / 3600 * 1000 / point.requests_per_s:.4g}")
+            point.model,
+            f"{point.load:g}",
+            format_rate(point.requests_per_s),
+            format_rate(point.tokens_per_s),
+        ]
+        row += [_times(found, short) for found in (point.ttft_ms, point.latency_ms)]
+        row += [f"{point.num_failed:,}"] if has_failed else []
+        row += [] if price is None else [f"{price / 3600 * 1000 / point.requests_per_s:.4g}"]
         rows.append(tuple(row))
-    kind = points[0].kind if points else ""
-    note = f"Load: {kind}. {points[0].num_requests:,} streamed requests each, after a warm-up that does not count."
-    if has_price:
-        note += f" Cost of 1,000 samples at {results.price_per_hour:g} an hour."
+    note = f"Load: {points[0].kind}. {points[0].num_requests:,} streamed requests each, after a warm-up."
+    if price is not None:
+        note += f" Cost of 1,000 samples at {price:g} an hour."
     return Table(title="Speed", columns=tuple(columns), rows=tuple(rows), note=note)
 
 
@@ -382,28 +379,29 @@ def _times(found: Percentiles | None, short: bool) -> str:
 
 
 def _speed_plots(results: Results) -> list[Plot]:
-    """Latency against throughput: each load is a dot, each model a line."""
-    models = [name for name in results.models if any(point.model == name for point in results.speed)]
+    """Draw latency against throughput: each load is a dot, each model a line."""
     if len({point.load for point in results.speed}) < 2:
         return []
 
-    def series(place: int) -> tuple[Series, ...]:
-        found = []
-        for model in models:
-            points = [point for point in results.speed if point.model == model and point.latency_ms]
-            found.append(
-                Series(
-                    name=model, style="dots",
-                    points=tuple((point.requests_per_s, point.latency_ms[place] / 1000) for point in points if point.latency_ms),
-                )
-            )  # fmt: skip
-        return tuple(found)
+    def series(model: str, place: int) -> Series:
+        points = tuple(
+            (point.requests_per_s, point.latency_ms[place] / 1000)
+            for point in results.speed
+            if point.model == model and point.latency_ms is not None
+        )
+        return Series(name=model, points=points, style="dots")
 
+    models = list(dict.fromkeys(point.model for point in results.speed))
     return [
-        Plot(title=f"Latency against throughput, {name}", x_label="requests/s", y_label="latency, s",
-             series=series(place), y_include=(0.0,))
+        Plot(
+            title=f"Latency against throughput, {name}",
+            x_label="requests/s",
+            y_label="latency, s",
+            series=tuple(series(model, place) for model in models),
+            y_include=(0.0,),
+        )
         for name, place in (("median", 0), ("p99", 2))
-    ]  # fmt: skip
+    ]
 
 
 def _model_table(results: Results) -> Table:
@@ -425,4 +423,4 @@ def _range(difference: Difference) -> str:
 
 
 def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

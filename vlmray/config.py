@@ -541,6 +541,8 @@ class BenchmarkConfig(QuestionsConfig):
         _at_least(self, 0, "temperature", "speed_samples", "price_per_hour", "gpus_per_replica")
         if self.offline and (self.endpoint or self.request_rate):
             raise ValueError("--offline asks no server; leave out --endpoint and --request_rate")
+        if "://" in self.output_dir:
+            raise ValueError(f"--output_dir {self.output_dir} must be a local folder")
         if self.metrics == "none" and (self.offline or not self.speed_samples):
             raise ValueError("--metrics none leaves nothing to do without a measurement of speed")
         if self.metrics == "none" and self.baseline:

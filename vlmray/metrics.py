@@ -12,6 +12,7 @@ any of them to code that takes metrics of the `evaluate` library.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 import string
@@ -148,7 +149,8 @@ def rouge(prediction: str, answer: str) -> float:
     """Score ROUGE-L: the F1 of the longest common subsequence of words, without stemming.
 
     Source: the package rouge-score, as `evaluate` and TRL's examples use it. On answers of one word it is
-    0 or 1: good for sentences, not for ranking models on ChartQA.
+    0 or 1: good for sentences, not for ranking models on ChartQA. Words are runs of a-z and 0-9; a text
+    without any scores 0, even against itself.
 
     >>> round(rouge("the tall red bar", "the red bar"), 3)
     0.857
@@ -231,6 +233,7 @@ def choice_accuracy(prediction: str, answer: str) -> float:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
+    logging.getLogger("absl").setLevel(logging.WARNING)  # it announces its tokenizer
     return RougeScorer(["rougeL"])
 
 

@@ -159,8 +159,10 @@ def _by_image(
         raise ValueError(f"{len(values)} scores and {len(images)} images; expected as many")
     places: dict[Any, int] = {}
     index = np.array([places.setdefault(image, len(places)) for image in images])
-    ones = np.ones_like(values)
-    return np.bincount(index, values, len(places)), np.bincount(index, ones, len(places))
+    sums, counts = np.zeros(len(places)), np.zeros(len(places))
+    np.add.at(sums, index, values)
+    np.add.at(counts, index, 1)
+    return sums, counts
 
 
 def _bootstrap(

@@ -1,0 +1,107 @@
+"""The scoreboard: what counts, what is compared with what, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from vlmray.scoreboard import SampleFacts, answer_type, score_models
+
+
+def sample(index: int, **facts: Any) -> SampleFacts:
+    facts = {
+        "answers": ("4",),
+        "family": "count",
+        "image": f"chart-{index // 2}",
+        "num_pixels": 30_000,
+    } | facts
+    return SampleFacts(sample_id=f"test-{index:06}", question="How many?", **facts)
+
+
+def answers(samples: list[SampleFacts], *predictions: str | None) -> dict[str, dict[str, Any]]:
+    return {
+        each.sample_id: {"prediction": text, "error": None if text is not None else "broken"}
+        for each, text in zip(samples, predictions, strict=True)
+    }
+
+
+def test_scores_are_means_and_failures_are_wrong() -> None:
+    samples = [sample(0), sample(1), sample(2), sample(3)]
+    board = score_models(samples, {"base": answers(samples, "4", "5", None, "4")}, ["exact_match"])
+    found = board.score("base", "exact_match")
+    assert (found.mean, found.num_samples, found.num_images) == (0.5, 4, 2)
+    assert board.differences == ()
+
+
+def test_rows_without_answers_count_nowhere() -> None:
+    samples = [sample(0), sample(1, answers=())]
+    board = score_models(samples, {"base": answers(samples, "4", "4")}, ["exact_match"])
+    assert (board.num_samples, board.score("base", "exact_match").mean) == (1, 1.0)
+    with pytest.raises(ValueError, match="no sample has an answer"):
+        score_models([samples[1]], {"base": answers([samples[1]], "4")}, ["exact_match"])
+
+
+def test_a_change_in_one_family_is_found_there_and_not_elsewhere() -> None:
+    samples = [sample(index, family="count" if index % 2 else "naming") for index in range(80)]
+    base = answers(samples, *["4" if index % 2 else "5" for index in range(80)])
+    tuned = answers(samples, *["4"] * 80)
+    board = score_models(samples, {"base": base, "tuned": tuned}, ["exact_match", "anls"])
+    naming = board.difference("tuned", "exact_match", "family", "naming")
+    assert naming.verdict == "better"
+    assert (naming.difference.mean, naming.difference.num_gained) == (1.0, 40)
+    assert board.difference("tuned", "exact_match", "family", "count").verdict == "no significant change"
+    assert board.difference("tuned", "exact_match").difference.mean == 0.5
+    assert board.score("tuned", "exact_match", "family", "naming").mean == 1.0
+    assert {score.metric for score in board.scores if score.kind != "all"} == {"exact_match"}
+    worse = score_models(samples, {"tuned": tuned, "base": base}, ["exact_match"])
+    assert worse.difference("base", "exact_match").verdict == "worse"
+
+
+def test_asking_of_more_models_asks_for_more_evidence() -> None:
+    samples = [sample(index, image=None) for index in range(40)]
+    base = answers(samples, *["5"] * 40)
+    slightly = answers(samples, *["4" if index < 6 else "5" for index in range(40)])
+    alone = score_models(samples, {"base": base, "one": slightly}, ["exact_match"])
+    many = {"base": base, "one": slightly, "two": base, "three": base, "four": base}
+    beside = score_models(samples, many, ["exact_match"])
+    assert alone.difference("one", "exact_match").verdict == "better"
+    assert beside.difference("one", "exact_match").verdict == "no significant change"
+    assert beside.difference("one", "exact_match").p_corrected == pytest.approx(
+        4 * alone.difference("one", "exact_match").p_corrected, rel=0.2
+    )
+
+
+def test_breakdowns_are_there_where_they_tell_samples_apart() -> None:
+    samples = [sample(0), sample(1)]
+    assert score_models(samples, {"a": answers(samples, "4", "4")}, ["exact_match"]).kinds == []
+    samples = [sample(0), sample(1, answers=("yes",), family="human", num_pixels=2_000_000)]
+    board = score_models(samples, {"a": answers(samples, "4", "no")}, ["exact_match"])
+    assert board.kinds == ["family", "answer", "image size"]
+    assert board.groups("answer") == ["number", "yes or no"]
+    assert board.groups("image size") == ["below 0.25 megapixels", "above 1 megapixel"]
+    without = [dataclasses.replace(each, num_pixels=None) for each in samples]
+    assert (
+        "image size" not in score_models(without, {"a": answers(samples, "4", "no")}, ["exact_match"]).kinds
+    )
+
+
+def test_bleu_is_of_the_corpus_and_signed() -> None:
+    samples = [sample(0, answers=("the red bar is tall",)), sample(1, answers=("blue",))]
+    board = score_models(
+        samples, {"a": answers(samples, "the red bar is tall", "blue")}, ["exact_match", "bleu"]
+    )
+    score, signature = board.bleu["a"]
+    assert score == pytest.approx(1.0)
+    assert "version" in signature
+    assert board.metrics == ("exact_match",)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [("Yes", "yes or no"), ("12", "number"), ("-3.5%", "number"), ("$1,000", "number"), ("2019 Q1", "words"),
+     ("Blue", "words")],
+)  # fmt: skip
+def test_answer_types(answer: str, kind: str) -> None:
+    assert answer_type([answer, "no"]) == kind
