@@ -100,7 +100,9 @@ def test_speed_is_measured_by_model_and_load(compared: tuple[Path, Results]) -> 
         for percentiles in (point.ttft_ms, point.latency_ms):
             assert percentiles is not None
             assert sorted(percentiles) == list(percentiles)
-        assert point.ttft_ms and point.latency_ms and point.ttft_ms[0] <= point.latency_ms[0]
+        assert point.ttft_ms is not None
+        assert point.latency_ms is not None
+        assert point.ttft_ms[0] <= point.latency_ms[0]
 
 
 def test_offline_gives_the_same_answers(
@@ -146,7 +148,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(predictions(folder)) == 320
-    assert len(log.read_text().splitlines()) - num_asked == 160 - kept
+    # What was written is not asked again; up to 8 requests in flight were still answered, for nobody.
+    assert 160 - kept <= len(log.read_text().splitlines()) - num_asked <= 160 - kept + 8
     whole = tmp_path / "whole"
     run(whole, models=models, dataset_name="charts?num_rows=160&seed=3")
     assert predictions(whole) == predictions(folder)
@@ -206,7 +209,7 @@ def test_speed_alone_needs_no_answers(server: Server, tmp_path: Path) -> None:
         "models": "mine=fake?latency_s=0.01",
         "dataset_name": str(data),
     }
-    with pytest.raises(ValueError, match="has no answers to compare with .* pass --metrics none"):
+    with pytest.raises(ValueError, match=r"has no answers to compare with .* pass --metrics none"):
         plan_benchmark(config(tmp_path / "scored", **options))
     results = run(tmp_path / "speed", **options, metrics="none", speed_samples=8, concurrency="2")
     assert results.board is None
@@ -238,7 +241,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
         async with Endpoint("http://127.0.0.1:9") as endpoint:
             return await endpoint.models()
 
-    with pytest.raises(EndpointError, match="http://127.0.0.1:9 does not list its models"):
+    with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9 does not list its models"):
         asyncio.run(ask())
 
 
@@ -260,7 +263,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
         (f"--models base={FAKE} --request_rate fast", "--request_rate must be numbers above 0"),
         (f"--models base={FAKE} --offline --endpoint http://127.0.0.1:9", "--offline asks no server"),
         (f"--models base={FAKE} --metrics none --speed_samples 0", "leaves nothing to do"),
-        (f"--models base={FAKE} --model_id builtin", "unrecognized arguments: --model_id builtin"),
+        (f"--models base={FAKE} --model_id builtin", "unknown option --model_id; did you mean --models?"),
         (f"--models base={FAKE} --sample_slices [5000:]", "the split has"),
         (f"--models base={FAKE} --output_dir s3://bucket/x", "must be a local folder"),
         ("--engine transformers --models base=./nowhere", "./nowhere"),

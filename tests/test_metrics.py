@@ -160,8 +160,9 @@ def _adversarial_text(rng: random.Random) -> str:
     number *= rng.choice([1, 1, 1, 1.05, 0.95, 1.0500001, -1])
     return rng.choice(
         [
-            f"{number:g}", f"{number:g}%", f"{number}%%", f"{number:,}", f" {number:g} ", f"{number:g}.", "nan",
-            "inf", "-inf", "1_000", "", " ", "Yes", "no", "No.", "é", "İ", "ß", "the  bar", "The bar", "bar",
+            f"{number:g}", f"{number:g}%", f"{number}%%", f"{number:,}", f" {number:g} ", f"{number:g}.",
+            "nan", "inf", "-inf", "1_000", "", " ", "Yes", "no", "No.", "é", "İ", "ß", "the  bar", "The bar",
+            "bar",
             "٣", "1e400", "%", "+5", "5 %", "\t5\n", "0", "0.0", "-0", "New\u00a0York", "new york",
         ]
     )  # fmt: skip

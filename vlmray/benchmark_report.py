@@ -198,7 +198,8 @@ def render_benchmark_html(results: Results) -> str:
         title, note = _GALLERIES[kind]
         if items and board is not None:
             base, other = board.models[0], board.models[1 if len(board.models) > 1 else 0]
-            shown = f" {len(items)} of {number:,}." if len(items) < number else ""
+            shown = f" The prediction is that of {other}."
+            shown += f" {len(items)} of {number:,} are shown." if len(items) < number else ""
             sections.append(
                 Gallery(title=title, items=tuple(items), note=note.format(base=base, other=other) + shown)
             )
@@ -262,8 +263,8 @@ def _verdict_table(results: Results) -> Table:
         note=(
             "The first metric decides. Intervals: 95 %, bootstrap over images. p: paired permutation test "
             f"over images, corrected by Holm where several models are compared; below {ALPHA:.2f} it is a "
-            "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one image for "
-            "independent."
+            "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one "
+            "image for independent."
         ),
     )
 
