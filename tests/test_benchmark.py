@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from running import ROOT, wait_until
@@ -156,6 +158,24 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     names = ("verdicts", "scores", "differences", "bleu", "dataset", "prompt")
     reports = [json.loads((each / "results.json").read_text()) for each in (folder, whole)]
     assert [reports[0][name] for name in names] == [reports[1][name] for name in names]
+
+
+def test_a_killed_replica_changes_no_answer(tmp_path: Path) -> None:
+    models = "base=fake?latency_s=0.02,other=fake?latency_s=0.02&answer=no"
+    options = {"models": models, "dataset_name": "charts?num_rows=200&seed=4", "num_replicas": "2"}
+    with ThreadPoolExecutor(1) as pool:
+        results = pool.submit(run, tmp_path / "killed", **options)
+        wait_until(lambda: list((tmp_path / "killed" / "base" / "predictions").glob("part-*")))
+        victim = next(
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"]
+            and process.info["cmdline"][0].startswith("ray::ServeReplica:vlmray:model")
+        )
+        victim.kill()
+        assert results.result().num_answered == 400
+    run(tmp_path / "whole", **options, offline=True)
+    assert predictions(tmp_path / "killed") == predictions(tmp_path / "whole")
 
 
 def test_an_earlier_run_is_a_baseline_for_the_same_samples(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
     torch.manual_seed(0)
     pad, row, penalty = 7, torch.tensor([[1, 2, 2, 11]]), 1.3  # 11 is outside the vocabulary of 10
     padded = torch.cat([torch.full((1, 3), pad), row], dim=1)
-    ours = RowwiseLogitsProcessor([GenerationRequest(request_id="a", messages=[])], [3], penalty)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    ours = RowwiseLogitsProcessor([GenerationRequest(request_id="a", messages=[])], mask, penalty)
     reference = RepetitionPenaltyLogitsProcessor(penalty)
     for token in (5, 7, 1):
         scores = torch.randn(1, 10)
@@ -56,7 +57,7 @@ def test_greedy_rows_are_not_touched() -> None:
         GenerationRequest(request_id="sampled", messages=[], max_new_tokens=3, temperature=1.0),
     ]
     ids, scores = torch.zeros(3, 4, dtype=torch.long), torch.arange(30.0).view(3, 10)
-    changed = RowwiseLogitsProcessor(rows, [0, 0, 0])(ids, scores)
+    changed = RowwiseLogitsProcessor(rows, torch.ones_like(ids))(ids, scores)
     assert [bool((changed[row] != scores[row]).any()) for row in range(3)] == [False, False, True]
 
 

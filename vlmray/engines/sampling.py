@@ -27,18 +27,18 @@ class RowwiseLogitsProcessor(LogitsProcessor):
 
     Args:
         requests: The rows of the batch, B in order.
-        num_padding: Padding tokens on the left of each row.
+        attention_mask: (B, T) of the prompts, 0 for padding.
         repetition_penalty: As in the model's generation config; 1 is none.
     """
 
     def __init__(
         self,
         requests: Sequence[GenerationRequest],
-        num_padding: Sequence[int],
+        attention_mask: torch.Tensor,
         repetition_penalty: float = 1.0,
     ) -> None:
         self.requests = list(requests)
-        self.num_padding = list(num_padding)
+        self.attention_mask = attention_mask
         self.repetition_penalty = repetition_penalty
         self._num_prompt_tokens: int | None = None
         self._seen: torch.Tensor | None = None
@@ -61,10 +61,8 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         """Lower the score of every token of the row, prompt included, padding left out."""
         vocab_size = scores.shape[1]
         if self._seen is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            padding = torch.tensor(self.num_padding, device=input_ids.device)
             # Padding, and placeholder ids beyond the output vocabulary, go to one spare column.
-            new = torch.where(positions >= padding[:, None], input_ids, vocab_size).clamp(max=vocab_size)
+            new = torch.where(self.attention_mask.bool(), input_ids, vocab_size).clamp(max=vocab_size)
             self._seen = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
         else:
             new = input_ids[:, -1:].clamp(max=vocab_size)

@@ -1,12 +1,15 @@
 """The engine over `transformers`: exact, batched, and at home on any device.
 
-    requests -> prompts -> longest first -> batches -> encode ahead -> generate -> completions
+    requests -> prompts -> longest first -> batches -> encode ahead -> prefill, generate -> completions
 
 Each row is encoded alone (so a bad one is found alone), on threads that work one batch ahead of the model,
-and rows meet only in the left-padded tensors of their batch. Encoded images are decoded on these threads
-too. It covers decoder-only image-text-to-text models; video and audio it does not.
+and rows meet only in the padded tensors of their batch. Encoded images are decoded on these threads too.
+Rows that begin alike, with the same images after the same system prompt, are kept together: what they begin
+with is encoded once and goes through the model once, and its keys and values are copied for each of them.
+It covers decoder-only image-text-to-text models; video and audio it does not.
 
-Shapes: `B` rows of a batch, `T` tokens of the longest row, `P` patches or images of all rows.
+Shapes: `B` rows of a batch, `G` beginnings among them, `T` tokens of the longest row, `P` patches or images
+of all rows.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import copy
 import functools
 import gc
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +30,7 @@ from PIL.Image import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vlmray.checkpoints import check_adapter_folder
-from vlmray.encoding import encode_text, join_rows, row_signature
+from vlmray.encoding import chain_segments, encode_text, join_rows, row_signature
 from vlmray.engines.answers import Answer
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
@@ -42,6 +45,9 @@ from vlmray.model import (
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
+_SHARES_PREFIX = ("qwen2_5_vl",)
+"""Model types for which copied beginnings are known to give the answers of whole rows (see the tests)."""
+
 _PIXELS_PER_TOKEN = 28 * 28  # a guess for ordering rows, where the image processor does not tell
 
 
@@ -55,7 +61,17 @@ class _Row:
     num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
+    head: tuple[Any, ...] | None = None
+    """What it begins with: adapter, text up to the last image, and the images; None where that is not
+    shared with other rows."""
+
+    tail: str = ""
+    """The rest of the prompt."""
+
+    encoded_head: Future[dict[str, torch.Tensor]] | None = None
     encoded: Future[dict[str, torch.Tensor]] | None = None
+    """The rest of the row; all of it, where there is no head."""
+
     answer: Answer | None = None
     completion: Completion | None = None
     num_prompt_tokens: int = 0
@@ -65,6 +81,21 @@ class _Row:
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """The encoded row; raises what encoding raised."""
+        return (
+            self.tail_inputs
+            if self.encoded_head is None
+            else chain_segments([self.head_inputs, self.tail_inputs])
+        )
+
+    @property
+    def head_inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded beginning."""
+        assert self.encoded_head is not None
+        return self.encoded_head.result()
+
+    @property
+    def tail_inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded rest."""
         assert self.encoded is not None
         return self.encoded.result()
 
@@ -99,6 +130,7 @@ class TransformersEngine:
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
         self._num_loaded = 0
         self._may_mix = True
+        self._shares_prefix = model.config.model_type in _SHARES_PREFIX
         self._token_budget: int | None = None
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
@@ -178,8 +210,7 @@ class TransformersEngine:
                 listener.end(row, failed_completion(error))
             else:
                 rows.append(row)
-        # Longest first: the largest batch comes while memory is least fragmented, and fails early.
-        rows.sort(key=lambda row: (self._group(row), -row.num_tokens))
+        self._sort(rows)
         self._answer(deque(rows), listener)
         return [row.completion for row in opened if row.completion is not None]
 
@@ -200,6 +231,26 @@ class TransformersEngine:
         row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
         row.num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
 
+        if self._shares_prefix and request.images:
+            head, token, row.tail = row.prompt.rpartition(self.processor.image_token)
+            images = (image if isinstance(image, bytes) else id(image) for image in request.images)
+            row.head = (self._adapters[request.adapter], head + token, *images)
+
+    def _sort(self, rows: list[_Row]) -> None:
+        """Put the longest first, next to those with the same beginning.
+
+        The largest batch comes while memory is least fragmented, and fails early.
+        """
+        first: dict[Any, _Row] = {}  # the longest of each beginning
+        for row in sorted(rows, key=lambda row: -row.num_tokens):
+            first.setdefault(row.head or row.index, row)
+
+        def place(row: _Row) -> tuple[str, int, int, int]:
+            leader = first[row.head or row.index]
+            return self._group(row), -leader.num_tokens, leader.index, -row.num_tokens
+
+        rows.sort(key=place)
+
     def _count_visual_tokens(self, image: Image | bytes) -> int:
         width, height = image_size(image)
         image_processor = self.processor.image_processor
@@ -210,9 +261,12 @@ class TransformersEngine:
 
     def _answer(self, queue: deque[_Row], listener: _Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
+        heads: dict[Any, Future[dict[str, torch.Tensor]]] = {}
         while queue:
             batch = self._take_batch(queue)
-            self._start_encoding([*batch, *islice(queue, self.batch_size)])
+            near = [*batch, *islice(queue, self.batch_size)]
+            heads = {row.head: heads[row.head] for row in near if row.head in heads}
+            self._start_encoding(near, heads)
             ready: dict[Any, list[_Row]] = {}
             for row in batch:
                 try:
@@ -233,15 +287,25 @@ class TransformersEngine:
             batch.append(queue.popleft())
         return batch
 
-    def _start_encoding(self, rows: Sequence[_Row]) -> None:
+    def _start_encoding(
+        self, rows: Sequence[_Row], heads: dict[Any, Future[dict[str, torch.Tensor]]]
+    ) -> None:
+        """Encode rows on the threads; what several begin with, once."""
         for row in rows:
-            if row.encoded is None:
-                row.encoded = self._encoders.submit(self._encode, row)
+            if row.encoded is not None:
+                continue
+            if row.head is None:
+                row.encoded = self._encoders.submit(self._encode, row.prompt, row.request.images)
+                continue
+            if row.head not in heads:
+                heads[row.head] = self._encoders.submit(self._encode, row.head[1], row.request.images)
+            row.encoded_head = heads[row.head]
+            row.encoded = self._encoders.submit(self._encode, row.tail, ())
 
-    def _encode(self, row: _Row) -> dict[str, torch.Tensor]:
-        """Turn one row into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
-        images = [self._decode(image) if isinstance(image, bytes) else image for image in row.request.images]
-        return encode_text(self.processor, row.prompt, images)
+    def _encode(self, text: str, images: Sequence[Image | bytes]) -> dict[str, torch.Tensor]:
+        """Turn a text and its images into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
+        decoded = [self._decode(image) if isinstance(image, bytes) else image for image in images]
+        return encode_text(self.processor, text, decoded)
 
     def _run_or_halve(self, rows: list[_Row], listener: _Listener) -> None:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
@@ -269,12 +333,7 @@ class TransformersEngine:
 
     def _run(self, rows: list[_Row], listener: _Listener) -> None:
         """Generate for rows that share a forward pass."""
-        inputs = join_rows(
-            [row.inputs for row in rows], pad_id=self.processor.tokenizer.pad_token_id, side="left"
-        )
         requests = [row.request for row in rows]
-        num_tokens = inputs["input_ids"].shape[1]
-        num_padding = [num_tokens - row.inputs["input_ids"].shape[1] for row in rows]
         config = copy.deepcopy(self.model.generation_config)
         penalty = config.repetition_penalty or 1.0
         config.update(
@@ -284,22 +343,56 @@ class TransformersEngine:
             **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
         )
         end_ids = _end_ids(config)
-        for row, padding in zip(rows, num_padding, strict=True):
-            row.num_prompt_tokens = num_tokens - padding
+        for row in rows:
+            row.num_prompt_tokens = row.inputs["input_ids"].shape[1]
             row.answer = Answer(
                 self.processor.tokenizer, row.request.max_new_tokens, end_ids, row.request.stop
             )
         read = functools.partial(_read_token, rows, listener)
+        with torch.inference_mode():
+            inputs = self._prefill(rows) if self._has_common_heads(rows) else self._join(rows)
         with torch.inference_mode(), self._use_adapters(rows) as options:
             self.model.generate(
-                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+                **inputs,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(
-                    [RowwiseLogitsProcessor(requests, num_padding, penalty)]
+                    [RowwiseLogitsProcessor(requests, inputs["attention_mask"], penalty)]
                 ),
                 stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(len(rows), read)]),
                 **options,
             )
+
+    def _join(self, rows: list[_Row], part: Callable[[_Row], Any] = lambda row: row.inputs) -> dict[str, Any]:
+        """Pad rows, or a part of each, on the left, and put them on the model's device."""
+        pad_id = self.processor.tokenizer.pad_token_id
+        inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _has_common_heads(self, rows: list[_Row]) -> bool:
+        heads = {row.head for row in rows}
+        return None not in heads and len(heads) < len(rows)
+
+    def _prefill(self, rows: list[_Row]) -> dict[str, Any]:
+        """Run what rows begin with through the model, once each; return what `generate` goes on from.
+
+        Every row is its beginning, padded on the left, and its rest, padded in between: attention skips
+        the padding, and positions are counted without it.
+        """
+        leaders = list({row.head: row for row in reversed(rows)}.values())
+        place = {row.head: index for index, row in enumerate(leaders)}
+        copies = torch.tensor([place[row.head] for row in rows], device=self.model.device)
+        heads = self._join(leaders, lambda row: row.head_inputs)
+        tails = self._join(rows, lambda row: row.tail_inputs)
+        with self._use_adapters(leaders) as options:
+            cache = self.model(**heads, **options, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_select_indices(copies)
+        inner = self.model.get_base_model().model if is_peft_model(self.model) else self.model.model
+        inner.rope_deltas = inner.rope_deltas[copies]  # from here on, positions are counted by one
+        whole = {
+            name: torch.cat([heads[name][copies], tails[name]], dim=1)
+            for name in ("input_ids", "attention_mask")
+        }
+        return {**whole, "past_key_values": cache}
 
     @contextlib.contextmanager
     def _use_adapters(self, rows: list[_Row]) -> Iterator[dict[str, Any]]:
@@ -339,7 +432,7 @@ class _Listener:
 
     def end(self, row: _Row, completion: Completion) -> None:
         """Close a row."""
-        row.encoded = None  # pixels are large and needed no more
+        row.encoded = row.encoded_head = None  # pixels are large and needed no more
         row.completion = completion
         if self.on_end is not None:
             self.on_end(row.index, completion)
