@@ -73,6 +73,14 @@ def test_equal_answers_are_no_difference() -> None:
     assert found.mcnemar_p is None  # 0.5 is neither right nor wrong
 
 
+def test_one_changed_image_is_no_evidence() -> None:
+    found = paired_difference([0.0] * 20, [1.0] + [0.0] * 19, range(20))
+    assert (found.p_value, found.mcnemar_p, found.num_gained) == (1.0, 1.0, 1)
+    assert found.low == 0 < found.high
+    alone = paired_difference([0.0], [1.0], ["only"])
+    assert (alone.low, alone.high, alone.p_value) == (-1.0, 1.0, 1.0)
+
+
 def test_what_is_lost_on_an_image_makes_up_for_what_is_gained_on_it() -> None:
     found = paired_difference([0.0, 1.0] * 8, [1.0, 0.0] * 8, [index // 2 for index in range(16)])
     assert (found.mean, found.p_value, found.num_gained, found.num_lost) == (0, 1, 8, 8)

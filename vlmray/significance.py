@@ -184,6 +184,8 @@ def _bootstrap(
 def _flip_signs(sums: NDArray[np.float64], num_resamples: int, seed: int) -> float:
     """Return the p-value of the difference when each image might as well have had the other sign."""
     changed = sums[sums != 0]  # the others are the same either way
+    if len(changed) == 1:
+        return 1.0  # as large either way
     result = stats.permutation_test(
         (changed,), lambda values, axis=-1: values.sum(axis=axis), permutation_type="samples",
         vectorized=True, n_resamples=num_resamples, batch=_BATCH, rng=np.random.default_rng(seed),
