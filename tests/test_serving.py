@@ -240,52 +240,6 @@ def answer_alone(engine: Any, row: dict[str, Any], adapter: str | None) -> str:
     return str(engine.generate([request])[0].text)
 
 
-@pytest.mark.usefixtures("server")  # which has stopped by now: one server at a time
-def test_load_starts_replicas_and_quiet_stops_them() -> None:
-    config = ServeConfig(
-        model_id="fake?latency_s=0.2", engine="fake", num_replicas="1,3", max_batch_size=2, port=8103,
-        target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=2, max_queued_requests=100,
-    )  # fmt: skip
-    with serve_app(config) as server:
-        client = make_client(server)
-        assert num_running() == 1
-        stop = threading.Event()
-
-        def load() -> None:
-            while not stop.is_set():
-                client.chat.completions.create(
-                    model=config.model_id, messages=[{"role": "user", "content": "hi"}]
-                )
-
-        with ThreadPoolExecutor(12) as pool:
-            loads = [pool.submit(load) for _ in range(12)]
-            try:
-                wait_for(lambda: num_running() == 3)
-            finally:
-                stop.set()
-            for each in loads:
-                each.result()
-        wait_for(lambda: num_running() == 1)
-
-
-@pytest.mark.usefixtures("server")
-def test_a_full_queue_is_refused_not_kept() -> None:
-    config = ServeConfig(
-        model_id="fake?latency_s=0.5", engine="fake", max_batch_size=1, max_queued_requests=1, port=8104
-    )
-    with serve_app(config) as server:
-
-        def answer(number: int) -> tuple[int, str | None]:
-            body = {"model": config.model_id, "messages": [{"role": "user", "content": str(number)}]}
-            response = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
-            return response.status_code, response.headers.get("retry-after")
-
-        with ThreadPoolExecutor(12) as pool:
-            statuses = list(pool.map(answer, range(12)))
-        assert set(statuses) == {(200, None), (503, "1")}
-        assert answer(0) == (200, None)
-
-
 def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: openai.OpenAI) -> None:
     """Through Serve's own proxy: 100 MB with and without a declared length, and huge or broken images."""
 
@@ -343,6 +297,52 @@ def huge_png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\x00" * 1_000_000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.usefixtures("server")  # which has stopped by now: one server at a time
+def test_load_starts_replicas_and_quiet_stops_them() -> None:
+    config = ServeConfig(
+        model_id="fake?latency_s=0.2", engine="fake", num_replicas="1,3", max_batch_size=2, port=8103,
+        target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=2, max_queued_requests=100,
+    )  # fmt: skip
+    with serve_app(config) as server:
+        client = make_client(server)
+        assert num_running() == 1
+        stop = threading.Event()
+
+        def load() -> None:
+            while not stop.is_set():
+                client.chat.completions.create(
+                    model=config.model_id, messages=[{"role": "user", "content": "hi"}]
+                )
+
+        with ThreadPoolExecutor(12) as pool:
+            loads = [pool.submit(load) for _ in range(12)]
+            try:
+                wait_for(lambda: num_running() == 3)
+            finally:
+                stop.set()
+            for each in loads:
+                each.result()
+        wait_for(lambda: num_running() == 1)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_full_queue_is_refused_not_kept() -> None:
+    config = ServeConfig(
+        model_id="fake?latency_s=0.5", engine="fake", max_batch_size=1, max_queued_requests=1, port=8104
+    )
+    with serve_app(config) as server:
+
+        def answer(number: int) -> tuple[int, str | None]:
+            body = {"model": config.model_id, "messages": [{"role": "user", "content": str(number)}]}
+            response = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            return response.status_code, response.headers.get("retry-after")
+
+        with ThreadPoolExecutor(12) as pool:
+            statuses = list(pool.map(answer, range(12)))
+        assert set(statuses) == {(200, None), (503, "1")}
+        assert answer(0) == (200, None)
 
 
 @pytest.mark.usefixtures("server")
