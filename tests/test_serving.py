@@ -201,45 +201,6 @@ def test_500_requests_are_each_answered_right_though_a_replica_is_killed(
     assert victim.pid not in [process.pid for process in replica_processes()]
 
 
-def test_adapters_come_at_run_time_and_make_room_for_each_other(
-    server: Server, adapters: dict[str, Path], tmp_path: Path, tiny_adapter: Path, inferred: list[str]
-) -> None:
-    """One server at a time fits on two CPUs, so this one follows on that of the module."""
-    server.stop()
-    rows = chart_rows()[:4]
-    config = ServeConfig(
-        model_id=BUILTIN, served_model_name="reader", adapter_dir=str(tmp_path), max_adapters=1, port=8102,
-        dtype="float32", max_new_tokens=32,
-    )  # fmt: skip
-    with serve_app(config) as changed:
-        client = make_client(changed)
-        assert [model.id for model in client.models.list()] == ["reader"]
-        assert [ask(client, row, "reader") for row in rows] == inferred[:4]
-        for name, path in {**adapters, "alien": tiny_adapter}.items():
-            shutil.copytree(path, tmp_path / name)
-        assert [model.id for model in client.models.list()] == ["reader", "alien", "first", "second"]
-        tasks = [(row, name) for _ in range(4) for row in rows for name in ("first", "second", "reader")]
-        with ThreadPoolExecutor(12) as pool:
-            found = list(pool.map(lambda task: ask(client, *task), tasks))
-        engine: Any = build_engine(engine="transformers", model_id=BUILTIN, dtype="float32")
-        for name, path in adapters.items():
-            engine.load_adapter(name, str(path))
-        assert found == [answer_alone(engine, row, None if name == "reader" else name) for row, name in tasks]
-        with pytest.raises(openai.BadRequestError, match=r"was made for .* and does not fit"):
-            ask(client, rows[0], "alien")
-        with pytest.raises(openai.BadRequestError, match=r"127\.0\.0\.1 is not a public address"):
-            ask(client, rows[0], "reader", url="http://127.0.0.1:9/a.png")
-
-
-def answer_alone(engine: Any, row: dict[str, Any], adapter: str | None) -> str:
-    parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-    request = GenerationRequest(
-        request_id="x", images=[row["image"]], max_new_tokens=32, adapter=adapter,
-        messages=[{"role": "user", "content": parts}],
-    )  # fmt: skip
-    return str(engine.generate([request])[0].text)
-
-
 def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: openai.OpenAI) -> None:
     """Through Serve's own proxy: 100 MB with and without a declared length, and huge or broken images."""
 
@@ -297,6 +258,45 @@ def huge_png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\x00" * 1_000_000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_adapters_come_at_run_time_and_make_room_for_each_other(
+    server: Server, adapters: dict[str, Path], tmp_path: Path, tiny_adapter: Path, inferred: list[str]
+) -> None:
+    """One server at a time fits on two CPUs, so this one follows on that of the module."""
+    server.stop()
+    rows = chart_rows()[:4]
+    config = ServeConfig(
+        model_id=BUILTIN, served_model_name="reader", adapter_dir=str(tmp_path), max_adapters=1, port=8102,
+        dtype="float32", max_new_tokens=32,
+    )  # fmt: skip
+    with serve_app(config) as changed:
+        client = make_client(changed)
+        assert [model.id for model in client.models.list()] == ["reader"]
+        assert [ask(client, row, "reader") for row in rows] == inferred[:4]
+        for name, path in {**adapters, "alien": tiny_adapter}.items():
+            shutil.copytree(path, tmp_path / name)
+        assert [model.id for model in client.models.list()] == ["reader", "alien", "first", "second"]
+        tasks = [(row, name) for _ in range(4) for row in rows for name in ("first", "second", "reader")]
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(lambda task: ask(client, *task), tasks))
+        engine: Any = build_engine(engine="transformers", model_id=BUILTIN, dtype="float32")
+        for name, path in adapters.items():
+            engine.load_adapter(name, str(path))
+        assert found == [answer_alone(engine, row, None if name == "reader" else name) for row, name in tasks]
+        with pytest.raises(openai.BadRequestError, match=r"was made for .* and does not fit"):
+            ask(client, rows[0], "alien")
+        with pytest.raises(openai.BadRequestError, match=r"127\.0\.0\.1 is not a public address"):
+            ask(client, rows[0], "reader", url="http://127.0.0.1:9/a.png")
+
+
+def answer_alone(engine: Any, row: dict[str, Any], adapter: str | None) -> str:
+    parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+    request = GenerationRequest(
+        request_id="x", images=[row["image"]], max_new_tokens=32, adapter=adapter,
+        messages=[{"role": "user", "content": parts}],
+    )  # fmt: skip
+    return str(engine.generate([request])[0].text)
 
 
 @pytest.mark.usefixtures("server")  # which has stopped by now: one server at a time
