@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import struct
 import threading
 import warnings
-import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +15,7 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
+from running import huge_png
 
 from vlmray.images import (
     FORMATS,
@@ -293,19 +292,9 @@ def test_broken_exif_does_not_cost_the_image() -> None:
 # Limits on pixels
 
 
-def _png_header(width: int, height: int) -> bytes:
-    """Build a PNG that claims a size in its first 33 bytes and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def test_too_many_pixels_are_refused_from_the_header() -> None:
     with pytest.raises(ImageError, match="image of 9000x9000 pixels exceeds the limit of 64000000 pixels"):
-        decode_image(_png_header(9000, 9000))
+        decode_image(huge_png(9000, 9000))
     with pytest.raises(ImageError, match="image of 4x2 pixels exceeds the limit of 7 pixels"):
         load_image_pil(_picture(), max_pixels=7)
     assert load_image_pil(PNG, max_pixels=8).size == (4, 2)
@@ -319,13 +308,13 @@ def test_pillows_own_limit_gives_the_same_error(side: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match=expected):
-            decode_image(_png_header(side, side))
+            decode_image(huge_png(side, side))
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_images_without_pixels() -> None:
     with pytest.raises(ImageError):
-        decode_image(_png_header(0, 5))
+        decode_image(huge_png(0, 5))
     with pytest.raises(ImageError, match="image of 0x5 pixels is empty"):
         load_image_pil(Image.new("RGB", (0, 5)))
 

@@ -10,12 +10,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler
@@ -28,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 from ray import serve
-from running import ROOT, http_server
+from running import ROOT, http_server, huge_png
 
 from vlmray.config import InferConfig, ServeConfig
 from vlmray.engines import build_engine
@@ -247,17 +245,6 @@ def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: ope
         assert elapsed_s < 10
         assert ask(client, row) == expected
     assert private_bytes() - before < 256 * 2**20
-
-
-def huge_png(width: int, height: int) -> bytes:
-    """A small file that says it has this many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\x00" * 1_000_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def test_adapters_come_at_run_time_and_make_room_for_each_other(

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from vlmray.checkpoints import cache_folder, check_adapter_folder, make_once
+from vlmray.config import NAME
 from vlmray.outputs import open_filesystem
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class AdapterCatalog:
@@ -67,7 +66,7 @@ class AdapterCatalog:
         """
         path = self.adapters.get(name)
         if path is None:
-            if self.adapter_dir is None or not _NAME.fullmatch(name):
+            if self.adapter_dir is None or not NAME.fullmatch(name):
                 raise FileNotFoundError(f"no adapter named {name!r}")
             path = f"{self.adapter_dir.rstrip('/')}/{name}"
         folder = _copy(path) if "://" in path else Path(path).expanduser()
@@ -82,7 +81,7 @@ class AdapterCatalog:
         folders = sorted(entry.path for entry in entries if entry.type == FileType.Directory)
         infos = filesystem.get_file_info([f"{folder}/{_CONFIG}" for folder in folders])
         names = [Path(info.path).parent.name for info in infos if info.is_file]
-        return [name for name in names if _NAME.fullmatch(name)]
+        return [name for name in names if NAME.fullmatch(name)]
 
 
 def _open(path: str) -> tuple[FileSystem, str]:

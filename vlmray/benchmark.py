@@ -14,10 +14,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from vlmray import __version__, metrics, stages
 from vlmray.benchmark_report import (
+    EARLIER,
     Results,
     SpeedPoint,
     format_markdown,
@@ -38,15 +38,22 @@ from vlmray.benchmark_report import (
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, ServeConfig
 from vlmray.endpoint import Endpoint, EndpointError, Timed
 from vlmray.images import ImageError, image_size
-from vlmray.inference import plan_inference, run_inference
+from vlmray.inference import check_errors, plan_inference, progress_bar, run_inference
 from vlmray.outputs import OutputDirectory
 from vlmray.page import GalleryItem
 from vlmray.pipeline import InferenceRun
 from vlmray.report import group_errors
 from vlmray.schema import GenerationRequest
-from vlmray.scoreboard import SampleFacts, Scoreboard, answer_type, score_models
+from vlmray.scoreboard import (
+    GroupDifference,
+    SampleFacts,
+    Scoreboard,
+    answer_type,
+    score_answer,
+    score_models,
+)
 from vlmray.serving import API_KEY, serve_app
-from vlmray.significance import Difference, paired_difference
+from vlmray.significance import paired_difference
 
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
 
@@ -133,19 +140,23 @@ def run_benchmark(benchmark: Benchmark) -> Results:
 
 
 def _plan(config: BenchmarkConfig, candidate: Candidate) -> InferenceRun:
-    shared = {field.name for field in dataclasses.fields(InferConfig)} & {
-        field.name for field in dataclasses.fields(config) if field.init
-    }
-    options = {name: getattr(config, name) for name in shared}
+    options = _shared_options(config, InferConfig)
     primary = _metric_names(config, None)[:1]
     options |= {
         "model_id": candidate.model_id,
         "adapter": candidate.adapter,
         "output_dir": f"{config.output_dir}/{candidate.name}",
         "output_format": "parquet",
-        "metric": primary[0] if primary and primary[0] != metrics.BLEU else None,
+        "metric": primary[0] if primary else None,
     }
     return plan_inference(InferConfig(**options), endpoint=config.endpoint)
+
+
+def _shared_options(config: BenchmarkConfig, config_class: type) -> dict[str, Any]:
+    """Return the options that another job has too."""
+    theirs = {field.name for field in dataclasses.fields(config_class)}
+    mine = {field.name for field in dataclasses.fields(config) if field.init}
+    return {name: getattr(config, name) for name in mine & theirs}
 
 
 def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:
@@ -182,7 +193,7 @@ def _read_facts(run: InferenceRun) -> Iterator[SampleFacts]:
 
 def _num_pixels(image: bytes | None) -> int | None:
     try:
-        return None if image is None else int(statistics.geometric_mean(image_size(image)) ** 2 + 0.5)
+        return None if image is None else math.prod(image_size(image))
     except ImageError:
         return None  # its row says why
 
@@ -215,20 +226,19 @@ def _server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Iterator[s
     group = [candidate for candidate in benchmark.candidates if candidate.name in names]
     adapters = [f"{candidate.name}={candidate.adapter}" for candidate in group if candidate.adapter]
     plain = [candidate.name for candidate in group if not candidate.adapter]
-    shared = {field.name for field in dataclasses.fields(ServeConfig)} & {
-        field.name for field in dataclasses.fields(config) if field.init
+    options = _shared_options(config, ServeConfig) | {
+        "model_id": base,
+        "served_model_name": plain[0] if plain else None,
+        "port": _free_port(),
+        "adapters": ",".join(adapters) or None,
+        "max_adapters": max(1, len(adapters)),
+        "max_batch_size": config.batch_size,
+        "max_queued_requests": 10 * max(config.most_in_flight, 64),
+        "max_new_tokens_limit": max(4096, config.max_new_tokens),
+        "drain_timeout_s": 5,
+        "log_level": "WARNING",
     }
-    options = {name: getattr(config, name) for name in shared - {"adapters", "log_level"}}
-    most = max(config.most_in_flight, 64)
-    server = serve_app(
-        ServeConfig(
-            **options, model_id=base, served_model_name=plain[0] if plain else None, port=_free_port(),
-            adapters=",".join(adapters) or None, max_adapters=max(1, len(adapters)),
-            max_batch_size=config.batch_size, max_queued_requests=10 * most,
-            max_new_tokens_limit=max(4096, config.max_new_tokens),
-            drain_timeout_s=5, log_level="WARNING",
-        )
-    )  # fmt: skip
+    server = serve_app(ServeConfig(**options))
     with server:
         yield server.url
 
@@ -261,11 +271,9 @@ async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], spee
             for name in names:
                 if benchmark.metrics:
                     await _answer(benchmark, endpoint, name, served_as[name])
-            for load in benchmark.config.loads() if benchmark.config.speed_samples else ():
-                for name in names:
-                    if not any((point.model, point.load) == (name, load) for point in speed):
-                        speed.append(await _measure(benchmark, endpoint, name, served_as[name], load))
-                        _write_speed(benchmark, speed)
+            for load, name in _to_measure(benchmark, names, speed):
+                speed.append(await _measure(benchmark, endpoint, name, served_as[name], load))
+                _write_speed(benchmark, speed)
     except EndpointError as error:
         raise BenchmarkError(str(error)) from error
 
@@ -299,16 +307,9 @@ async def _answer(benchmark: Benchmark, endpoint: Endpoint, name: str, served: s
         if finished:
             stages.save_rows(finished, run.folder)
         finished.clear()
-        limit = run.config.max_errors
-        if limit is not None and num_failed > limit:
-            raise BenchmarkError(f"{num_failed} rows failed, --max_errors allows {limit}")
+        check_errors(num_failed, run.config.max_errors)
 
-    done = len(run.selected) - len(run.pending)
-    interval = 0.2 if sys.stderr.isatty() else 15
-    with tqdm(
-        total=len(run.selected), initial=done, desc=name, unit=" samples", mininterval=interval,
-        dynamic_ncols=True, smoothing=0,
-    ) as bar:  # fmt: skip
+    with progress_bar(run, name) as bar:
         try:
             async for timed in endpoint.keep_asking(served, requests(), benchmark.config.most_in_flight):
                 row = flying[timed.index]
@@ -374,23 +375,28 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float, float] | None:
 
 
 def _is_unfinished(benchmark: Benchmark, name: str, speed: Sequence[SpeedPoint]) -> bool:
-    if benchmark.metrics and benchmark.runs[name].pending:
-        return True
+    has_questions = bool(benchmark.metrics and benchmark.runs[name].pending)
+    return has_questions or bool(_to_measure(benchmark, [name], speed))
+
+
+def _to_measure(
+    benchmark: Benchmark, names: Sequence[str], speed: Sequence[SpeedPoint]
+) -> list[tuple[float, str]]:
+    """Return the loads and models of which there is no measurement yet."""
     loads = benchmark.config.loads() if benchmark.config.speed_samples else ()
-    return any((name, load) not in {(point.model, point.load) for point in speed} for load in loads)
+    done = {(point.load, point.model) for point in speed}
+    return [(load, name) for load in loads for name in names if (load, name) not in done]
 
 
 def _read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
-    """Return what an earlier start of this run measured, as far as it was asked for again."""
+    """Return what an earlier start of this run measured."""
     path = Path(benchmark.folder.uri) / _SPEED
     if benchmark.config.offline or not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["options"] != _speed_options(benchmark.config):
         return []
-    names = {candidate.name for candidate in benchmark.candidates}
-    points = [SpeedPoint.from_json(point) for point in found["points"]]
-    return [point for point in points if point.model in names]
+    return [SpeedPoint.from_json(point) for point in found["points"]]
 
 
 def _write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
@@ -483,10 +489,7 @@ def _predictions(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Mapping[s
                     "prediction": row["prediction"],
                     "error": row["error"],
                     "num_completion_tokens": row["num_completion_tokens"],
-                    **{
-                        name: metrics.METRICS[name](row["prediction"], sample.answers) if scored else None
-                        for name in names
-                    },
+                    **{name: score_answer(name, row, sample) if scored else None for name in names},
                 }
             )
     sink = pa.BufferOutputStream()
@@ -538,29 +541,30 @@ def _read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 def _against_baseline(
     benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard | None
-) -> dict[str, Difference]:
+) -> dict[str, GroupDifference]:
     """Compare each model with the one of its name in the earlier run, by the deciding metric."""
     if board is None or benchmark.baseline is None:
         return {}
+    metric = board.metrics[0]
     samples = [sample for sample in benchmark.samples if sample.answers]
-    metric = metrics.METRICS[board.metrics[0]]
-
-    def scores(found: Mapping[str, Any]) -> list[float]:
-        pairs = ((found[sample.sample_id], sample) for sample in samples)
-        return [0.0 if row["error"] else metric(row["prediction"], sample.answers) for row, sample in pairs]
-
-    return {
-        name: paired_difference(
-            scores(benchmark.baseline[name]), scores(rows[name]), [sample.image_key for sample in samples]
-        )
-        for name in board.models
-        if name in benchmark.baseline
-    }
+    found = {}
+    for name in board.models:
+        if name in benchmark.baseline:
+            before, after = (
+                [score_answer(metric, answers[sample.sample_id], sample) for sample in samples]
+                for answers in (benchmark.baseline[name], rows[name])
+            )
+            difference = paired_difference(before, after, [sample.image_key for sample in samples])
+            found[name] = GroupDifference(
+                model=name, base=EARLIER, metric=metric, kind="all", group="all", difference=difference,
+                p_corrected=difference.p_value,
+            )  # fmt: skip
+    return found
 
 
 def _galleries(benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard) -> dict[str, Any]:
     """Choose samples that the first model and the second answer differently, or both wrong."""
-    metric = metrics.METRICS[board.metrics[0]]
+    metric = board.metrics[0]
     base, *others = board.models
     other = others[0] if others else base
     chosen: dict[str, list[SampleFacts]] = {"fixed": [], "broken": [], "both wrong": []}
@@ -568,8 +572,7 @@ def _galleries(benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard)
         if not sample.answers:
             continue
         before, after = (
-            0.0 if row["error"] else metric(row["prediction"], sample.answers)
-            for row in (rows[base][sample.sample_id], rows[other][sample.sample_id])
+            score_answer(metric, rows[model][sample.sample_id], sample) for model in (base, other)
         )
         kind = "fixed" if after > before else "broken" if after < before else "both wrong"
         if kind != "both wrong" or after < 1:
@@ -594,14 +597,13 @@ def _card(
 ) -> GalleryItem:
     row = rows[shown][sample.sample_id]
     (source_row,) = stages.read_rows(run.source, run.spec, run.config.dataset_split, [row["row_index"]])
-    score = None if row["error"] else metrics.METRICS[board.metrics[0]](row["prediction"], sample.answers)
     others = [name for name in board.models if name != shown]
     return GalleryItem(
         sample_id=sample.sample_id,
         question=sample.question,
         answers=sample.answers,
         prediction=row["prediction"],
-        score=score,
+        score=None if row["error"] else score_answer(board.metrics[0], row, sample),
         error=row["error"],
         family=sample.family or answer_type(sample.answers),
         image=source_row.get("image"),

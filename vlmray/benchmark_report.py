@@ -23,6 +23,7 @@ from vlmray.page import (
     Table,
     format_duration,
     format_percent,
+    format_points,
     format_rate,
     render_page,
 )
@@ -32,6 +33,9 @@ from vlmray.scoreboard import GroupDifference, Scoreboard
 from vlmray.significance import ALPHA, Difference, Interval
 
 Percentiles = tuple[float, float, float]
+
+EARLIER = "it was in the earlier run"
+"""What a model is compared with by `--baseline`, in a sentence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,9 @@ class Results:
     board: Scoreboard | None
     """None where speed alone was measured."""
 
-    against_baseline: Mapping[str, Difference]
+    against_baseline: Mapping[str, GroupDifference]
+    """Each model against the one that had its name in the earlier run."""
+
     speed: tuple[SpeedPoint, ...]
     price_per_hour: float | None
     errors: Mapping[str, tuple[ErrorGroup, ...]]
@@ -105,7 +111,7 @@ class Results:
             ],
             "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
-                name: dataclasses.asdict(found) for name, found in self.against_baseline.items()
+                name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()
             },
             "speed": [dataclasses.asdict(point) for point in self.speed],
             "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
@@ -120,21 +126,16 @@ def verdicts(results: Results) -> list[str]:
         return []
     metric = board.metrics[0]
     found = [_sentence(board.difference(model, metric)) for model in board.models[1:]]
-    for model, difference in results.against_baseline.items():
-        was = GroupDifference(
-            model=model, base="it was in the earlier run", metric=metric, kind="all", group="all",
-            difference=difference, p_corrected=difference.p_value,
-        )  # fmt: skip
-        found.append(_sentence(was))
-    return found
+    return found + [_sentence(difference) for difference in results.against_baseline.values()]
 
 
 def _sentence(found: GroupDifference) -> str:
     difference = found.difference
     sign = "" if found.p_corrected < 0.001 else "= "
     details = (
-        f"{_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}, p {sign}"
-        f"{_p(found.p_corrected)} ({difference.num_samples:,} samples, {difference.num_images:,} images)."
+        f"{format_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}, "
+        f"p {sign}{_p(found.p_corrected)} "
+        f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
     )
     if found.verdict != "no significant change":
         return f"{found.model} is {found.verdict} than {found.base}: {details}"
@@ -246,16 +247,15 @@ def _facts(results: Results) -> tuple[Fact, ...]:
 def _verdict_table(results: Results) -> Table:
     board = results.board
     assert board is not None
-    rows = []
-    for metric in board.metrics:
-        for model in board.models[1:]:
-            rows.append(_difference_row(f"{model}, {metric}", board.difference(model, metric)))
-    for name, difference in results.against_baseline.items():
-        was = GroupDifference(
-            model=name, base="earlier", metric=board.metrics[0], kind="all", group="all",
-            difference=difference, p_corrected=difference.p_value,
-        )  # fmt: skip
-        rows.append(_difference_row(f"{name}, against the earlier run", was))
+    rows = [
+        _difference_row(f"{model}, {metric}", board.difference(model, metric))
+        for metric in board.metrics
+        for model in board.models[1:]
+    ]
+    rows += [
+        _difference_row(f"{name}, against the earlier run", difference)
+        for name, difference in results.against_baseline.items()
+    ]
     return Table(
         title=f"Against {board.models[0]}" if len(board.models) > 1 else "Against the earlier run",
         columns=_DIFFERENCE_COLUMNS,
@@ -280,7 +280,7 @@ def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
     return (
         name,
         found.verdict,
-        _points(difference.mean),
+        format_points(difference.mean),
         _range(difference),
         _p(found.p_corrected),
         "–" if difference.mcnemar_p is None else _p(difference.mcnemar_p),
@@ -331,7 +331,9 @@ def _breakdown_table(board: Scoreboard, kind: str) -> Table:
             )
             if model != base:
                 found = board.difference(model, metric, kind, group)
-                rows.append((*row, _points(found.difference.mean), _p(found.p_corrected), found.verdict))
+                rows.append(
+                    (*row, format_points(found.difference.mean), _p(found.p_corrected), found.verdict)
+                )
             else:
                 rows.append((*row, "", "", "") if others else row)
     compared = (Column("points", True), Column("p", True), Column("verdict"))
@@ -414,13 +416,8 @@ def _model_table(results: Results) -> Table:
     )
 
 
-def _points(share: float) -> str:
-    points = round(100 * share, 1) + 0.0  # no -0.0
-    return f"{points:+.1f}" if points else "0.0"
-
-
 def _range(difference: Difference) -> str:
-    return f"{_points(difference.low)} to {_points(difference.high)}"
+    return f"{format_points(difference.low)} to {format_points(difference.high)}"
 
 
 def _p(value: float) -> str:

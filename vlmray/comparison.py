@@ -25,6 +25,7 @@ from vlmray.page import (
     Section,
     Table,
     format_percent,
+    format_points,
     read_number,
     render_page,
     shorten,
@@ -136,19 +137,13 @@ def _gain_table(comparison: Comparison, *, with_total: bool = False) -> Table:
                 f"{gain.num_rows:,}",
                 Cell(format_percent(gain.before), gain.before),
                 Cell(format_percent(gain.after), gain.after),
-                _format_points(gain.after - gain.before),
+                format_points(gain.after - gain.before),
                 f"{gain.num_gained:,}",
                 f"{gain.num_lost:,}",
             )
             for gain in rows
         ),
     )
-
-
-def _format_points(difference: float) -> str:
-    """Format a difference of shares in percentage points."""
-    points = round(100 * difference, 1) + 0.0  # no -0.0
-    return f"{points:+.1f}" if points else "0.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

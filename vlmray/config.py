@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""What a model or adapter may be called: it becomes a folder and a part of URLs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -556,7 +557,7 @@ class BenchmarkConfig(QuestionsConfig):
         found: dict[str, Candidate] = {}
         for entry in self.models.split(","):
             name, _, model = (part.strip() for part in entry.partition("="))
-            if not _NAME.fullmatch(name) or not model:
+            if not NAME.fullmatch(name) or not model:
                 raise ValueError(
                     f"--models has {entry!r}; expected name=model or name=model+adapter, with commas between "
                     "them and names of letters, digits and .-_"

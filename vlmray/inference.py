@@ -126,31 +126,38 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan) -> dict[str, floa
     seconds = dict.fromkeys(STAGES, 0.0)
     num_failed = 0
     try:
-        with _progress_bar(run) as bar:
+        with progress_bar(run) as bar:
             for rows in iter_finished(run, replicas):
                 num_failed += sum(row["error"] is not None for row in rows)
                 for stage in seconds:
                     seconds[stage] += sum(row[f"{stage}_s"] or 0.0 for row in rows)
                 bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update(len(rows))
-                _check_errors(num_failed, run.config.max_errors)
+                check_errors(num_failed, run.config.max_errors)
     except ray.exceptions.RayError as error:
         raise InferenceError(cluster.root_cause(error)) from error
     return seconds
 
 
-def _check_errors(num_failed: int, max_errors: int | None) -> None:
+def check_errors(num_failed: int, max_errors: int | None) -> None:
+    """Stop a run of which more rows failed than it allows.
+
+    Raises:
+        InferenceError: They have.
+    """
     if max_errors is not None and num_failed > max_errors:
         raise InferenceError(f"{num_failed} rows failed, --max_errors allows {max_errors}")
 
 
-def _progress_bar(run: InferenceRun) -> tqdm:
+def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm:
+    """Make the bar of a run, with what earlier runs did already on it."""
     # In a file or a job's log every refresh is a line of its own, so there are few of them.
     interval = 0.2 if sys.stderr.isatty() else 15
     done = len(run.selected) - len(run.pending)
     return tqdm(
         total=len(run.selected),
         initial=done,
+        desc=name,
         unit=" samples",
         mininterval=interval,
         dynamic_ncols=True,

@@ -366,6 +366,12 @@ def format_percent(share: float | None) -> str:
     return f"{percent:.1f} %"
 
 
+def format_points(difference: float) -> str:
+    """Format a difference of shares in percentage points."""
+    points = round(100 * difference, 1) + 0.0  # no -0.0
+    return f"{points:+.1f}" if points else "0.0"
+
+
 def format_duration(seconds: float) -> str:
     """Format seconds as `0.42 s`, `12.3 s`, `1 min 15 s` or `2 h 1 min`."""
     if seconds < 9.995:

@@ -110,7 +110,7 @@ class Scoreboard:
     @property
     def kinds(self) -> list[str]:
         """Return what samples are broken down by, where that makes several groups."""
-        return [kind for kind in list(dict.fromkeys(score.kind for score in self.scores)) if kind != "all"]
+        return [kind for kind in dict.fromkeys(score.kind for score in self.scores) if kind != "all"]
 
 
 def score_models(
@@ -140,7 +140,7 @@ def score_models(
     names = tuple(rows)
     sampled = [name for name in metric_names if name != metrics.BLEU]
     values = {
-        (model, metric): [_score(metric, rows[model][sample.sample_id], sample) for sample in asked]
+        (model, metric): [score_answer(metric, rows[model][sample.sample_id], sample) for sample in asked]
         for model in names
         for metric in sampled
     }
@@ -200,7 +200,8 @@ def _differences(
     ]  # fmt: skip
 
 
-def _score(metric: str, row: Row, sample: SampleFacts) -> float:
+def score_answer(metric: str, row: Row, sample: SampleFacts) -> float:
+    """Score a result row against the answers of its sample; a failed one is wrong."""
     if row.get("error") is not None:
         return 0.0
     return metrics.METRICS[metric](row["prediction"] or "", sample.answers)

@@ -80,12 +80,13 @@ class _Row:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """The encoded row; raises what encoding raised."""
-        return (
-            self.tail_inputs
-            if self.encoded_head is None
-            else chain_segments([self.head_inputs, self.tail_inputs])
-        )
+        """The encoded row, copied together where it has a head; raises what encoding raised."""
+        return chain_segments(self.segments) if self.encoded_head is not None else self.tail_inputs
+
+    @property
+    def segments(self) -> list[dict[str, torch.Tensor]]:
+        """What the encoded row consists of, as it is; raises what encoding raised."""
+        return [self.tail_inputs] if self.encoded_head is None else [self.head_inputs, self.tail_inputs]
 
     @property
     def head_inputs(self) -> dict[str, torch.Tensor]:
@@ -270,7 +271,8 @@ class TransformersEngine:
             ready: dict[Any, list[_Row]] = {}
             for row in batch:
                 try:
-                    ready.setdefault((row_signature(row.inputs), self._group(row)), []).append(row)
+                    signatures = tuple(map(row_signature, row.segments))
+                    ready.setdefault((signatures, self._group(row)), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
                     listener.end(row, failed_completion(error, prompt=row.prompt))
             for rows in ready.values():
@@ -344,23 +346,23 @@ class TransformersEngine:
         )
         end_ids = _end_ids(config)
         for row in rows:
-            row.num_prompt_tokens = row.inputs["input_ids"].shape[1]
+            row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
             row.answer = Answer(
                 self.processor.tokenizer, row.request.max_new_tokens, end_ids, row.request.stop
             )
         read = functools.partial(_read_token, rows, listener)
         with torch.inference_mode():
             inputs = self._prefill(rows) if self._has_common_heads(rows) else self._join(rows)
-        with torch.inference_mode(), self._use_adapters(rows) as options:
-            self.model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=LogitsProcessorList(
-                    [RowwiseLogitsProcessor(requests, inputs["attention_mask"], penalty)]
-                ),
-                stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(len(rows), read)]),
-                **options,
-            )
+            with self._use_adapters(rows) as options:
+                self.model.generate(
+                    **inputs,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(
+                        [RowwiseLogitsProcessor(requests, inputs["attention_mask"], penalty)]
+                    ),
+                    stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(len(rows), read)]),
+                    **options,
+                )
 
     def _join(self, rows: list[_Row], part: Callable[[_Row], Any] = lambda row: row.inputs) -> dict[str, Any]:
         """Pad rows, or a part of each, on the left, and put them on the model's device."""
