@@ -215,6 +215,40 @@ def test_adapters_have_beginnings_of_their_own(tiny_model: Path, tmp_path: Path,
     engine.close()
 
 
+def test_rows_that_have_ended_leave_the_forward_pass(model: Any, make_engine: Any) -> None:
+    requests = [make_request(n, n % 3, max_new_tokens=12 if n % 4 == 0 else 2) for n in range(8)]
+    alone = texts(make_engine(batch_size=1).generate(requests))
+    num_rows: list[int] = []
+    language_model = model.model.language_model
+    hook = language_model.register_forward_hook(
+        lambda module, args, kwargs, output: num_rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    try:
+        assert texts(make_engine(batch_size=8).generate(requests)) == alone
+    finally:
+        hook.remove()
+    assert max(num_rows) > 2
+    assert num_rows.count(max(num_rows)) <= 3  # a forward pass for each of two tokens, of prompts with images
+    assert sum(num_rows) < 8 * 4 + 2 * 12
+
+
+def test_a_batch_has_no_more_tokens_than_it_may(model: Any, make_engine: Any) -> None:
+    requests = [make_request(n, 1) for n in range(12)]
+    completions = make_engine(batch_size=12).generate(requests)
+    longest = max(completion.num_prompt_tokens for completion in completions)
+    sizes: list[int] = []
+    hook = model.model.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: sizes.append(kwargs["inputs_embeds"].shape[:2].numel()),
+        with_kwargs=True,
+    )
+    try:
+        engine = make_engine(batch_size=12, max_batch_tokens=3 * longest)
+        assert engine.generate(requests) == completions
+    finally:
+        hook.remove()
+    assert longest < max(sizes) <= 3 * longest
+
+
 def test_a_row_stops_at_its_own_limit_and_counts_its_own_tokens(
     model: Any, processor: Any, make_engine: Any
 ) -> None:

@@ -68,8 +68,26 @@ def test_a_row_that_has_ended_is_read_no_further() -> None:
         read.append((row, token_id))
         return token_id == 7
 
-    criteria = RowwiseStoppingCriteria(2, ends)
-    ids, scores = torch.tensor([[1, 7], [7, 2]]), torch.zeros(2, 9)
-    assert criteria(ids, scores).tolist() == [True, False]
-    assert criteria(ids, scores).tolist() == [True, False]
-    assert read == [(0, 7), (1, 2), (1, 2)]
+    criteria = RowwiseStoppingCriteria(3, ends, num_to_end=2)
+    ids, scores = torch.tensor([[1, 7], [7, 2], [7, 2]]), torch.zeros(3, 9)
+    assert criteria(ids, scores).tolist() == [True, False, False]
+    assert criteria(ids, scores).tolist() == [True, False, False]
+    assert read == [(0, 7), (1, 2), (2, 2), (1, 2), (2, 2)]
+
+
+def test_all_stop_once_enough_rows_have_ended() -> None:
+    criteria = RowwiseStoppingCriteria(3, lambda row, token_id: token_id == 7, num_to_end=2)
+    scores = torch.zeros(3, 9)
+    assert criteria(torch.tensor([[2], [7], [2]]), scores).tolist() == [False, True, False]
+    assert criteria(torch.tensor([[7], [0], [2]]), scores).tolist() == [True, True, True]
+
+
+def test_a_draw_depends_on_how_much_of_the_answer_the_prompt_holds() -> None:
+    rows = [GenerationRequest(request_id="a", messages=[], max_new_tokens=8, temperature=1.0, seed=3)]
+    scores = torch.randn(1, 50)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    whole = RowwiseLogitsProcessor(rows, torch.ones_like(ids))
+    whole(ids, scores)
+    second = whole(torch.ones(1, 5, dtype=torch.long), scores)
+    gone_on = RowwiseLogitsProcessor(rows, torch.ones(1, 5), num_tokens=[1])
+    assert torch.equal(gone_on(torch.ones(1, 5, dtype=torch.long), scores), second)

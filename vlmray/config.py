@@ -131,8 +131,12 @@ class InferConfig(QuestionsConfig):
     engine: Literal["transformers", "fake"] = "transformers"
     """What generates: transformers, or a scripted stand-in for tests of the pipeline."""
 
-    batch_size: int = 16
-    """Rows per forward pass, at most; halved and remembered when memory runs out."""
+    batch_size: int = 32
+    """Rows per forward pass, at most."""
+
+    max_batch_tokens: int | None = None
+    """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
+    16384 on a CPU. Halved and remembered when memory runs out."""
 
     num_replicas: str | None = None
     """Model replicas: N, or MIN,MAX to scale with the work; default: one per GPU, or one without GPUs."""
@@ -142,7 +146,7 @@ class InferConfig(QuestionsConfig):
 
     def __post_init__(self) -> None:
         QuestionsConfig.__post_init__(self)  # super() does not work in a dataclass with slots
-        _at_least(self, 1, "max_new_tokens", "batch_size")
+        _at_least(self, 1, "max_new_tokens", "batch_size", "max_batch_tokens")
         _at_least(self, 0, "temperature", "gpus_per_replica")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
@@ -380,6 +384,10 @@ class ServeConfig(ModelConfig):
     max_batch_size: int = 16
     """Requests that share a forward pass, at most."""
 
+    max_batch_tokens: int | None = None
+    """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
+    16384 on a CPU. Halved and remembered when memory runs out."""
+
     batch_wait_timeout_s: float = 0.01
     """Wait this long for more requests to share a forward pass."""
 
@@ -423,7 +431,7 @@ class ServeConfig(ModelConfig):
         _not_empty(self)
         ModelConfig.__post_init__(self)
         _at_least(
-            self, 1, "max_adapters", "target_ongoing_requests", "max_batch_size",
+            self, 1, "max_adapters", "target_ongoing_requests", "max_batch_size", "max_batch_tokens",
             "max_new_tokens", "max_new_tokens_limit", "max_prompt_chars", "max_image_pixels",
             "max_body_bytes",
         )  # fmt: skip

@@ -34,7 +34,7 @@ from vlmray.stages import ROW_SCHEMA, STAGES, Row, Task
 
 _ENGINE_OPTIONS = (
     "engine", "model_id", "adapter", "quantization", "dtype", "attn_implementation", "batch_size",
-    "min_pixels", "max_pixels", "trust_remote_code",
+    "max_batch_tokens", "min_pixels", "max_pixels", "trust_remote_code",
 )  # fmt: skip
 
 _BATCHES_PER_CHUNK = 4

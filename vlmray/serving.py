@@ -46,6 +46,8 @@ APP_NAME = "vlmray"
 _LOG = logging.getLogger(__name__)
 # What glibc does by itself, with many threads and bodies of megabytes, is to keep gigabytes of freed memory.
 _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
+# Threads of the model that wait must not keep a core from the HTTP side.
+_YIELD_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 _MAX_TRIES = 5
 
@@ -107,6 +109,7 @@ class ModelReplica:
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
             batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
             num_threads=num_threads,
@@ -282,7 +285,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         model_id = resolve_model_id(config.model_id)
         check_model_folder(model_id)
         AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, busy_cpus=1)  # for HTTP
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
         look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
@@ -301,7 +304,11 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
     model = _MODEL.options(
         max_ongoing_requests=2 * config.max_batch_size,  # a batch in the model, and one that waits for it
         max_queued_requests=config.max_queued_requests,
-        ray_actor_options={"num_gpus": plan.num_gpus, "num_cpus": plan.num_cpus},
+        ray_actor_options={
+            "num_gpus": plan.num_gpus,
+            "num_cpus": plan.num_cpus,
+            "runtime_env": {"env_vars": _YIELD_CORES},
+        },
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         health_check_period_s=5,
         logging_config=logs,

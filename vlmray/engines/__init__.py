@@ -20,6 +20,7 @@ def build_engine(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     batch_size: int = 16,
+    max_batch_tokens: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     num_threads: int | None = None,
@@ -38,6 +39,7 @@ def build_engine(
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `bfloat16` or `float16`.
         attn_implementation: Attention kernel; None lets transformers choose.
         batch_size: Most rows in one forward pass.
+        max_batch_tokens: Most prompt tokens in one, padding included; None: what the memory holds.
         min_pixels: Images are enlarged to at least this many pixels; None keeps the checkpoint's value.
         max_pixels: Images are shrunk to at most this many pixels; None keeps the checkpoint's value.
         num_threads: CPU threads of torch in this process; None leaves torch's own choice.
@@ -61,6 +63,7 @@ def build_engine(
             dtype=dtype,
             attn_implementation=attn_implementation,
             batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             num_threads=num_threads,

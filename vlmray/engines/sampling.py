@@ -29,6 +29,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         requests: The rows of the batch, B in order.
         attention_mask: (B, T) of the prompts, 0 for padding.
         repetition_penalty: As in the model's generation config; 1 is none.
+        num_tokens: Of each row's answer, where the prompts hold its beginning already.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         requests: Sequence[GenerationRequest],
         attention_mask: torch.Tensor,
         repetition_penalty: float = 1.0,
+        num_tokens: Sequence[int] | None = None,
     ) -> None:
         self.requests = list(requests)
         self.attention_mask = attention_mask
         self.repetition_penalty = repetition_penalty
+        self.num_tokens = list(num_tokens or [0] * len(self.requests))
         self._num_prompt_tokens: int | None = None
         self._seen: torch.Tensor | None = None
 
@@ -54,7 +57,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         if sampled:
             scores = scores.clone()
             for row in sampled:
-                scores[row] = sample_scores(scores[row], self.requests[row], step)
+                scores[row] = sample_scores(scores[row], self.requests[row], self.num_tokens[row] + step)
         return scores
 
     def _penalize(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -108,14 +111,18 @@ class RowwiseStoppingCriteria(StoppingCriteria):
         num_rows: Rows of the batch, B.
         read: Called with row and token of every new token of a row that has not ended; returns whether
             the row ends with it.
+        num_to_end: Once so many have ended, all stop: the caller goes on with the others.
     """
 
-    def __init__(self, num_rows: int, read: Callable[[int, int], bool]) -> None:
+    def __init__(self, num_rows: int, read: Callable[[int, int], bool], num_to_end: int) -> None:
         self._ended = [False] * num_rows
         self._read = read
+        self._num_to_end = num_to_end
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        """Return which rows (B,) are complete, given the ids so far (B, T)."""
+        """Return which rows (B,) are done with, given the ids so far (B, T)."""
         for row, token_id in enumerate(input_ids[:, -1].tolist()):
             self._ended[row] = self._ended[row] or self._read(row, token_id)
+        if sum(self._ended) >= self._num_to_end:
+            return torch.ones(len(self._ended), dtype=torch.bool, device=input_ids.device)
         return torch.tensor(self._ended, device=input_ids.device)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +26,16 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
 
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.encoding import chain_segments, encode_text, join_rows, row_signature
 from vlmray.engines.answers import Answer
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.cache import make_cache
+from vlmray.engines.memory import empty_cache, find_batch_tokens, is_out_of_memory, keep_freed_memory
 from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images import decode_image, image_size
 from vlmray.model import (
@@ -45,9 +48,11 @@ from vlmray.model import (
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
-_SHARES_PREFIX = ("qwen2_5_vl",)
-"""Model types for which copied beginnings are known to give the answers of whole rows (see the tests)."""
+_COPIES_ROWS = ("qwen2_5_vl",)
+"""Model types for which copied and selected rows of the cache are known to give the answers of whole rows
+(see the tests)."""
 
+_ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
 _PIXELS_PER_TOKEN = 28 * 28  # a guess for ordering rows, where the image processor does not tell
 
 
@@ -100,11 +105,6 @@ class _Row:
         assert self.encoded is not None
         return self.encoded.result()
 
-    @property
-    def width(self) -> int:
-        """Tokens this row may come to occupy."""
-        return self.num_tokens + self.request.max_new_tokens
-
 
 class TransformersEngine:
     """Answers requests with a transformers model; see `vlmray.engines.base.Engine` for what it promises.
@@ -116,12 +116,20 @@ class TransformersEngine:
         model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
         processor: Its processor, as `vlmray.model.load_processor` gives it.
         batch_size: Most rows in one forward pass.
+        max_batch_tokens: Most prompt tokens in one forward pass, padding included; a longer row goes alone.
+            None: what the memory holds (see `vlmray.engines.memory`).
         default_adapter: PEFT name of an adapter that `model` has and that answers the requests which
             name none; None answers those with the base. With a default the base cannot be asked.
     """
 
     def __init__(
-        self, model: Any, processor: Any, *, batch_size: int = 16, default_adapter: str | None = None
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        batch_size: int = 16,
+        max_batch_tokens: int | None = None,
+        default_adapter: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
@@ -131,8 +139,8 @@ class TransformersEngine:
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
         self._num_loaded = 0
         self._may_mix = True
-        self._shares_prefix = model.config.model_type in _SHARES_PREFIX
-        self._token_budget: int | None = None
+        self._copies_rows = model.config.model_type in _COPIES_ROWS
+        self.max_batch_tokens = max_batch_tokens or find_batch_tokens(model)
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
         self._decode = functools.lru_cache(maxsize=8)(decode_image)
@@ -144,15 +152,19 @@ class TransformersEngine:
         *,
         adapter: str | None = None,
         batch_size: int = 16,
+        max_batch_tokens: int | None = None,
         num_threads: int | None = None,
         **options: Any,
     ) -> TransformersEngine:
         """Load a model and wrap it; `adapter` becomes the default adapter.
 
+        On a CPU this process keeps the memory that it frees, from then on.
+
         Args:
             model_id: Local checkpoint folder or hub id.
             adapter: Folder of a LoRA adapter, or None.
             batch_size: Most rows in one forward pass.
+            max_batch_tokens: Most prompt tokens in one; None: what the memory holds.
             num_threads: CPU threads of torch in this process; None leaves torch's own choice.
             **options: Passed to `vlmray.model.load_qwen_vl_model_and_processor`, which checks them.
 
@@ -163,7 +175,15 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
-        return cls(model, processor, batch_size=batch_size, default_adapter=adapter and "default")
+        if model.device.type == "cpu":
+            keep_freed_memory()
+        return cls(
+            model,
+            processor,
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
+            default_adapter=adapter and "default",
+        )
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter that requests can then ask for by name.
@@ -219,7 +239,7 @@ class TransformersEngine:
         """Free the model's memory; calling it twice is harmless."""
         self._encoders.shutdown(cancel_futures=True)
         self.model = None
-        _empty_cache()
+        empty_cache()
 
     def _open(self, row: _Row) -> None:
         """Check a request and format its prompt; whatever is wrong with it is raised."""
@@ -232,7 +252,7 @@ class TransformersEngine:
         row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
         row.num_tokens += sum(self._count_visual_tokens(image) for image in request.images)
 
-        if self._shares_prefix and request.images:
+        if self._copies_rows and request.images:
             head, token, row.tail = row.prompt.rpartition(self.processor.image_token)
             images = (image if isinstance(image, bytes) else id(image) for image in request.images)
             row.head = (self._adapters[request.adapter], head + token, *images)
@@ -279,12 +299,12 @@ class TransformersEngine:
                 self._run_or_halve(rows, listener)
 
     def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
-        """Pop the next rows: at least one, at most `batch_size`, and no more than memory has held."""
+        """Pop the next rows: at least one, as many as rows and tokens of a batch allow."""
         batch = [queue.popleft()]
-        width = batch[0].width
+        longest = batch[0].num_tokens
         while queue and len(batch) < self.batch_size:
-            width = max(width, queue[0].width)
-            if self._token_budget is not None and width * (len(batch) + 1) > self._token_budget:
+            longest = max(longest, queue[0].num_tokens)
+            if longest * (len(batch) + 1) > self.max_batch_tokens:
                 break
             batch.append(queue.popleft())
         return batch
@@ -315,18 +335,19 @@ class TransformersEngine:
             self._run(rows, listener)
             return
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Past the except block the traceback, and with it the tensors of the failed pass, is gone.
-        _empty_cache()
-        width = max(row.width for row in rows)
+        empty_cache()
+        longest = max(row.num_tokens for row in rows)
         if len(rows) == 1:
             message = (
-                f"out of memory with this row alone ({width} tokens); lower --max_pixels or --max_new_tokens"
+                f"out of memory with this row alone ({longest} tokens and an answer); "
+                "lower --max_pixels or --max_new_tokens"
             )
             listener.end(rows[0], failed_completion(MemoryError(message), prompt=rows[0].prompt))
             return
-        self._token_budget = min(self._token_budget or width * len(rows), width * len(rows) // 2)
+        self.max_batch_tokens = min(self.max_batch_tokens, longest * len(rows) // 2)
         left = [row for row in rows if row.completion is None]
         half = -(-len(left) // 2)
         for part in (left[:half], left[half:]):
@@ -334,35 +355,76 @@ class TransformersEngine:
                 self._run_or_halve(part, listener)
 
     def _run(self, rows: list[_Row], listener: _Listener) -> None:
-        """Generate for rows that share a forward pass."""
-        requests = [row.request for row in rows]
+        """Generate for rows that share a forward pass; those that have ended leave it."""
         config = copy.deepcopy(self.model.generation_config)
         penalty = config.repetition_penalty or 1.0
-        config.update(
-            max_new_tokens=max(request.max_new_tokens for request in requests),
-            # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
-            # takes for "unset", where a value would make it warn that greedy ignores it.
-            **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0},
-        )
+        # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
+        # takes for "unset", where a value would make it warn that greedy ignores it.
+        config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
         end_ids = _end_ids(config)
         for row in rows:
             row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
             row.answer = Answer(
                 self.processor.tokenizer, row.request.max_new_tokens, end_ids, row.request.stop
             )
-        read = functools.partial(_read_token, rows, listener)
         with torch.inference_mode():
-            inputs = self._prefill(rows) if self._has_common_heads(rows) else self._join(rows)
-            with self._use_adapters(rows) as options:
-                self.model.generate(
-                    **inputs,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList(
-                        [RowwiseLogitsProcessor(requests, inputs["attention_mask"], penalty)]
-                    ),
-                    stopping_criteria=StoppingCriteriaList([RowwiseStoppingCriteria(len(rows), read)]),
-                    **options,
-                )
+            inputs = self._begin(rows)
+            while rows:
+                self._generate_some(rows, inputs, config, penalty, listener)
+                left = [place for place, row in enumerate(rows) if row.completion is None]
+                rows = [rows[place] for place in left]
+                self._select(inputs, left)
+
+    def _generate_some(
+        self, rows: list[_Row], inputs: dict[str, Any], config: Any, penalty: float, listener: _Listener
+    ) -> None:
+        """Generate until half the rows have ended, or all where none can leave; update the inputs."""
+        answers = [row.answer for row in rows if row.answer is not None]
+        config.max_new_tokens = max(
+            row.request.max_new_tokens - answer.num_tokens for row, answer in zip(rows, answers, strict=True)
+        )
+        mask = inputs["attention_mask"]
+        choose = RowwiseLogitsProcessor(
+            [row.request for row in rows], mask, penalty, [answer.num_tokens for answer in answers]
+        )
+        stop = RowwiseStoppingCriteria(
+            len(rows),
+            functools.partial(_read_token, rows, listener),
+            num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
+        )
+        with self._use_adapters(rows) as options:
+            ids = self.model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([choose]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                **options,
+            )
+        inputs["input_ids"] = ids
+        inputs["attention_mask"] = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+    def _select(self, inputs: dict[str, Any], places: list[int]) -> None:
+        """Keep some rows of what `generate` goes on from."""
+        if not places:
+            return
+        kept = torch.tensor(places, device=self.model.device)
+        cache = inputs["past_key_values"]
+        cache.batch_select_indices(kept)
+        inner = self.model.get_base_model().model if is_peft_model(self.model) else self.model.model
+        inner.rope_deltas = inner.rope_deltas[kept]
+        ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
+        inputs.clear()  # pixels are in the cache by now
+        inputs.update(input_ids=ids, attention_mask=mask, past_key_values=cache)
+
+    def _begin(self, rows: list[_Row]) -> dict[str, Any]:
+        """Return what `generate` starts from."""
+        if not self._copies_rows:
+            return self._join(rows)
+        longest = max(row.tail_inputs["input_ids"].shape[1] for row in rows)
+        cache = make_cache(longest + min(_ROOM, max(row.request.max_new_tokens for row in rows)))
+        if not self._has_common_heads(rows):
+            return {**self._join(rows), "past_key_values": cache}
+        return self._prefill(rows, cache)
 
     def _join(self, rows: list[_Row], part: Callable[[_Row], Any] = lambda row: row.inputs) -> dict[str, Any]:
         """Pad rows, or a part of each, on the left, and put them on the model's device."""
@@ -374,7 +436,7 @@ class TransformersEngine:
         heads = {row.head for row in rows}
         return None not in heads and len(heads) < len(rows)
 
-    def _prefill(self, rows: list[_Row]) -> dict[str, Any]:
+    def _prefill(self, rows: list[_Row], cache: Cache) -> dict[str, Any]:
         """Run what rows begin with through the model, once each; return what `generate` goes on from.
 
         Every row is its beginning, padded on the left, and its rest, padded in between: attention skips
@@ -382,19 +444,15 @@ class TransformersEngine:
         """
         leaders = list({row.head: row for row in reversed(rows)}.values())
         place = {row.head: index for index, row in enumerate(leaders)}
-        copies = torch.tensor([place[row.head] for row in rows], device=self.model.device)
         heads = self._join(leaders, lambda row: row.head_inputs)
         tails = self._join(rows, lambda row: row.tail_inputs)
         with self._use_adapters(leaders) as options:
-            cache = self.model(**heads, **options, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_select_indices(copies)
-        inner = self.model.get_base_model().model if is_peft_model(self.model) else self.model.model
-        inner.rope_deltas = inner.rope_deltas[copies]  # from here on, positions are counted by one
-        whole = {
-            name: torch.cat([heads[name][copies], tails[name]], dim=1)
-            for name in ("input_ids", "attention_mask")
-        }
-        return {**whole, "past_key_values": cache}
+            self.model(**heads, **options, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inputs = {**heads, "past_key_values": cache}
+        self._select(inputs, [place[row.head] for row in rows])
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
+        return inputs
 
     @contextlib.contextmanager
     def _use_adapters(self, rows: list[_Row]) -> Iterator[dict[str, Any]]:
@@ -465,17 +523,3 @@ def _read_token(rows: list[_Row], listener: _Listener, index: int, token_id: int
 def _end_ids(config: Any) -> set[int]:
     ids = config.eos_token_id
     return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell running out of memory from other failures: three exceptions and several texts mean it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    texts = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
-def _empty_cache() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
