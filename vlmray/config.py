@@ -131,7 +131,7 @@ class InferConfig(QuestionsConfig):
     engine: Literal["transformers", "fake"] = "transformers"
     """What generates: transformers, or a scripted stand-in for tests of the pipeline."""
 
-    batch_size: int = 32
+    batch_size: int = 64
     """Rows per forward pass, at most."""
 
     max_batch_tokens: int | None = None

@@ -40,6 +40,9 @@ _ENGINE_OPTIONS = (
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
 
+_ROWS_PER_CHUNK = 64
+"""More only where a batch has more: what a run loses that dies, and what is seen of its progress."""
+
 _NUM_LOCAL_TASKS = 4
 """Reading or writing tasks at a time on the driver's machine."""
 
@@ -117,8 +120,9 @@ def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
 
 def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
-    per_replica = -(-num_rows // (4 * num_replicas))
-    return max(1, min(_BATCHES_PER_CHUNK * batch_size, max(batch_size, per_replica)))
+    most = min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size))
+    least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
+    return max(1, min(most, max(least, -(-num_rows // (4 * num_replicas)))))
 
 
 def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""One way to answer requests, in a process of its own, so that its memory and settings are its own too.
+
+    python benchmarks/ways.py engine work.json
+
+`benchmarks/throughput.py` starts these. Each line on the standard input is a turn: all requests are answered
+once, and a JSON line tells how long it took. Standard library only, until a way loads what it needs: vLLM
+may live in another environment.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Answer = Callable[[], list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A request, formatted for the model."""
+
+    prompt: str
+    messages: list[dict[str, Any]]
+    images: list[bytes]
+    max_new_tokens: int
+
+
+def main() -> None:
+    """Load a way, then answer as often as asked."""
+    name, path = sys.argv[1:]
+    work = json.loads(Path(path).read_text())
+    questions = [
+        Question(**{**each, "images": [base64.b64decode(image) for image in each["images"]]})
+        for each in work["questions"]
+    ]
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+    way = {
+        "one by one": lambda: generate_way(work, questions, 1),
+        "fixed batches": lambda: generate_way(work, questions, work["fixed_batch_size"]),
+        "engine": lambda: EngineWay(work, questions),
+        "vllm": lambda: vllm_way(work, questions),
+    }[name]()
+    for line in sys.stdin:
+        if line.strip() == "count":
+            print(json.dumps({"gflop": way.count() / 1e9}), file=output)  # type: ignore[attr-defined]
+            continue
+        started = time.perf_counter()
+        texts = way()
+        print(
+            json.dumps(
+                {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(work), "texts": texts}
+            ),
+            file=output,
+        )
+
+
+def peak_gib(work: dict[str, Any]) -> float:
+    """Return the most memory that this process had, of the GPU where it works on one."""
+    if work["device"] == "cuda":
+        return float(importlib.import_module("torch").cuda.max_memory_allocated()) / 2**30
+    status = Path("/proc/self/status").read_text()  # getrusage counts the parent's memory in
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def generate_way(work: dict[str, Any], questions: Sequence[Question], batch_size: int) -> Answer:
+    """Answer as a script over transformers does: batch after batch, in order, everything padded."""
+    import torch
+
+    from vlmray.images import decode_image
+    from vlmray.model import load_qwen_vl_model_and_processor
+
+    torch.set_num_threads(work["num_threads"])
+    model, processor = load_qwen_vl_model_and_processor(work["model_id"], dtype=work["dtype"])
+    if work["forced"]:
+        model.generation_config.eos_token_id = None
+    processor.tokenizer.padding_side = "left"
+
+    def answer() -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            images = [decode_image(data) for question in batch for data in question.images]
+            inputs = processor(
+                text=[question.prompt for question in batch],
+                images=images or None,
+                return_tensors="pt",
+                padding=True,
+            ).to(model.device)
+            with torch.inference_mode():
+                output = model.generate(
+                    **inputs,
+                    do_sample=False,
+                    max_new_tokens=max(question.max_new_tokens for question in batch),
+                )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            if work["forced"]:
+                new = [row[: each.max_new_tokens] for row, each in zip(new, batch, strict=True)]
+            texts += processor.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    return answer
+
+
+class EngineWay:
+    """Answer with the engine of vlmray; `count` tells what work that is at least."""
+
+    def __init__(self, work: dict[str, Any], questions: Sequence[Question]) -> None:
+        from vlmray.engines.transformers import TransformersEngine
+        from vlmray.schema import GenerationRequest
+
+        self.engine = TransformersEngine.from_pretrained(
+            work["model_id"],
+            dtype=work["dtype"],
+            batch_size=work["batch_size"],
+            num_threads=work["num_threads"],
+        )
+        if work["forced"]:
+            self.engine.model.generation_config.eos_token_id = None
+        self.requests = [
+            GenerationRequest(
+                request_id=str(number),
+                messages=question.messages,
+                images=question.images,
+                max_new_tokens=question.max_new_tokens,
+            )
+            for number, question in enumerate(questions)
+        ]
+
+    def __call__(self) -> list[str]:
+        return [completion.text for completion in self.engine.generate(self.requests)]
+
+    def count(self) -> float:
+        """Return the floating-point operations that cannot be avoided."""
+        from limit import count_work
+
+        return count_work(self.engine, self.requests)
+
+
+def vllm_way(work: dict[str, Any], questions: Sequence[Question]) -> Answer:
+    """Answer with vLLM, all requests at once, as it likes them."""
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    most = max(len(question.images) for question in questions)
+    llm = LLM(
+        model=work["model_id"],
+        dtype=work["dtype"],
+        max_model_len=4096,
+        enforce_eager=work["device"] == "cpu",
+        limit_mm_per_prompt={"image": most},
+        generation_config="vllm",
+        mm_processor_cache_gb=0 if work["repeats"] > 1 else 4,  # a second turn must not find the first's
+        enable_prefix_caching=True,
+    )
+
+    def answer() -> list[str]:
+        llm.reset_prefix_cache()
+        prompts = [
+            {
+                "prompt": question.prompt,
+                "multi_modal_data": {
+                    "image": [Image.open(io.BytesIO(data)).convert("RGB") for data in question.images]
+                },
+            }
+            for question in questions
+        ]
+        settings = [
+            SamplingParams(temperature=0, max_tokens=question.max_new_tokens, ignore_eos=bool(work["forced"]))
+            for question in questions
+        ]
+        outputs = llm.generate(prompts, settings, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+    return answer
+
+
+if __name__ == "__main__":
+    main()
