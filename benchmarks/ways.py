@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -151,32 +152,33 @@ def vllm_way(work: dict[str, Any], questions: Sequence[Question]) -> Answer:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
-    most = max(len(question.images) for question in questions)
     llm = LLM(
         model=work["model_id"],
         dtype=work["dtype"],
         max_model_len=4096,
         enforce_eager=work["device"] == "cpu",
-        limit_mm_per_prompt={"image": most},
+        limit_mm_per_prompt={"image": max(len(question.images) for question in questions)},
         generation_config="vllm",
-        mm_processor_cache_gb=0 if work["repeats"] > 1 else 4,  # a second turn must not find the first's
-        enable_prefix_caching=True,
+        seed=0,
     )
+    turns = itertools.count()
 
     def answer() -> list[str]:
-        llm.reset_prefix_cache()
+        # It remembers images over turns by their content; one pixel makes those of each turn new to it.
+        turn = next(turns)
+
+        def decode(data: bytes) -> Any:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            image.putpixel((0, 0), (turn, turn, turn))
+            return image
+
         prompts = [
-            {
-                "prompt": question.prompt,
-                "multi_modal_data": {
-                    "image": [Image.open(io.BytesIO(data)).convert("RGB") for data in question.images]
-                },
-            }
-            for question in questions
+            {"prompt": each.prompt, "multi_modal_data": {"image": [decode(data) for data in each.images]}}
+            for each in questions
         ]
         settings = [
-            SamplingParams(temperature=0, max_tokens=question.max_new_tokens, ignore_eos=bool(work["forced"]))
-            for question in questions
+            SamplingParams(temperature=0, max_tokens=each.max_new_tokens, ignore_eos=work["forced"])
+            for each in questions
         ]
         outputs = llm.generate(prompts, settings, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]

@@ -389,7 +389,8 @@ class ServeConfig(ModelConfig):
     16384 on a CPU. Halved and remembered when memory runs out."""
 
     batch_wait_timeout_s: float = 0.01
-    """Wait this long for more requests to share a forward pass."""
+    """Wait this long for more requests to share a forward pass; where batches take long, up to a twentieth of
+    that for as many requests as the last one had."""
 
     stream_interval_s: float = 0.05
     """Send the text of a stream in pieces this far apart, the first at once; 0: every token by itself."""

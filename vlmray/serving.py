@@ -50,6 +50,8 @@ _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2
 _YIELD_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 _MAX_TRIES = 5
+_SHARE_OF_WAITING = 0.05
+"""Of the time of a batch, for clients who had an answer of the last one and ask again."""
 
 
 class _Item:
@@ -170,19 +172,30 @@ class ModelReplica:
         have come; here all that came meanwhile are in the next.
         """
         loop = asyncio.get_running_loop()
+        last_size, last_s = 1, 0.0
         while True:
-            items = [await self._waiting.get()]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._batch_wait_s):
-                    while len(items) + self._waiting.qsize() < self._max_batch_size:
-                        items.append(await self._waiting.get())
-            while len(items) < self._max_batch_size and not self._waiting.empty():
-                items.append(self._waiting.get_nowait())
+            items = await self._gather(last_size, max(self._batch_wait_s, _SHARE_OF_WAITING * last_s))
+            last_size, started = len(items), time.monotonic()
             try:
                 await loop.run_in_executor(self._thread, self._run_batch, items, loop)
             except Exception as error:
                 for item in items:
                     item.pieces.put_nowait(error)
+            last_s = time.monotonic() - started
+
+    async def _gather(self, expected: int, patience_s: float) -> list[_Item]:
+        """Wait for a request, then, with patience, for as many as expected, and for those close behind."""
+        items = [await self._waiting.get()]
+        patience_ends = time.monotonic() + patience_s
+        while len(items) < self._max_batch_size:
+            left_s = max(0.0, patience_ends - time.monotonic())
+            try:
+                wait_s = left_s if len(items) < expected else min(left_s, self._batch_wait_s)
+                async with asyncio.timeout(wait_s):
+                    items.append(await self._waiting.get())
+            except TimeoutError:
+                break
+        return items
 
     def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
