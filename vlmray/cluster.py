@@ -14,8 +14,8 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -25,6 +25,17 @@ from ray._private.utils import read_ray_address
 
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
+
+_MODEL_ON_CPU = {
+    # What the model frees it soon asks for again (see `vlmray.engines.memory.keep_freed_memory`, which comes
+    # too late for the threads that Ray starts before).
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    # Threads of the model that wait for each other shall not keep a core from everything else.
+    "GOMP_SPINCOUNT": "1000",
+}
+"""Environment of a process that runs a model on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +49,14 @@ class ReplicaPlan:
 
     num_threads: int | None
     """CPU threads of the model in each replica; None on a GPU, where torch's default will do."""
+
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    """Environment of each replica, beside the job's."""
+
+    @property
+    def runtime_env(self) -> dict[str, object]:
+        """The environment as Ray takes it."""
+        return {"env_vars": dict(self.env_vars)} if self.env_vars else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,15 +147,12 @@ def driver_node() -> dict[str, str]:
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
-def plan_replicas(
-    replica_range: tuple[int, int] | None, gpus_per_replica: float | None, *, busy_cpus: int = 0
-) -> ReplicaPlan:
+def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
     """Divide the cluster among replicas.
 
     Args:
         replica_range: Smallest and largest number asked for; None: one per GPU, or one without GPUs.
         gpus_per_replica: GPUs of each; None: 1 where the cluster has or can start GPUs, else 0.
-        busy_cpus: CPUs of a node that others keep busy; replicas on CPUs have no thread for these.
 
     Raises:
         ValueError: the cluster neither has nor can start the GPUs that the smallest number needs.
@@ -162,7 +178,8 @@ def plan_replicas(
         num_gpus=0,
         num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
         # Threads that wait for a core that others have taken make the rest wait with them.
-        num_threads=max(1, int((_node_cpus() - busy_cpus) // high)),
+        num_threads=max(1, int(_node_cpus() // high)),
+        env_vars=_MODEL_ON_CPU,
     )
 
 

@@ -108,6 +108,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
         ),
         num_cpus=replicas.num_cpus,
         num_gpus=replicas.num_gpus,
+        runtime_env=replicas.runtime_env,
         max_task_retries=_MAX_TASK_RETRIES,
     )
     finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)

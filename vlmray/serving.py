@@ -46,8 +46,6 @@ APP_NAME = "vlmray"
 _LOG = logging.getLogger(__name__)
 # What glibc does by itself, with many threads and bodies of megabytes, is to keep gigabytes of freed memory.
 _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
-# Threads of the model that wait must not keep a core from the HTTP side.
-_YIELD_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 _MAX_TRIES = 5
 _SHARE_OF_WAITING = 0.05
@@ -320,7 +318,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         ray_actor_options={
             "num_gpus": plan.num_gpus,
             "num_cpus": plan.num_cpus,
-            "runtime_env": {"env_vars": _YIELD_CORES},
+            "runtime_env": plan.runtime_env,
         },
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         health_check_period_s=5,
