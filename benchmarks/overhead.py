@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py --model_id tiny-random --num_rows 512 --repeats 3
 
-Rows lie in a Parquet file, so neither side draws charts. The bare engine gets requests that are ready,
-images decoded; the pipeline reads, decodes, generates, scores and writes files and Parquet. Both rates
+Rows lie in a Parquet file, so neither side draws charts. The bare engine gets requests that are ready, images
+encoded in memory; the pipeline reads, decodes, generates, scores and writes files and Parquet. Both rates
 are steady ones, over all but the first third of the rows: model loading, Ray's start and the chunks that
 pile up while its workers start are not counted. Sides alternate, so a slow spell hits both.
 """
@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +25,6 @@ from vlmray import cluster, stages
 from vlmray.charts import ChartDataset, ChartsConfig
 from vlmray.config import InferConfig
 from vlmray.engines import Engine, build_engine
-from vlmray.images import load_image_pil
 from vlmray.inference import plan_inference
 from vlmray.pipeline import InferenceRun, iter_finished
 from vlmray.schema import GenerationRequest
@@ -84,8 +82,7 @@ def plan_run(options: argparse.Namespace, data: str, output_dir: str) -> Inferen
 
 def read_requests(run: InferenceRun) -> list[GenerationRequest]:
     rows = stages.read_chunk(run.source, run.spec, "test", run.pending, 0, len(run.pending))
-    requests = stages.make_requests(stages.prepare_rows(rows, run.task), run.task)
-    return [replace(request, images=list(map(load_image_pil, request.images))) for request in requests]
+    return stages.make_requests(stages.prepare_rows(rows, run.task), run.task)
 
 
 def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> float:
