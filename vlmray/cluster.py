@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
@@ -27,15 +28,16 @@ _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
 
 _MODEL_ON_CPU = {
-    # What the model frees it soon asks for again (see `vlmray.engines.memory.keep_freed_memory`, which comes
-    # too late for the threads that Ray starts before).
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    # Threads of the model that wait for each other shall not keep a core from everything else.
-    "GOMP_SPINCOUNT": "1000",
+    "env_vars": {
+        # What the model frees it soon asks for again (see `vlmray.engines.memory.keep_freed_memory`, which
+        # comes too late for the threads that Ray starts before).
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        # Threads of the model that wait for each other shall not keep a core from everything else.
+        "GOMP_SPINCOUNT": "1000",
+    }
 }
-"""Environment of a process that runs a model on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +52,8 @@ class ReplicaPlan:
     num_threads: int | None
     """CPU threads of the model in each replica; None on a GPU, where torch's default will do."""
 
-    env_vars: Mapping[str, str] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
     """Environment of each replica, beside the job's."""
-
-    @property
-    def runtime_env(self) -> dict[str, object]:
-        """The environment as Ray takes it."""
-        return {"env_vars": dict(self.env_vars)} if self.env_vars else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +176,7 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
         num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
         # Threads that wait for a core that others have taken make the rest wait with them.
         num_threads=max(1, int(_node_cpus() // high)),
-        env_vars=_MODEL_ON_CPU,
+        runtime_env=_MODEL_ON_CPU,
     )
 
 

@@ -35,6 +35,7 @@ def find_batch_tokens(model: Any) -> int:
     if model.device.type != "cuda":
         return CPU_BATCH_TOKENS
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, int(_USABLE * free / bytes_per_token(model.config, model.dtype.itemsize)))
 
 

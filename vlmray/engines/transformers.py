@@ -52,6 +52,7 @@ _COPIES_ROWS = ("qwen2_5_vl",)
 """Model types for which copied and selected rows of the cache are known to give the answers of whole rows
 (see the tests)."""
 
+_FULL = "full_attention"  # what the cache is made for
 _ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
 _PIXELS_PER_TOKEN = 28 * 28  # a guess for ordering rows, where the image processor does not tell
 
@@ -139,7 +140,8 @@ class TransformersEngine:
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
         self._num_loaded = 0
         self._may_mix = True
-        self._copies_rows = model.config.model_type in _COPIES_ROWS
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [_FULL])
+        self._copies_rows = model.config.model_type in _COPIES_ROWS and kinds == {_FULL}
         self.max_batch_tokens = max_batch_tokens or find_batch_tokens(model)
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
