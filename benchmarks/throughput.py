@@ -256,7 +256,7 @@ def print_table(
     products: Sequence[float],
 ) -> None:
     """Print medians with their spread, and how the engine compares."""
-    peaks = {way.name: way.peak_gib for way in ways}
+    peaks = {way.name: way.peak_gib for way in ways if way.name != "vllm"}  # its model is elsewhere
     equal = {
         way.name: sum(one == other for one, other in zip(way.texts, ways[2].texts, strict=True))
         for way in ways
@@ -273,7 +273,8 @@ def print_table(
     for name, values in rates.items():
         ratio = [one / other for one, other in zip(rates["engine"], values, strict=True)]
         ratios[name] = statistics.median(ratio)
-        more = f"{peaks[name]:9.2f} {equal[name]:13}" if name in peaks else ""
+        peak = f"{peaks[name]:.2f}" if name in peaks else ""
+        more = f"{peak:>9} {equal[name]:13}" if name in equal else ""
         print(
             f"{name:14} {statistics.median(values):8.2f} {min(values):8.2f} {max(values):8.2f} "
             f"{ratios[name]:12.2f} {more}"
