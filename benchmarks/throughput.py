@@ -72,7 +72,7 @@ SMALL_VISION = {
 class Way:
     """A process that answers all requests when it is its turn."""
 
-    def __init__(self, name: str, work: Path, python: str) -> None:
+    def __init__(self, name: str, work: Path, python: str, num_threads: int) -> None:
         self.name = name
         self.seconds: list[float] = []
         self.peak_gib = 0.0
@@ -80,7 +80,7 @@ class Way:
         self._process = subprocess.Popen(
             [python, str(Path(__file__).with_name("ways.py")), name, str(work)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, "OMP_NUM_THREADS": str(json.loads(work.read_text())["num_threads"])},
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         )  # fmt: skip
 
     def turn(self, *, counts: bool) -> None:
@@ -113,7 +113,10 @@ def main() -> None:
             options.model_id = build_random_model(options, Path(folder) / "model")
         work = write_work(options, Path(folder))
         names = ["one by one", "fixed batches", "engine", *(["vllm"] if options.vllm_python else [])]
-        ways = [Way(name, work, options.vllm_python if name == "vllm" else sys.executable) for name in names]
+        ways = [
+            Way(name, work, options.vllm_python if name == "vllm" else sys.executable, options.num_threads)
+            for name in names
+        ]
         products, pipeline = [], []
         for way in ways:
             way.turn(counts=False)  # sets things up

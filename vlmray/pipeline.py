@@ -123,7 +123,7 @@ def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
     most = min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size))
     least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
-    return max(1, min(most, max(least, -(-num_rows // (4 * num_replicas)))))
+    return min(most, max(least, -(-num_rows // (4 * num_replicas))))
 
 
 def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
