@@ -25,7 +25,6 @@ import argparse
 import base64
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ import ray
 import torch
 from limit import measure_products
 from overhead import measure_pipeline
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from random_models import RANDOM, build_random_model
 
 from vlmray import cluster, stages
 from vlmray.config import InferConfig
@@ -47,26 +46,6 @@ from vlmray.inference import plan_inference
 from vlmray.model import load_processor
 from vlmray.schema import GenerationRequest
 from vlmray.small_models import resolve_model_id
-
-RANDOM = {
-    "random-132m": {
-        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    },
-    "random-3b": {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-    },
-    "random-7b": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-}  # fmt: skip
-SMALL_VISION = {
-    "hidden_size": 512, "depth": 8, "num_heads": 8, "intermediate_size": 1408,
-    "fullatt_block_indexes": [3, 7],
-}  # fmt: skip
-"""Of the smallest one; the others have the real tower."""
 
 
 class Way:
@@ -110,7 +89,9 @@ def main() -> None:
     options = parse_options()
     with tempfile.TemporaryDirectory() as folder:
         if options.model_id in RANDOM:
-            options.model_id = build_random_model(options, Path(folder) / "model")
+            options.model_id = build_random_model(
+                options.model_id, options.processor, Path(folder) / "model", options.dtype
+            )
         work = write_work(options, Path(folder))
         names = ["one by one", "fixed batches", "engine", *(["vllm"] if options.vllm_python else [])]
         ways = [
@@ -215,40 +196,6 @@ def make_requests(
         return requests
     lengths = [len(tokenizer(row["answers"][0])["input_ids"]) + 1 for row in rows]
     return [replace(each, max_new_tokens=n) for each, n in zip(requests, lengths, strict=True)]
-
-
-def build_random_model(options: argparse.Namespace, path: Path) -> str:
-    """Write a Qwen2.5-VL with random weights beside the files of a real one's tokenizer and processor."""
-    shutil.copytree(options.processor, path)
-    config = json.loads((path / "config.json").read_text())
-    text = config.setdefault("text_config", {k: v for k, v in config.items() if k != "vision_config"})
-    text |= RANDOM[options.model_id]
-    width = text["hidden_size"] // text["num_attention_heads"] // 2
-    text |= {
-        "max_window_layers": text["num_hidden_layers"], "tie_word_embeddings": True,
-        "layer_types": ["full_attention"] * text["num_hidden_layers"], "use_sliding_window": False,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e6,
-            "mrope_section": [width // 4, width * 3 // 8, width * 3 // 8],
-        },
-    }  # fmt: skip
-    text.pop("rope_scaling", None)
-    small = SMALL_VISION if options.model_id == "random-132m" else {}
-    vision = config["vision_config"] | small | {"out_hidden_size": text["hidden_size"]}
-    kept = {name: config[name] for name in config if name.endswith("_token_id")}
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **kept)
-    )
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(path)
-    generation = json.loads((path / "generation_config.json").read_text())
-    generation |= {"repetition_penalty": 1.0, "do_sample": False}  # greedy, the same in all ways
-    for name in ("temperature", "top_p", "top_k"):
-        generation.pop(name, None)
-    (path / "generation_config.json").write_text(json.dumps(generation))
-    return str(path)
 
 
 def print_table(

@@ -1,11 +1,17 @@
-"""What Ray costs in training: the same run by plain TRL, and by the job's worker without and with Ray.
+"""Fine-tuning against plain TRL: the same run by TRL alone, and by the job's worker without and with Ray.
 
-    python benchmarks/training.py --num_steps 60 --repeats 3
+    python benchmarks/training.py
+    python benchmarks/training.py --model_id random-132m --processor path/to/Qwen2.5-VL-7B-Instruct \\
+        --dataset_name path/to/ChartQA --dataset_split test --num_rows 48 --batch_size 4
 
 All three train the same samples in the same order with the same options, one worker. The plain script is
 what one would write with TRL alone: a dataset of PIL images, TRL's collator, SFTTrainer. Timed is the
-training itself from its first step to its last, without loading the model, and without the first fifth
-of the steps, in which workers and caches warm up. Sides alternate, so a slow spell hits all of them.
+training itself, without loading the model: the first epoch without the first fifth of its steps, in which
+workers and caches warm up, and the later ones, in which the vision tower has seen all images. Sides
+alternate, so a slow spell hits all of them.
+
+`random-132m` is a Qwen2.5-VL of that size with random weights and the tokenizer and image processor of
+`--processor`.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from overhead import write_charts
+from random_models import RANDOM, build_random_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -35,6 +42,10 @@ from vlmray.training import lora_config_of, train_loop_per_worker
 from vlmray.training_run import TRAIN, TrainingData, TrainingRun
 
 END_TOKEN = "<|im_end|>"
+EPOCHS = ("first epoch", "later epochs")
+
+Rates = dict[str, dict[str, list[float]]]
+"""Samples per second by side and epoch, one for each repeat."""
 
 
 def main() -> None:
@@ -42,8 +53,11 @@ def main() -> None:
     options = parse_options()
     cluster.connect()
     with tempfile.TemporaryDirectory() as folder:
-        num_rows = options.num_steps * options.batch_size
-        source = options.dataset_name or write_charts(Path(folder) / "train.parquet", num_rows)
+        source = options.dataset_name or write_charts(Path(folder) / "train.parquet", options.num_rows)
+        if options.model_id in RANDOM:
+            options.model_id = build_random_model(
+                options.model_id, options.processor, Path(folder) / options.model_id
+            )
         measure_all(options, source)
 
 
@@ -52,31 +66,40 @@ def measure_all(options: argparse.Namespace, dataset_name: str) -> None:
     workers = cluster.plan_workers(1)
     torch.set_num_threads(workers.num_threads or torch.get_num_threads())
     config = FinetuneConfig(
-        model_id=options.model_id, dataset_name=dataset_name, max_steps=options.num_steps,
+        model_id=options.model_id, dataset_name=dataset_name, dataset_split=options.dataset_split,
+        sample_slices=f"[:{options.num_rows}]", num_train_epochs=options.num_train_epochs,
         per_device_train_batch_size=options.batch_size, logging_steps=1, save_steps=10**6, num_workers=1,
-        lora_dropout=0.0,
+        lora_dropout=0.0, gradient_checkpointing=options.gradient_checkpointing,
+        train_sampling_strategy=options.train_sampling_strategy,
     )  # fmt: skip
     data = open_training_data(config)
     run = TrainingRun.of(config, data, num_workers=1, num_threads=workers.num_threads)
-    rates: dict[str, list[float]] = {"plain TRL": [], "worker without Ray": [], "job on Ray": []}
+    sides = {
+        "plain TRL": lambda: train_plainly(run, data),
+        "worker without Ray": lambda: train_alone(run, data),
+        "job on Ray": lambda: train_on_ray(run, data, workers),
+    }
+    rates: Rates = {name: {epoch: [] for epoch in EPOCHS} for name in sides}
     losses: dict[str, list[float]] = {}
     for _ in range(options.repeats):
-        for name, measure in (
-            ("plain TRL", lambda: train_plainly(run, data)),
-            ("worker without Ray", lambda: train_alone(run, data)),
-            ("job on Ray", lambda: train_on_ray(run, data, workers)),
-        ):
+        for name, measure in sides.items():
             times, losses[name] = measure()
-            rates[name].append(steady_rate(times, options.batch_size))
+            for epoch, rate in rates_of(times, run).items():
+                rates[name][epoch].append(rate)
     print_table(rates, losses, options)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model_id", default="tiny-random")
+    parser.add_argument("--processor", help="folder of a real Qwen2.5-VL, for random-132m")
     parser.add_argument("--dataset_name", help="default: charts, drawn beforehand")
-    parser.add_argument("--num_steps", type=int, default=60)
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--num_rows", type=int, default=240)
+    parser.add_argument("--num_train_epochs", type=float, default=2)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--train_sampling_strategy", default="random")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
@@ -97,17 +120,18 @@ def train_plainly(run: TrainingRun, data: TrainingData) -> tuple[list[float], li
     set_seed(config.seed)
     model, processor = load_qwen_vl_model_and_processor(resolve_model_id(config.model_id))
     plan = run.plan(TRAIN, 1)
-    order = [sample for number in range(config.max_steps) for sample in plan.batch(0, number)]
+    order = [sample for batch in plan.batches(0, 0, run.num_steps) for sample in batch]
     rows = [to_feature(row) for row in open_images(data.train.read(order))]
     dataset = Dataset.from_list([prompt_and_completion(row, processor) for row in rows if row])
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=config.per_device_train_batch_size,
-            max_steps=config.max_steps, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
+            max_steps=run.num_steps, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
             warmup_steps=config.warmup_ratio, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=not torch.cuda.is_available(), max_length=None, gradient_checkpointing=False,
-            bf16=False, disable_tqdm=True, seed=config.seed, train_sampling_strategy="sequential",
+            use_cpu=not torch.cuda.is_available(), max_length=None, bf16=False,
+            gradient_checkpointing=bool(config.gradient_checkpointing), disable_tqdm=True, seed=config.seed,
+            train_sampling_strategy="sequential",
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=dataset, processing_class=processor,
@@ -148,35 +172,36 @@ def losses_of(history: list[dict[str, Any]]) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def steady_rate(times: list[float], batch_size: int) -> float:
-    """Return samples per second from the times at which steps ended, after the first fifth of them."""
-    first = len(times) // 5
-    return batch_size * (len(times) - 1 - first) / (times[-1] - times[first])
+def rates_of(times: list[float], run: TrainingRun) -> dict[str, float]:
+    """Return samples per second of the first epoch and of those behind it, from the ends of steps."""
+    steps = run.plan(TRAIN, 1).steps_per_epoch
+    ranges = dict(zip(EPOCHS, ((steps // 5, steps - 1), (steps - 1, len(times) - 1)), strict=True))
+    return {
+        name: (run.num_samples_of(last + 1) - run.num_samples_of(first + 1)) / (times[last] - times[first])
+        for name, (first, last) in ranges.items()
+    }
 
 
-def print_table(
-    rates: dict[str, list[float]], losses: dict[str, list[float]], options: argparse.Namespace
-) -> None:
-    plain = rates["plain TRL"]
+def print_table(rates: Rates, losses: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Print medians with their spread, beside what they are of plain TRL's."""
     print(
-        f"{options.model_id}, {options.num_steps} steps of {options.batch_size}, {options.repeats} repeats\n"
+        f"{options.num_rows} samples, batches of {options.batch_size}, {options.num_train_epochs:g} epochs, "
+        f"{options.repeats} repeats\n"
     )
-    print(
-        f"{'samples/s':22}"
-        + f" {'median':>8} {'lowest':>8} {'highest':>8}" * 2
-        + "  (rate, ratio to the first)"
-    )
+    print(f"{'samples/s':33}" + f" {'median':>7} {'lowest':>7} {'highest':>7}" * 2 + "  (rate, of plain TRL)")
     ratios = {}
-    for name, values in rates.items():
-        ratios[name] = [value / other for value, other in zip(values, plain, strict=True)]
-        numbers = [statistics.median(values), min(values), max(values)]
-        numbers += [statistics.median(ratios[name]), min(ratios[name]), max(ratios[name])]
-        print(f"{name:22} " + " ".join(f"{number:8.3g}" for number in numbers))
+    for name, by_epoch in rates.items():
+        ratios[name] = {}
+        for epoch, values in by_epoch.items():
+            plain = rates["plain TRL"][epoch]
+            shares = [value / other for value, other in zip(values, plain, strict=True)]
+            ratios[name][epoch] = statistics.median(shares)
+            numbers = [f(v) for v in (values, shares) for f in (statistics.median, min, max)]
+            print(f"{name:19} {epoch:13} " + " ".join(f"{number:7.3g}" for number in numbers))
     pairs = [pair for values in losses.values() for pair in zip(values, losses["plain TRL"], strict=True)]
     difference = max(abs(one - other) for one, other in pairs)
     print(f"\nlargest difference of a step's loss to plain TRL: {difference:.2g}")
-    medians = {name: statistics.median(values) for name, values in ratios.items()}
-    print(json.dumps({"samples_per_s": rates, "ratio": medians, "loss_difference": difference}))
+    print(json.dumps({"samples_per_s": rates, "ratio": ratios, "loss_difference": difference}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ LEVELS: dict[str, int] = {
     "vlmray.batches": 1,
     "vlmray.axes": 1,
     "vlmray.plots": 1,
+    "vlmray.lanes": 1,
+    "vlmray.timeline": 1,
     "vlmray.training_report": 1,
     "vlmray.comparison": 1,
     "vlmray.significance": 1,
@@ -48,6 +50,7 @@ LEVELS: dict[str, int] = {
     "vlmray.model": 2,
     "vlmray.lora": 2,
     "vlmray.encoding": 2,
+    "vlmray.vision_cache": 2,
     "vlmray.collator": 3,
     "vlmray.engines.base": 2,
     "vlmray.engines.answers": 2,
@@ -164,8 +167,8 @@ def test_ray_is_imported_nowhere_else() -> None:
 
 def test_only_the_model_and_its_engine_import_torch() -> None:
     with_torch = (
-        "model", "encoding", "collator", "engines.transformers", "engines.cache", "engines.memory",
-        "engines.sampling", "trainer", "training", "sft_options", "optimizers", "artifacts",
+        "model", "encoding", "vision_cache", "collator", "engines.transformers", "engines.cache",
+        "engines.memory", "engines.sampling", "trainer", "training", "sft_options", "optimizers", "artifacts",
         "vqa_metrics.vqa_metrics",
     )  # fmt: skip
     heavy = (*(f"vlmray.{name}" for name in with_torch), *WITH_RAY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ def _random_plan(rng: random.Random) -> BatchPlan:
         world_size=rng.randint(1, 4),
         accumulation=rng.randint(1, 4),
         seed=rng.choice([None, 0, 1, 7]),
+        lengths=rng.choice([None, rng.choices(range(9), k=60)]),
     )
 
 
@@ -101,6 +104,50 @@ def test_a_run_can_start_anywhere() -> None:
         assert [len(batch) for batch in whole] == [plan.batch_size] * stop
         assert list(plan.batches(rank, start, stop)) == whole[start:]
         assert [plan.batch(rank, start)] == list(plan.batches(rank, start, start + 1))
+
+
+def test_a_sample_comes_to_the_same_place_in_every_epoch() -> None:
+    rng = random.Random(3)
+    for _ in range(100):
+        plan = dataclasses.replace(_random_plan(rng), seed=rng.randrange(10))
+        places = [
+            {sample: at % plan.samples_per_step for at, sample in enumerate(_order(plan, epoch))}
+            for epoch in range(4)
+        ]
+        assert all(found == places[0] for found in places)
+
+
+def test_neighbours_come_to_one_place() -> None:
+    """Questions about one image stand next to each other."""
+    plan = BatchPlan(num_samples=400, batch_size=4, world_size=2, seed=0)
+    places = {sample: at % plan.samples_per_step for at, sample in enumerate(_order(plan, 0))}
+    assert sum(places[sample] != places[sample + 1] for sample in range(399)) == plan.samples_per_step - 1
+
+
+def test_batches_by_length_hold_samples_of_like_length_in_any_order() -> None:
+    rng = random.Random(4)
+    lengths = [rng.choice([100, 300, 301, 305, 700, 1100]) + rng.randrange(20) for _ in range(1003)]
+    by_length, as_they_come = (
+        BatchPlan(num_samples=1003, batch_size=4, world_size=2, seed=5, lengths=given)
+        for given in (lengths, None)
+    )
+
+    def padding(plan: BatchPlan, epoch: int) -> float:
+        batches = [
+            [lengths[sample] for sample in plan.batch(rank, number) if sample is not None]
+            for rank in range(2)
+            for number in range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch)
+        ]
+        return sum(max(batch) * len(batch) for batch in batches if batch) / sum(lengths) - 1
+
+    for epoch in (0, 1):
+        assert padding(by_length, epoch) < 0.1 < 0.5 < padding(as_they_come, epoch)
+        assert sorted(_order(by_length, epoch)) == list(range(1003))
+    first, second = ([lengths[sample] for sample in _order(by_length, epoch)] for epoch in (0, 1))
+    assert first != second
+    longest = [max(first[start : start + 8]) for start in range(0, 1000, 8)]
+    falls = sum(one > other for one, other in itertools.pairwise(longest))
+    assert 40 < falls < 85  # of 124: neither rising nor falling
 
 
 @pytest.mark.parametrize("epochs", ["1", "2", "0.5", "0.28", "1.1", "0.07", "2.3", "0.001"])

@@ -129,7 +129,7 @@ def test_mixed_precision_works_on_a_cpu(tiny_model: Path) -> None:
     full = curve(train(make_config(tiny_model, max_steps=4)))
     mixed = curve(train(make_config(tiny_model, max_steps=4, bf16=True)))
     assert mixed != full  # or it was not used
-    assert differ(mixed, full) < 0.05
+    assert mixed == pytest.approx(full, rel=0.01)  # bfloat16 has 8 bits
 
 
 def test_gradient_checkpointing_changes_no_loss(tiny_model: Path) -> None:

@@ -93,6 +93,8 @@ def training_record(run: TrainingRun, outcome: Outcome, checks: Sequence[Check])
         "seed": config.seed,
         "num_workers": run.num_workers,
         "num_steps": outcome.num_steps,
+        "num_images": outcome.num_images,
+        "num_images_encoded": outcome.num_encoded,
         "targets": lora.abbreviate_names(outcome.targets),
         "options": dataclasses.asdict(config),
         "history": [_without_nan(entry) for entry in outcome.history],

@@ -5,18 +5,26 @@
 The plan is arithmetic on (seed, epoch, step), so a run that starts again at step n sees exactly what an
 undisturbed run would see from there. A step trains the same samples however many workers and gradient
 accumulation steps share it, as long as their product with the batch size stays the same.
+
+Each place of a step has a share of the samples that it draws from in every epoch. So a sample always comes to
+the same worker, which may have kept what it computed of its image, and neighbours, which often show the same
+image, come to one worker.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+_SIMILAR = 8
+"""Samples of each place that are shuffled among each other where batches are grouped by length."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchPlan:
     """The order of samples, cut into steps, forward passes and workers."""
 
@@ -30,6 +38,10 @@ class BatchPlan:
 
     seed: int | None = None
     """Shuffles every epoch anew; None keeps the order."""
+
+    lengths: Sequence[int] | None = None
+    """Tokens of each sample, roughly: a step then trains samples of like length, to spare padding. Steps come
+    in any order. None: whatever comes. Without effect where the order is kept."""
 
     @property
     def samples_per_step(self) -> int:
@@ -63,7 +75,7 @@ class BatchPlan:
         epoch, in_epoch = divmod(number, self.batches_per_epoch)
         step, turn = divmod(in_epoch, self.accumulation)
         start = step * self.samples_per_step + (turn * self.world_size + rank) * self.batch_size
-        order = _order(self.num_samples, self.seed, epoch)
+        order = _order(self, epoch)
         return [order[at] if at < self.num_samples else None for at in range(start, start + self.batch_size)]
 
     def batches(self, rank: int, start: int, stop: int) -> Iterator[list[int | None]]:
@@ -72,8 +84,39 @@ class BatchPlan:
 
 
 @functools.lru_cache(maxsize=2)
-def _order(num_samples: int, seed: int | None, epoch: int) -> list[int]:
-    order = list(range(num_samples))
-    if seed is not None:
-        random.Random(f"{seed}/{epoch}").shuffle(order)
+def _order(plan: BatchPlan, epoch: int) -> Sequence[int]:
+    """Return the samples of an epoch, one place of a step after the other."""
+    if plan.seed is None:
+        return range(plan.num_samples)
+    rng = random.Random(f"{plan.seed}/{epoch}")
+    num_full = plan.num_samples // plan.samples_per_step
+    # The same for all places: what is of like length meets again. A step that is short comes last.
+    turns = [*rng.sample(range(num_full), num_full), num_full]
+    window = _SIMILAR if plan.lengths is not None else plan.num_samples
+    order = [0] * plan.num_samples
+    for place, share in enumerate(_shares(plan)):
+        samples: list[int] = []
+        for start in range(0, len(share), window):
+            nearby = share[start : start + window]
+            samples += rng.sample(nearby, len(nearby))
+        order[place :: plan.samples_per_step] = [samples[turn] for turn in turns[: len(samples)]]
     return order
+
+
+def _shares(plan: BatchPlan) -> Iterator[Sequence[int]]:
+    """Yield the samples of each place of a step, the same in every epoch."""
+    places = range(min(plan.samples_per_step, plan.num_samples))
+    if plan.lengths is not None:
+        longest_first = _longest_first(plan)
+        yield from (longest_first[place :: plan.samples_per_step] for place in places)
+    else:
+        num_full, rest = divmod(plan.num_samples, plan.samples_per_step)
+        starts = [place * num_full + min(place, rest) for place in (*places, len(places))]
+        yield from itertools.starmap(range, itertools.pairwise(starts))
+
+
+@functools.lru_cache(maxsize=1)
+def _longest_first(plan: BatchPlan) -> Sequence[int]:
+    assert plan.lengths is not None
+    lengths = plan.lengths
+    return sorted(range(plan.num_samples), key=lambda sample: -lengths[sample])

@@ -23,6 +23,7 @@ from PIL import Image
 
 from vlmray.encoding import IGNORED_LABEL, chain_segments, encode_text, join_rows
 from vlmray.prompts import format_qwen_vl_messages
+from vlmray.vision_cache import VisionCache
 
 _IMAGE_TYPES = ("image", "image_url")
 
@@ -66,6 +67,8 @@ class DataCollatorForVLMSFT:
     Args:
         processor: Of the model to train, as `vlmray.model.load_processor` gives it.
         max_length: Most tokens of a row, visual ones included; None sets no limit.
+        vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
+            which is then one for `VisionCache.encode`. None: pixels of all images.
 
     Raises:
         ValueError: `max_length` below 1, or a tokenizer without a padding token.
@@ -75,13 +78,16 @@ class DataCollatorForVLMSFT:
     """Why rows were left out, by sample id. It fills in the process that calls the collator, which is not
     this one where a data loader has workers of its own."""
 
-    def __init__(self, processor: Any, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, *, max_length: int | None = None, vision_cache: VisionCache | None = None
+    ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"--max_length must be at least 1, got {max_length}")
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token; set processor.tokenizer.pad_token")
         self.processor = processor
         self.max_length = max_length
+        self.vision_cache = vision_cache
         self.errors = {}
         names = ("image_token", "video_token")
         placeholders = {token for name in names if (token := getattr(processor, name, None))}
@@ -128,7 +134,7 @@ class DataCollatorForVLMSFT:
             prompt = self.processor.apply_chat_template(turns[:place], add_generation_prompt=True)
             question = _text_after(done, prompt)
             if start == 0:
-                segments.append(encode_text(self.processor, question, unseen[:num_images]))
+                segments.append(self._encode_text(question, unseen[:num_images]))
             else:
                 segments.append(self._encode_later_question(question, unseen[:num_images]))
             written = _text_after(prompt, self.processor.apply_chat_template(turns[: place + 1]))
@@ -154,13 +160,19 @@ class DataCollatorForVLMSFT:
         """Return a small row with an image and nothing to learn."""
         messages = format_qwen_vl_messages("What is this?")
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        row = encode_text(self.processor, prompt, [Image.new("RGB", (56, 56))])
+        row = self._encode_text(prompt, [Image.new("RGB", (56, 56))])
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORED_LABEL)}
+
+    def _encode_text(
+        self, text: str, images: Sequence[Image.Image], **options: Any
+    ) -> dict[str, torch.Tensor]:
+        encode = encode_text if self.vision_cache is None else self.vision_cache.encode_text
+        return encode(self.processor, text, images, **options)
 
     def _encode_later_question(self, text: str, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """Encode what stands between two answers: the end of a turn, the next question, the next prompt."""
         if images:
-            return encode_text(self.processor, text, images, add_special_tokens=False)
+            return self._encode_text(text, images, add_special_tokens=False)
         return self._tokenize(text)
 
     def _encode_answer(self, text: str) -> dict[str, torch.Tensor]:

@@ -216,6 +216,10 @@ class FinetuneConfig(QuestionsConfig):
     lora_merger: bool = False
     """Adapt the merger between vision tower and language model too."""
 
+    vision_cache_gib: float = 32.0
+    """Disk space of each worker, in TMPDIR, for what the vision tower makes of images that come again, where
+    nothing in it is trained; 0: compute it every time."""
+
     freeze_vision: bool = False
     """Without LoRA: keep the vision tower as it is."""
 
@@ -236,6 +240,10 @@ class FinetuneConfig(QuestionsConfig):
 
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
+
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """Which samples share a step: any, or those of like length, which spares padding; for that all samples
+    are read once before training. Images given by URL count as equally large."""
 
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises."""
@@ -296,7 +304,9 @@ class FinetuneConfig(QuestionsConfig):
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience", "num_workers",
         )  # fmt: skip
-        _at_least(self, 0, "eval_samples", "learning_rate", "weight_decay", "max_failures")
+        _at_least(
+            self, 0, "vision_cache_gib", "eval_samples", "learning_rate", "weight_decay", "max_failures"
+        )
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -53,7 +53,7 @@ _STEP_OPTIONS = (
     "max_turns", "max_length", "system_prompt", "min_pixels", "max_pixels", "seed", "use_peft", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_merger", "freeze_vision",
     "learning_rate", "num_train_epochs", "max_steps", "warmup_ratio", "lr_scheduler_type", "weight_decay",
-    "optim", "bf16", "sft_config",
+    "optim", "bf16", "train_sampling_strategy", "sft_config",
 )  # fmt: skip
 
 _POLL_S = 0.2

@@ -30,7 +30,7 @@ _SET_BY_VLMRAY = (
     "output_dir", "max_length", "packing", "padding_free", "packing_strategy", "eval_packing",
     "assistant_only_loss", "completion_only_loss", "remove_unused_columns", "dataset_kwargs",
     "dataset_text_field", "dataset_num_proc", "shuffle_dataset", "dataloader_num_workers",
-    "dataloader_drop_last", "train_sampling_strategy", "ignore_data_skip", "eval_strategy", "eval_on_start",
+    "dataloader_drop_last", "ignore_data_skip", "eval_strategy", "eval_on_start",
     "save_strategy", "logging_strategy", "do_train", "do_eval", "do_predict", "metric_for_best_model",
     "greater_is_better", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
     "warmup_steps", "data_seed", "disable_tqdm", "label_names", "use_cpu", "save_only_model",

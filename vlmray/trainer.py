@@ -36,6 +36,7 @@ from vlmray.conversations import Feature, Features
 from vlmray.engines.transformers import TransformersEngine
 from vlmray.model import is_peft_model
 from vlmray.schema import GenerationRequest
+from vlmray.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class VLMTrainer(SFTTrainer):
         collator: What made the batches.
         read_evaluation: Gives the evaluation samples of this worker anew, a list for each batch; every
             worker gives as many lists.
+        vision_cache_bytes: Room for what a frozen vision tower makes of images.
+        epochs_repeat: Whether samples are trained more than once, so that keeping that is worth it.
         metric: Of the answers.
         num_answered: How many evaluation samples are answered, over all workers.
         max_new_tokens: Tokens per answer, at most.
@@ -103,6 +106,8 @@ class VLMTrainer(SFTTrainer):
         batches: PlannedBatches,
         collator: DataCollatorForVLMSFT,
         read_evaluation: Callable[[], Iterable[Features]] | None,
+        vision_cache_bytes: float,
+        epochs_repeat: bool,
         metric: str,
         num_answered: int,
         max_new_tokens: int,
@@ -125,7 +130,12 @@ class VLMTrainer(SFTTrainer):
         self._metric = metric
         self._num_answered = num_answered
         self._max_new_tokens = max_new_tokens
-        self._eval_collator = DataCollatorForVLMSFT(collator.processor, max_length=collator.max_length)
+        # Sharded weights cannot be used outside of the whole model's forward pass.
+        self.vision_cache = None if self.is_fsdp_enabled else VisionCache.of(self.model, vision_cache_bytes)
+        collator.vision_cache = self.vision_cache if epochs_repeat else None
+        self._eval_collator = DataCollatorForVLMSFT(
+            collator.processor, max_length=collator.max_length, vision_cache=self.vision_cache
+        )
         self.answered: list[dict[str, Any]] = []
         """Evaluation samples with the answers of the last evaluation, from all workers."""
 
@@ -175,6 +185,14 @@ class VLMTrainer(SFTTrainer):
             found[f"{metric_key_prefix}_{self._metric}"] = mean
         self.evaluation_s += time.perf_counter() - started
         return EvalLoopOutput(np.empty(0), label_ids=None, metrics=found, num_samples=num_samples)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device, and images through the vision tower where no gradient has to."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.vision_cache is None:
+            return inputs
+        with self.accelerator.autocast():  # as the forward pass
+            return self.vision_cache.encode(inputs)
 
     def _sum_loss(self, features: Features) -> torch.Tensor:
         """Return the summed loss and the number of answer tokens of a batch."""

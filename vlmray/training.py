@@ -137,6 +137,12 @@ class Outcome:
     eval_errors: dict[str, str]
     """Why samples were left out of the evaluation's loss, by sample id."""
 
+    num_images: int | None
+    """Images of batches since then, evaluations included; None where gradients go through the tower."""
+
+    num_encoded: int | None
+    """How many of them the vision tower had to encode."""
+
     answered: list[dict[str, Any]]
     """Evaluation samples with their last answers."""
 
@@ -217,6 +223,9 @@ class WorkerSession:
         num_trainable, num_parameters = lora.count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         num_steps = trainer.state.global_step
         errors = _merge(gather_object([self.collator.errors]))
+        cache = trainer.vision_cache
+        counts = gather_object([(cache.num_images, cache.num_encoded)]) if cache is not None else None
+        num_images, num_encoded = map(sum, zip(*counts, strict=True)) if counts else (None, None)
         too_many = run.config.max_errors is not None and len(errors) > run.config.max_errors
         return Outcome(
             history=trainer.state.log_history,
@@ -229,6 +238,8 @@ class WorkerSession:
             targets=self.targets,
             errors=errors,
             eval_errors=_merge(gather_object([trainer.eval_errors])),
+            num_images=num_images,
+            num_encoded=num_encoded,
             answered=sorted(trainer.answered, key=lambda row: row["sample_id"]),
             too_many_errors=len(errors) if too_many else None,
         )
@@ -257,6 +268,8 @@ class WorkerSession:
             callbacks=[*early_stopping, callback],
             batches=batches,
             read_evaluation=self._read_evaluation if run.num_eval_samples else None,
+            vision_cache_bytes=config.vision_cache_gib * 2**30,
+            epochs_repeat=run.num_steps > plan.steps_per_epoch,
             metric=run.metric,
             num_answered=config.eval_samples,
             max_new_tokens=config.max_new_tokens,

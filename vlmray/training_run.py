@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmray.batches import BatchPlan
 from vlmray.config import FinetuneConfig
-from vlmray.conversations import Conversations
+from vlmray.conversations import Conversations, estimate_lengths
 
 TRAIN, EVALUATION = "train", "evaluation"
 
@@ -39,15 +40,20 @@ class TrainingRun:
     num_threads: int | None = None
     """CPU threads of each worker; None leaves torch's own choice."""
 
+    lengths: Sequence[int] | None = None
+    """Tokens of each sample, roughly, where batches are grouped by them."""
+
     @classmethod
     def of(cls, config: FinetuneConfig, data: TrainingData, **options: Any) -> TrainingRun:
         """Describe a run over some samples."""
+        groups = config.train_sampling_strategy == "group_by_length"
         return cls(
             config=config,
             num_samples=len(data.train),
             num_eval_samples=len(data.evaluation or ()),
             metric=data.train.spec.metric,
             image_optional=data.train.spec.image_optional or data.train.spec.image_column is None,
+            lengths=estimate_lengths(data.train, config.max_pixels) if groups else None,
             **options,
         )
 
@@ -76,6 +82,7 @@ class TrainingRun:
             world_size=world_size,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
+            lengths=self.lengths,
         )
 
     @property
