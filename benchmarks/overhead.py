@@ -97,7 +97,7 @@ def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> flo
 
 def measure_pipeline(run: InferenceRun, replicas: cluster.ReplicaPlan) -> float:
     """Return the steady rate in samples per second."""
-    return steady_rate([(time.perf_counter(), len(rows)) for rows in iter_finished(run, replicas)])
+    return steady_rate([(time.perf_counter(), len(rows)) for rows, _ in iter_finished(run, replicas)])
 
 
 def steady_rate(finished: Sequence[tuple[float, int]]) -> float:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vlmray.engines import Engine, build_engine
+from vlmray.engines import Engine, build_engine, transformers
 from vlmray.engines.transformers import TransformersEngine
 from vlmray.model import load_processor
 from vlmray.schema import Completion, GenerationRequest
@@ -545,6 +545,28 @@ def test_every_engine_meets_the_protocol(make_engine: Any) -> None:
     for engine in (make_engine(), fake):
         assert isinstance(engine, Engine)
         assert engine.generate([]) == []
+
+
+def test_waiting_is_what_the_model_cannot_work_in(
+    model: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, clock = make_engine(batch_size=2), [0.0]
+
+    def take(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(transformers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(engine, "_open", take(1, engine._open))
+    monkeypatch.setattr(transformers, "wait", take(10, transformers.wait))
+    monkeypatch.setattr(model, "generate", take(1000, model.generate))
+    engine.generate([make_request(number) for number in range(4)])
+    assert engine.waited_s == 4 * 1 + 2 * 10  # requests, batches
+    engine.generate([make_request(0)])
+    assert engine.waited_s == 5 * 1 + 3 * 10
 
 
 def test_unknown_engine_and_options_name_what_is_known() -> None:

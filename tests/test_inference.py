@@ -20,6 +20,7 @@ from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_proce
 from vlmray.prompts import format_qwen_vl_messages
 from vlmray.report import Summary
 from vlmray.schema import GenerationRequest
+from vlmray.timeline import STAGES
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -68,7 +69,10 @@ def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
         assert (tmp_path / asked["image"]).read_bytes().startswith(b"\xff\xd8\xff")  # JPEG
     manifest = json.loads((tmp_path / "run.json").read_text())
     assert manifest["summary"]["num_answered"] == 48
+    assert list(manifest["stages_s"]) == list(STAGES)
     assert all(seconds > 0 for seconds in manifest["stages_s"].values())
+    assert 0 < manifest["overlap"]["model_busy_share"] <= 1
+    assert 0 <= manifest["overlap"]["cpu_hidden_share"] <= 1
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
@@ -104,6 +108,8 @@ def test_a_second_run_generates_only_what_is_missing(tmp_path: Path, output_form
     infer(tmp_path / "out", sample_slices="[:]", **options)
     assert set(generated(log).values()) == {1}
     assert len(generated(log)) == 48
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Only the work of this run is shown: 26 rows are from an earlier one." in page
 
 
 def test_a_finished_folder_needs_no_ray_and_no_model(tmp_path: Path) -> None:
@@ -111,6 +117,8 @@ def test_a_finished_folder_needs_no_ray_and_no_model(tmp_path: Path) -> None:
     infer(tmp_path / "out", model_id=f"fake?log={log}")
     before = (tmp_path / "out" / "test-000000_out.json").stat().st_mtime_ns
     assert infer(tmp_path / "out", model_id=f"fake?log={log}").num_resumed == 48
+    manifest = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (manifest["stages_s"], manifest["overlap"]) == ({}, None)
     assert set(generated(log).values()) == {1}
     assert (tmp_path / "out" / "test-000000_out.json").stat().st_mtime_ns == before
 

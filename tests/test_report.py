@@ -12,6 +12,7 @@ import pytest
 from vlmray import report
 from vlmray.page import TERMINAL_WIDTH, GalleryItem, display_width, verdict_of
 from vlmray.report import Report
+from vlmray.timeline import Span, Timeline
 
 
 def make_row(
@@ -46,6 +47,13 @@ def make_report(rows: list[dict[str, Any]], **values: Any) -> Report:
     gallery = tuple(GalleryItem.from_row(row) for row in report.choose_gallery(rows))
     defaults: dict[str, Any] = {"errors": report.group_errors(rows), "gallery": gallery}
     return Report(title="tiny on charts", summary=summary, **(defaults | values))
+
+
+def make_timeline(*spans: Span) -> Timeline:
+    """Make a timeline; without spans, of stages that took no time."""
+    timeline = Timeline()
+    timeline.add(spans or [Span(stage, 1.0, 1.0) for stage in ("read", "load", "generate")])
+    return timeline
 
 
 def read_text(built: Report) -> str:
@@ -104,7 +112,7 @@ def test_nothing_to_divide_by(rows: list[dict[str, Any]], metric: str | None, el
     summary = report.summarize(rows, metric=metric, elapsed_s=elapsed_s)
     assert summary.score is None
     assert "rows in" in report.format_table(summary)
-    built = make_report(rows, metric=metric, stages={"read": 0.0}, options={})
+    built = make_report(rows, metric=metric, timeline=make_timeline(), options={})
     assert read_text(built).startswith("tiny on charts")
 
 
@@ -175,7 +183,11 @@ def test_control_characters_do_not_reach_page_or_terminal() -> None:
 
 def test_page_says_what_happened() -> None:
     built = make_report(
-        mixed_rows(), options={"hf_token": "hf_abc", "max_new_tokens": 512}, stages={"read": 75.0}
+        mixed_rows(),
+        options={"hf_token": "hf_abc", "max_new_tokens": 512},
+        timeline=make_timeline(
+            Span("read", 5.0, 80.0), Span("load", 0.0, 20.0), Span("generate", 30.0, 100.0, 10.0)
+        ),
     )
     text = read_text(built)
     for expected in (
@@ -183,6 +195,7 @@ def test_page_says_what_happened() -> None:
         "relaxed_accuracy, mean over 60 scored of 90 rows",
         "33.3 % if failed rows count as wrong.",
         "1 min 15 s",
+        "Once loaded, the model worked 75.0 % of the time and waited 25.0 % (20.0 s);",
         "60 of 90 rows",
         "samples/s6.00model loading included",
         "max_new_tokens",
@@ -201,3 +214,15 @@ def test_closing_table_fits_the_terminal(name: str, metric: str | None) -> None:
     assert max(map(display_width, lines)) <= TERMINAL_WIDTH
     assert lines[4].split()[:4] == ["all", "1,201", "1,200", "1"]
     assert "1,201 rows in = 1,200 answered + 1 failed" in table
+
+
+def test_page_says_whose_work_the_overlap_is() -> None:
+    rows = [make_row(index) for index in range(9)]
+    resumed = report.summarize(rows, metric="m", elapsed_s=1.0, resumed_ids={"test-000000", "test-000004"})
+    spans = [Span("generate", 0.0, 1.0, replica=str(number)) for number in range(12)]
+    built = Report(title="T", summary=resumed, timeline=make_timeline(*spans))
+    assert "the 12 replicas worked 100.0 % of the time and waited 0.0 % (0.00 s in all)" in read_text(built)
+    assert "generate is the mean of the replicas." in read_text(built)
+    assert "Only the work of this run is shown: 2 rows are from an earlier one." in read_text(built)
+    for timeline in (None, Timeline(), make_timeline(Span("read", 0.0, 1.0))):
+        assert "Overlap" not in read_text(Report(title="T", summary=resumed, timeline=timeline))

@@ -3,7 +3,7 @@
     config -> plan_inference -> InferenceRun -> run_inference -> Summary, report.html, run.json
 
 Planning finds every mistake that can be found without a model and what an earlier run left to do.
-The answers themselves are in the output folder; the driver sees a few numbers per row.
+The answers themselves are in the output folder; the driver sees a few values per row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -27,7 +27,8 @@ from vlmray.pipeline import InferenceRun, iter_finished
 from vlmray.questions import check_model, open_questions
 from vlmray.report import Report, Summary, choose_gallery, group_errors, render_html, summarize
 from vlmray.small_models import resolve_model_id
-from vlmray.stages import STAGES, Row, Task
+from vlmray.stages import Row, Task
+from vlmray.timeline import Timeline
 
 # What an answer depends on. The rest of the options says how fast it comes, or where it goes.
 _ANSWER_OPTIONS = (
@@ -84,12 +85,12 @@ def run_inference(run: InferenceRun) -> Summary:
         InferenceError: a replica failed, or more rows failed than `--max_errors` allows.
     """
     started = time.perf_counter()
-    seconds: dict[str, float] = {}
+    timeline = Timeline()
     if run.pending:
         cluster.connect(run.config.log_level)
         replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
-        seconds = _consume(run, replicas)
-    return _conclude(run, time.perf_counter() - started, seconds)
+        _consume(run, replicas, timeline)
+    return _conclude(run, time.perf_counter() - started, timeline)
 
 
 def _check_model(config: InferConfig) -> None:
@@ -121,22 +122,19 @@ def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
     return {**options, **checkpoint, **dataclasses.asdict(spec)}
 
 
-def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan) -> dict[str, float]:
-    """Pull the pipeline to its end, show how far it is, and return the seconds of work by stage."""
-    seconds = dict.fromkeys(STAGES, 0.0)
+def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> None:
+    """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
     num_failed = 0
     try:
         with progress_bar(run) as bar:
-            for rows in iter_finished(run, replicas):
+            for rows, spans in iter_finished(run, replicas):
+                timeline.add(spans)
                 num_failed += sum(row["error"] is not None for row in rows)
-                for stage in seconds:
-                    seconds[stage] += sum(row[f"{stage}_s"] or 0.0 for row in rows)
                 bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update(len(rows))
                 check_errors(num_failed, run.config.max_errors)
     except ray.exceptions.RayError as error:
         raise InferenceError(cluster.root_cause(error)) from error
-    return seconds
 
 
 def check_errors(num_failed: int, max_errors: int | None) -> None:
@@ -165,7 +163,7 @@ def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm:
     )
 
 
-def _conclude(run: InferenceRun, elapsed_s: float, seconds: Mapping[str, float]) -> Summary:
+def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
     names = [sample_id(run.config.dataset_split, index) for index in run.selected]
     rows = run.folder.read_results(_SUMMARY_COLUMNS, sample_ids=names).to_pylist()
@@ -183,16 +181,18 @@ def _conclude(run: InferenceRun, elapsed_s: float, seconds: Mapping[str, float])
         title=f"{run.config.model_id} on {run.config.dataset_name}",
         summary=summary,
         options=options,
-        stages=seconds,
+        timeline=timeline,
         errors=group_errors(rows),
         gallery=_gallery(run, rows),
     )
+    overlap = timeline.overlap()
     manifest = {
         "vlmray": __version__,
         "versions": {name: metadata.version(name) for name in ("ray", "torch", "transformers", "pyarrow")},
         "options": options,
         "summary": dataclasses.asdict(summary),
-        "stages_s": dict(seconds),
+        "stages_s": timeline.stage_seconds(),
+        "overlap": overlap and dataclasses.asdict(overlap),
     }
     run.folder.finish(manifest, render_html(report))
     return summary

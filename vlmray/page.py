@@ -1,6 +1,6 @@
 """One self-contained HTML page from tables, plots, galleries and facts; measures nothing.
 
-    Table, Plot, Gallery, Fact -> Page -> render_page -> HTML text
+    Table, Plot, LanePlot, Gallery, Fact -> Page -> render_page -> HTML text
 
 The building blocks that any report is made of, and the formatting of their texts and numbers. What a
 report says is up to its own module; see `report.py` for that of an inference run. A table can also be
@@ -25,7 +25,8 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
 
-from vlmray.plots import PATH_SIZE, Plot, draw, list_values
+from vlmray.lanes import LanePlot, draw_lanes
+from vlmray.plots import PATH_SIZE, Drawing, Plot, draw, list_values
 
 Row = Mapping[str, Any]
 """A result row; `GalleryItem.from_row` says what it reads."""
@@ -181,7 +182,7 @@ class Fact:
     note: str = ""
 
 
-Section = Table | Plot | Gallery
+Section = Table | Plot | LanePlot | Gallery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,10 +281,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(clean=clean_text, excerpt=_excerpt, sha256=_sha256, thumbnail=_thumbnail)
-    environment.filters.update(draw=draw, value_table=_value_table, group_plots=_group_plots)
+    environment.filters.update(draw=_draw, value_table=_value_table, group_plots=_group_plots)
     environment.tests.update(
         gallery=lambda section: isinstance(section, Gallery),
-        plot=lambda section: isinstance(section, Plot),
+        lanes=lambda section: isinstance(section, LanePlot),
+        plot=lambda section: isinstance(section, Plot | LanePlot),
         mark=lambda cell: isinstance(cell, Mark),
     )
     environment.globals.update(verdict_labels=VERDICT_LABELS, path_size=PATH_SIZE)
@@ -304,6 +306,10 @@ def _thumbnail(image: bytes | None) -> str | None:
     return None if image is None else thumbnail_data_uri(image)
 
 
+def _draw(plot: Plot | LanePlot) -> Drawing | None:
+    return draw_lanes(plot) if isinstance(plot, LanePlot) else draw(plot)
+
+
 def _value_table(plot: Plot) -> Table:
     """List the values of a plot, for those who want to read them off."""
     return Table(
@@ -315,7 +321,9 @@ def _value_table(plot: Plot) -> Table:
 
 def _group_plots(sections: Iterable[Section]) -> list[tuple[bool, list[Section]]]:
     """Group open plots that follow each other: (True, plots) or (False, other sections)."""
-    groups = groupby(sections, key=lambda section: isinstance(section, Plot) and not section.collapsed)
+    groups = groupby(
+        sections, key=lambda section: isinstance(section, Plot | LanePlot) and not section.collapsed
+    )
     return [(are_plots, list(group)) for are_plots, group in groups]
 
 

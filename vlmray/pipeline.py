@@ -2,21 +2,21 @@
 
     read + prepare (CPU tasks) -> generate (actors that hold the model) -> score + write (CPU tasks)
                                                                               |
-                          iter_finished  <- a few numbers per row -- the driver
+                      iter_finished  <- a few values per row and chunk -- the driver
 
 It streams: what is in flight is bounded, whatever the size of the dataset, and neither images nor texts
 pass through the driver. A chunk of rows is the unit of work and of loss: a replica that dies has its
 chunk generated again elsewhere, a run that dies loses the chunks in flight. A chunk travels as one
-Arrow row that holds its samples, so Ray neither merges chunks nor splits them.
+Arrow row that holds its samples and says when it was in which stage, so Ray neither merges chunks nor
+splits them.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -30,7 +30,8 @@ from vlmray.dataset import DatasetSpec
 from vlmray.engines import build_engine
 from vlmray.outputs import OutputDirectory
 from vlmray.sources import Source
-from vlmray.stages import ROW_SCHEMA, STAGES, Row, Task
+from vlmray.stages import ROW_SCHEMA, Row, Task
+from vlmray.timeline import Span, Watch
 
 _ENGINE_OPTIONS = (
     "engine", "model_id", "adapter", "quantization", "dtype", "attn_implementation", "batch_size",
@@ -49,8 +50,19 @@ _NUM_LOCAL_TASKS = 4
 _MAX_TASK_RETRIES = 4
 """A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
 
-_CHUNK_SCHEMA = pa.schema({"rows": pa.list_(pa.struct(list(ROW_SCHEMA)))})
-_PROGRESS_COLUMNS = ("sample_id", "error", *(f"{stage}_s" for stage in STAGES))
+_SPAN_SCHEMA = pa.schema(
+    {
+        "stage": pa.string(),
+        "started_s": pa.float64(),
+        "ended_s": pa.float64(),
+        "waited_s": pa.float64(),
+        "replica": pa.string(),
+    }
+)
+_CHUNK_SCHEMA = pa.schema(
+    {"rows": pa.list_(pa.struct(list(ROW_SCHEMA))), "spans": pa.list_(pa.struct(list(_SPAN_SCHEMA)))}
+)
+_PROGRESS_COLUMNS = ("sample_id", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +82,16 @@ class InferenceRun:
     """Row indices still to answer."""
 
 
-def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[list[Row]]:
-    """Answer the pending rows; yield of each chunk, once it is written, what the driver counts.
+class Chunk(NamedTuple):
+    """Rows that go through the stages together."""
 
-    Yields:
-        Rows with id, error and the seconds they took in each stage.
-    """
+    rows: list[Row]
+    spans: list[Span]
+    """When they were in the stages so far."""
+
+
+def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Chunk]:
+    """Answer the pending rows; yield each chunk once it is written, its rows with id and error alone."""
     for chunk in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield _unpack(chunk)
 
@@ -163,51 +179,55 @@ class _RowSource(Datasource):
 def _read(
     source: ray.ObjectRef, spec: DatasetSpec, split: str, *, selected: Sequence[int], start: int, size: int
 ) -> Iterator[pa.Table]:
-    rows = _timed("read", stages.read_chunk, ray.get(source), spec, split, selected, start, start + size)
+    found = ray.get(source)
+    watch = Watch()
+    rows = stages.read_chunk(found, spec, split, selected, start, start + size)
     if rows:
-        yield _pack(rows)
+        yield _pack(Chunk(rows, [watch.span("read")]))
 
 
 def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
-    prepare = functools.partial(stages.prepare_rows, keep_images=keep_images)
-    return _pack(_timed("prepare", prepare, _unpack(chunk), task))
+    rows, spans = _unpack(chunk)
+    watch = Watch()
+    rows = stages.prepare_rows(rows, task, keep_images=keep_images)
+    return _pack(Chunk(rows, [*spans, watch.span("prepare")]))
 
 
 class _Replica:
     """An actor that holds the model."""
 
     def __init__(self, engine: Mapping[str, Any], task: Task) -> None:
-        self._engine = build_engine(**engine)
         self._task = task
+        self._id = ray.get_runtime_context().get_actor_id()
+        watch = Watch()
+        self._engine = build_engine(**engine)
+        self._spans = [watch.span("load", replica=self._id)]
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        return _pack(_timed("generate", stages.generate_rows, _unpack(chunk), self._engine, self._task))
+        rows, spans = _unpack(chunk)
+        watch, waited_s = Watch(), self._engine.waited_s
+        rows = stages.generate_rows(rows, self._engine, self._task)
+        waited_s = self._engine.waited_s - waited_s
+        spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
+        self._spans = []  # the first chunk says when the model was loaded
+        return _pack(Chunk(rows, spans))
 
 
 def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
     """Score and write rows, and leave of them what the driver counts."""
-
-    def finish(rows: list[Row]) -> list[Row]:
-        rows = [stages.score_row(row, task) for row in rows]
-        stages.save_rows(rows, folder)
-        return rows
-
-    rows = _timed("write", finish, _unpack(chunk))
-    return _pack([{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows])
+    rows, spans = _unpack(chunk)
+    watch = Watch()
+    rows = [stages.score_row(row, task) for row in rows]
+    stages.save_rows(rows, folder)
+    left = [{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows]
+    return _pack(Chunk(left, [*spans, watch.span("write")]))
 
 
-def _timed(stage: str, function: Callable[..., list[Row]], *args: Any) -> list[Row]:
-    """Run a stage on rows and note each row's share of the time it took."""
-    started = time.perf_counter()
-    rows = function(*args)
-    share = (time.perf_counter() - started) / max(1, len(rows))
-    return [{**row, f"{stage}_s": share} for row in rows]
+def _pack(chunk: Chunk) -> pa.Table:
+    packed = {"rows": chunk.rows, "spans": [span._asdict() for span in chunk.spans]}
+    return pa.Table.from_pylist([packed], _CHUNK_SCHEMA)
 
 
-def _pack(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist([{"rows": rows}], _CHUNK_SCHEMA)
-
-
-def _unpack(chunk: pa.Table) -> list[Row]:
-    (rows,) = chunk["rows"].to_pylist()
-    return rows
+def _unpack(chunk: pa.Table) -> Chunk:
+    (packed,) = chunk.to_pylist()
+    return Chunk(packed["rows"], [Span(**span) for span in packed["spans"]])

@@ -172,7 +172,7 @@ def draw(plot: Plot) -> Drawing | None:
         for series, color, points in zip(plot.series, _colors(plot.series), placed, strict=True)
     ]
     return Drawing(
-        x_ticks=_spare_labels(_ticks(across)),
+        x_ticks=x_ticks(across),
         y_ticks=tuple(Tick(round(100 - tick.at, 2), tick.label) for tick in _ticks(up)),
         curves=tuple(sorted(curves, key=lambda curve: curve.style != "faint")),
         description=" ".join(map(_describe, [plot] * len(placed), plot.series, placed)),
@@ -246,8 +246,9 @@ def _ticks(axis: Axis) -> tuple[Tick, ...]:
     return tuple(Tick(round(100 * axis.share(value), 2), label) for value, label in axis.ticks)
 
 
-def _spare_labels(ticks: tuple[Tick, ...]) -> tuple[Tick, ...]:
-    """Mark every second label as spare where all of them together are long."""
+def x_ticks(axis: Axis) -> tuple[Tick, ...]:
+    """Place the ticks of an x axis; every second label is spare where all of them together are long."""
+    ticks = _ticks(axis)
     if sum(len(tick.label) for tick in ticks) <= _CROWDED:
         return ticks
     return tuple(Tick(tick.at, tick.label, is_spare=index % 2 == 1) for index, tick in enumerate(ticks))

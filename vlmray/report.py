@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
+from vlmray.lanes import LanePlot
 from vlmray.page import (
     Cell,
     Column,
@@ -37,6 +38,7 @@ from vlmray.page import (
     shorten,
     verdict_of,
 )
+from vlmray.timeline import MAX_REPLICA_LANES, Overlap, Timeline
 
 NO_FAMILY = "(no family)"
 
@@ -294,8 +296,8 @@ class Report:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the run as given; values of secret ones are not shown."""
 
-    stages: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by stage, in order."""
+    timeline: Timeline | None = None
+    """When which stage worked in this run."""
 
     errors: tuple[ErrorGroup, ...] = ()
     gallery: tuple[GalleryItem, ...] = ()
@@ -317,11 +319,12 @@ def format_table(summary: Summary) -> str:
 def render_html(report: Report) -> str:
     """Render the run as one HTML page that needs nothing but itself."""
     summary = report.summary
-    sections: list[Table | Gallery] = []
+    sections: list[Table | LanePlot | Gallery] = []
     if summary.families:
         sections.append(_family_table(summary))
-    if report.stages:
-        sections.append(_stage_table(report.stages))
+    if report.timeline and (overlap := report.timeline.overlap()):
+        sections.append(_lane_plot(report.timeline, overlap, summary.num_resumed))
+        sections.append(_stage_table(report.timeline.stage_seconds()))
     if report.gallery:
         sections.append(_run_gallery(report))
     if report.errors:
@@ -357,6 +360,33 @@ def _family_table(summary: Summary, *, with_total: bool = False) -> Table:
             )
             for row in rows
         ),
+    )
+
+
+def _lane_plot(timeline: Timeline, overlap: Overlap, num_resumed: int) -> LanePlot:
+    num_replicas, busy = len(timeline.replicas), overlap.model_busy_share
+    subject, in_all = (
+        ("the model", "") if num_replicas == 1 else (f"the {num_replicas:,} replicas", " in all")
+    )
+    notes = [
+        "A bar is as high as the share of its time in which the stage worked. Where generate is lower, the"
+        " model waited: for rows, or for their images, which are encoded beside it."
+    ]
+    if num_replicas > MAX_REPLICA_LANES:
+        notes.append("generate is the mean of the replicas.")
+    if num_resumed:
+        notes.append(f"Only the work of this run is shown: {num_resumed:,} rows are from an earlier one.")
+    return LanePlot(
+        title="Overlap of CPU and model",
+        elapsed_s=timeline.elapsed_s,
+        lanes=tuple(timeline.lanes()),
+        lead=(
+            f"Once loaded, {subject} worked {format_percent(busy)} of the time and waited"
+            f" {format_percent(1 - busy)} ({format_duration(overlap.model_waited_s)}{in_all});"
+            f" {format_percent(overlap.cpu_hidden_share)} of the CPU work (read, prepare, write) was hidden"
+            " behind loading and answering."
+        ),
+        note=" ".join(notes),
     )
 
 

@@ -31,8 +31,6 @@ from vlmray.sources import Source
 
 Row = dict[str, Any]
 
-STAGES = ("read", "prepare", "generate", "write")
-
 ROW_SCHEMA = pa.schema(
     [
         *RESULT_SCHEMA,
@@ -40,10 +38,9 @@ ROW_SCHEMA = pa.schema(
         pa.field("jpeg", pa.binary()),
         pa.field("image_url", pa.string()),
         pa.field("messages", pa.string()),
-        *(pa.field(f"{stage}_s", pa.float64()) for stage in STAGES),
     ]
 )
-"""Columns between stages: the result's, what makes it, and the seconds a row took in each stage."""
+"""Columns between stages: the result's, and what makes it."""
 
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
 

@@ -94,6 +94,7 @@ class FakeEngine:
         crash_on: str = "",
         log: str = "",
     ) -> None:
+        self.waited_s = 0.0
         time.sleep(load_s)
         if fail_load:
             raise RuntimeError("the fake engine was told to fail on loading (fail_load=1)")

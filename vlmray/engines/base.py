@@ -44,6 +44,10 @@ class Engine(Protocol):
     An engine is used by one thread at a time.
     """
 
+    waited_s: float
+    """Seconds of all calls of `generate` so far in which the model waited for requests to be made ready:
+    worded, their images decoded and encoded."""
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

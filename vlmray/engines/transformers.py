@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -137,6 +138,7 @@ class TransformersEngine:
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
+        self.waited_s = 0.0
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
         self._num_loaded = 0
         self._may_mix = True
@@ -226,14 +228,15 @@ class TransformersEngine:
         listener = _Listener(on_text, on_end)
         opened = [_Row(index, request) for index, request in enumerate(requests)]
         rows: list[_Row] = []
-        for row in opened:
-            try:
-                self._open(row)
-            except Exception as error:
-                listener.end(row, failed_completion(error))
-            else:
-                rows.append(row)
-        self._sort(rows)
+        with self._model_waits():
+            for row in opened:
+                try:
+                    self._open(row)
+                except Exception as error:
+                    listener.end(row, failed_completion(error))
+                else:
+                    rows.append(row)
+            self._sort(rows)
         self._answer(deque(rows), listener)
         return [row.completion for row in opened if row.completion is not None]
 
@@ -290,6 +293,8 @@ class TransformersEngine:
             near = [*batch, *islice(queue, self.batch_size)]
             heads = {row.head: heads[row.head] for row in near if row.head in heads}
             self._start_encoding(near, heads)
+            with self._model_waits():
+                wait({part for row in batch for part in (row.encoded_head, row.encoded) if part is not None})
             ready: dict[Any, list[_Row]] = {}
             for row in batch:
                 try:
@@ -299,6 +304,15 @@ class TransformersEngine:
                     listener.end(row, failed_completion(error, prompt=row.prompt))
             for rows in ready.values():
                 self._run_or_halve(rows, listener)
+
+    @contextlib.contextmanager
+    def _model_waits(self) -> Iterator[None]:
+        """Count the time in which the model has nothing to work on yet."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - started
 
     def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
         """Pop the next rows: at least one, as many as rows and tokens of a batch allow."""
