@@ -11,6 +11,9 @@ dataset, in one precision, in turn, `--repeats` times after a turn that is not c
 have a process each, which loads the model once; (d) counts from its first third of finished rows to its
 last, so it leaves out the start of Ray and the loading of the model.
 
+"A repeated row" is what a further question about an image costs the engine, as a share of the first question
+about one: it answers the first questions alone, too.
+
 The limit is the floating-point work that cannot be avoided (`benchmarks/limit.py` has the formula) over the
 rate of this machine's matrix products in the same run.
 
@@ -98,13 +101,14 @@ def main() -> None:
             Way(name, work, options.vllm_python if name == "vllm" else sys.executable, options.num_threads)
             for name in names
         ]
-        products, pipeline = [], []
+        products, pipeline, repeated = [], [], []
         for way in ways:
             way.turn(counts=False)  # sets things up
         for repeat in range(options.repeats):
             products.append(measure_products(options.device, options.dtype))
             for way in ways:
                 way.turn(counts=True)
+            repeated += cost_of_repeated(ways[2], ways[2].ask("first"))
             if options.pipeline:
                 pipeline.append(run_pipeline(options, f"{folder}/{repeat}"))
         gflop = ways[2].ask("count")["gflop"]
@@ -114,7 +118,7 @@ def main() -> None:
     if pipeline:
         rates["pipeline"] = pipeline
     rates["limit"] = [options.num_rows / (gflop * 1e9 / product) for product in products]
-    print_table(options, rates, ways, gflop, products)
+    print_table(options, rates, ways, gflop, products, repeated)
 
 
 def parse_options() -> argparse.Namespace:
@@ -143,6 +147,15 @@ def parse_options() -> argparse.Namespace:
         parser.error("--pipeline answers as the model does, --forced does not")
     options.dtype = "bfloat16" if options.device == "cuda" else "float32"
     return options
+
+
+def cost_of_repeated(engine: Way, first: dict[str, Any]) -> list[float]:
+    """Return what a further question costs as a share of a first one, or nothing where there is none."""
+    num_first = len(first["texts"])
+    num_more = len(engine.texts) - num_first
+    if not num_more:
+        return []
+    return [(engine.seconds[-1] - first["seconds"]) / num_more / (first["seconds"] / num_first)]
 
 
 def infer_config(options: argparse.Namespace, output_dir: str) -> InferConfig:
@@ -204,6 +217,7 @@ def print_table(
     ways: Sequence[Way],
     gflop: float,
     products: Sequence[float],
+    repeated: Sequence[float],
 ) -> None:
     """Print medians with their spread, and how the engine compares."""
     peaks = {way.name: way.peak_gib for way in ways if way.name != "vllm"}  # its model is elsewhere
@@ -231,7 +245,14 @@ def print_table(
         )
     rate = statistics.median(products) / 1e9
     print(f"\n{gflop:.0f} GFLOP at {rate:.0f} GFLOP/s")
-    figures = {"samples_per_s": rates, "ratio": ratios, "peak_gib": peaks, "equal": equal, "gflop": gflop}
+    if repeated:
+        print(
+            f"a repeated row: {statistics.median(repeated):.3f} ({min(repeated):.3f} to {max(repeated):.3f})"
+        )
+    figures = {
+        "samples_per_s": rates, "ratio": ratios, "peak_gib": peaks, "equal": equal, "gflop": gflop,
+        "repeated": repeated,
+    }  # fmt: skip
     print(json.dumps({**vars(options), **figures}))
 
 

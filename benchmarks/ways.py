@@ -55,8 +55,9 @@ def main() -> None:
         if line.strip() == "count":
             print(json.dumps({"gflop": way.count() / 1e9}), file=output)  # type: ignore[attr-defined]
             continue
+        run = way.answer_first if line.strip() == "first" else way  # type: ignore[attr-defined]
         started = time.perf_counter()
-        texts = way()
+        texts = run()
         print(
             json.dumps(
                 {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(work), "texts": texts}
@@ -113,7 +114,10 @@ def generate_way(work: dict[str, Any], questions: Sequence[Question], batch_size
 
 
 class EngineWay:
-    """Answer with the engine of vlmray; `count` tells what work that is at least."""
+    """Answer with the engine of vlmray; `count` tells what work that is at least.
+
+    `answer_first` answers the first question of each image alone.
+    """
 
     def __init__(self, work: dict[str, Any], questions: Sequence[Question]) -> None:
         from vlmray.engines.transformers import TransformersEngine
@@ -137,8 +141,17 @@ class EngineWay:
             for number, question in enumerate(questions)
         ]
 
+        first = {tuple(request.images): request for request in reversed(self.requests)}
+        self.first = list(first.values())[::-1]
+
     def __call__(self) -> list[str]:
-        return [completion.text for completion in self.engine.generate(self.requests)]
+        return self._answer(self.requests)
+
+    def answer_first(self) -> list[str]:
+        return self._answer(self.first)
+
+    def _answer(self, requests: Sequence[Any]) -> list[str]:
+        return [completion.text for completion in self.engine.generate(requests)]
 
     def count(self) -> float:
         """Return the floating-point operations that cannot be avoided."""
