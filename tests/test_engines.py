@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -374,6 +375,30 @@ def test_a_bad_row_is_an_error_completion_and_leaves_its_neighbours_alone(
     assert (completions[2].finish_reason, completions[2].text) == ("error", "")
     assert reason in str(completions[2].error)
     assert "\n" not in str(completions[2].error)
+
+
+def test_requests_are_made_ready_while_the_model_works(make_engine: Any) -> None:
+    first, second = make_mixed_requests(5), [*make_shared_requests(2), make_request(1, adapter="missing")]
+    engine = make_engine(batch_size=2)
+    expected = [engine.generate(requests) for requests in (first, second)]
+    heard: list[int] = []
+    with ThreadPoolExecutor(1) as other:
+
+        def prepare_the_next(place: int, completion: Completion) -> None:
+            heard.append(place)
+            if len(heard) == 1:
+                ready.append(other.submit(engine.prepare, second).result(timeout=60))
+
+        ready = [engine.prepare(first)]
+        assert list(ready[0]) == first
+        assert engine.generate(ready[0], on_end=prepare_the_next) == expected[0]
+        assert sorted(heard) == list(range(5))
+        waited_s = engine.waited_s
+        heard.clear()
+        assert engine.generate(ready[1], on_end=lambda place, completion: heard.append(place)) == expected[1]
+        assert sorted(heard) == list(range(len(second)))
+        assert expected[1][-1].error is not None
+        assert engine.waited_s >= waited_s
 
 
 def test_requests_are_not_changed(make_engine: Any) -> None:

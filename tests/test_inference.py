@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlmray import cluster
 from vlmray.charts import ChartDataset, parse_charts_name
 from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.images import decode_image
 from vlmray.inference import InferenceError, plan_inference, run_inference
 from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
+from vlmray.pipeline import iter_finished
 from vlmray.prompts import format_qwen_vl_messages
 from vlmray.report import Summary
 from vlmray.schema import GenerationRequest
@@ -93,6 +96,28 @@ def test_answers_do_not_depend_on_how_the_work_is_cut(
 ) -> None:
     infer(tmp_path, **options)
     assert predictions(tmp_path) == expected
+
+
+def test_a_replica_works_on_one_chunk_at_a_time(tmp_path: Path) -> None:
+    """Ray calls it with two."""
+    run = plan_inference(
+        InferConfig(
+            engine="fake",
+            model_id="fake?latency_s=0.01",
+            dataset_name=CHARTS,
+            sample_slices="[:]",
+            output_dir=str(tmp_path),
+            batch_size=4,
+            num_replicas="1",
+        )
+    )
+    chunks = list(iter_finished(run, cluster.plan_replicas((1, 1), None)))
+    assert sum(len(chunk.rows) for chunk in chunks) == 48
+    turns = sorted(
+        (span.started_s, span.ended_s) for chunk in chunks for span in chunk.spans if span.stage == "generate"
+    )
+    assert len(turns) == len(chunks) > 3
+    assert all(before[1] <= after[0] + 1e-3 for before, after in itertools.pairwise(turns))
 
 
 @pytest.mark.parametrize("output_format", ["files", "parquet", "both"])

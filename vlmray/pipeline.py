@@ -13,7 +13,9 @@ splits them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,6 +123,10 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
+            # One chunk is answered, the next is made ready, and one more is at hand.
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=3,
         ),
         num_cpus=replicas.num_cpus,
         num_gpus=replicas.num_gpus,
@@ -194,23 +200,33 @@ def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
 
 
 class _Replica:
-    """An actor that holds the model."""
+    """An actor that holds the model.
+
+    Ray calls it with the next chunk while it works on one, in another thread.
+    """
 
     def __init__(self, engine: Mapping[str, Any], task: Task) -> None:
         self._task = task
         self._id = ray.get_runtime_context().get_actor_id()
+        self._lock = threading.Lock()
         watch = Watch()
         self._engine = build_engine(**engine)
         self._spans = [watch.span("load", replica=self._id)]
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         rows, spans = _unpack(chunk)
-        watch, waited_s = Watch(), self._engine.waited_s
-        rows = stages.generate_rows(rows, self._engine, self._task)
-        waited_s = self._engine.waited_s - waited_s
-        spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
-        self._spans = []  # the first chunk says when the model was loaded
+        rows = stages.generate_rows(rows, self._engine, self._task, self._turn(spans))
         return _pack(Chunk(rows, spans))
+
+    @contextlib.contextmanager
+    def _turn(self, spans: list[Span]) -> Iterator[None]:
+        """Hold the model, and note when."""
+        with self._lock:
+            watch, waited_s = Watch(), self._engine.waited_s
+            yield
+            waited_s = self._engine.waited_s - waited_s
+            spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
+            self._spans = []  # the first chunk says when the model was loaded
 
 
 def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:

@@ -15,6 +15,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,10 +186,23 @@ def _check_image(data: bytes, *, keep: bool) -> bytes | None:
         return None
 
 
-def generate_rows(rows: Sequence[Row], engine: Engine, task: Task) -> list[Row]:
-    """Answer the rows that have no error with one call of the engine."""
+def generate_rows(
+    rows: Sequence[Row], engine: Engine, task: Task, turn: AbstractContextManager[None] | None = None
+) -> list[Row]:
+    """Answer the rows that have no error with one call of the engine.
+
+    Args:
+        rows: Rows as `prepare_rows` gives them.
+        engine: Answers them.
+        task: How questions are asked.
+        turn: Entered while the model works, for threads that share an engine.
+    """
     pending = [row for row in rows if row["error"] is None]
-    completions = engine.generate(make_requests(pending, task)) if pending else []
+    completions: list[Completion] = []
+    if pending:
+        requests = engine.prepare(make_requests(pending, task))
+        with turn or nullcontext():
+            completions = engine.generate(requests)
     for row, completion in zip(pending, completions, strict=True):
         row |= answered(completion)
     return list(rows)

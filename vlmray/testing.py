@@ -127,6 +127,10 @@ class FakeEngine:
                 raise ValueError(f"parameter {key!r} in --model_id has value {value!r}: {error}") from error
         return cls(**options)
 
+    def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+        """Do nothing: there is nothing to make ready."""
+        return requests
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

@@ -11,6 +11,7 @@ batches were, and the model is asked through the engine that inference uses.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -23,6 +24,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+import trl.trainer.utils
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
@@ -194,6 +196,11 @@ class VLMTrainer(SFTTrainer):
         with self.accelerator.autocast():  # as the forward pass
             return self.vision_cache.encode(inputs)
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss."""
+        with _scoring_labels_alone():
+            return super().compute_loss(*args, **kwargs)
+
     def _sum_loss(self, features: Features) -> torch.Tensor:
         """Return the summed loss and the number of answer tokens of a batch."""
         batch = self._eval_collator(features)
@@ -248,6 +255,23 @@ class VLMTrainer(SFTTrainer):
             }
             for feature, completion in zip(features, completions, strict=True)
         ]
+
+
+@contextlib.contextmanager
+def _scoring_labels_alone() -> Iterator[None]:
+    """Let TRL's head score only positions with a label on a CPU too, as it does on a GPU.
+
+    Elsewhere it scores all, prompt and image included, for the sake of compilers that want equal shapes.
+    """
+    decide = getattr(trl.trainer.utils, "_use_triton", None)
+    if decide is None:
+        yield
+        return
+    trl.trainer.utils._use_triton = lambda device: device.type == "cpu" or decide(device)
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = decide
 
 
 def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:

@@ -41,12 +41,19 @@ class Engine(Protocol):
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
-    An engine is used by one thread at a time.
+    An engine is used by one thread at a time, except for `prepare`.
     """
 
     waited_s: float
     """Seconds of all calls of `generate` so far in which the model waited for requests to be made ready:
     worded, their images decoded and encoded."""
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+        """Begin to make requests ready; `generate` takes what this returns in the place of them, once.
+
+        Whoever calls it while another thread is in `generate` spares the model the wait for the next ones.
+        """
+        ...
 
     def generate(
         self,

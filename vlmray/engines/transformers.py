@@ -108,6 +108,20 @@ class _Row:
         return self.encoded.result()
 
 
+_Heads = dict[Any, Future[dict[str, torch.Tensor]]]
+"""Encoded beginnings, or those to come, of rows that share them."""
+
+
+class _Prepared(list[GenerationRequest]):
+    """Requests, and how far the engine is with them."""
+
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        super().__init__(requests)
+        self.rows = [_Row(index, request) for index, request in enumerate(requests)]
+        self.queue: deque[_Row] = deque()
+        self.heads: _Heads = {}
+
+
 class TransformersEngine:
     """Answers requests with a transformers model; see `vlmray.engines.base.Engine` for what it promises.
 
@@ -217,6 +231,23 @@ class TransformersEngine:
             raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
         self.model = detach_adapter(self.model, internal)
 
+    def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+        """Word requests, put them in order, and begin to encode the first batch."""
+        prepared = _Prepared(requests)
+        good: list[_Row] = []
+        for row in prepared.rows:
+            try:
+                self._open(row)
+            except Exception as error:
+                row.completion = failed_completion(error)
+            else:
+                good.append(row)
+        self._sort(good)
+        prepared.queue.extend(good)
+        if good:
+            self._start_encoding(self._take_batch(prepared.queue.copy()), prepared.heads)
+        return prepared
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -226,19 +257,14 @@ class TransformersEngine:
     ) -> list[Completion]:
         """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
         listener = _Listener(on_text, on_end)
-        opened = [_Row(index, request) for index, request in enumerate(requests)]
-        rows: list[_Row] = []
         with self._model_waits():
-            for row in opened:
-                try:
-                    self._open(row)
-                except Exception as error:
-                    listener.end(row, failed_completion(error))
-                else:
-                    rows.append(row)
-            self._sort(rows)
-        self._answer(deque(rows), listener)
-        return [row.completion for row in opened if row.completion is not None]
+            prepared = requests if isinstance(requests, _Prepared) else self.prepare(requests)
+            assert isinstance(prepared, _Prepared)
+        for row in prepared.rows:
+            if row.completion is not None:
+                listener.end(row, row.completion)
+        self._answer(prepared.queue, prepared.heads, listener)
+        return [row.completion for row in prepared.rows if row.completion is not None]
 
     def close(self) -> None:
         """Free the model's memory; calling it twice is harmless."""
@@ -285,9 +311,8 @@ class TransformersEngine:
         patches = image_processor.get_number_of_image_patches(height, width, {})
         return int(patches) // image_processor.merge_size**2
 
-    def _answer(self, queue: deque[_Row], listener: _Listener) -> None:
+    def _answer(self, queue: deque[_Row], heads: _Heads, listener: _Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
-        heads: dict[Any, Future[dict[str, torch.Tensor]]] = {}
         while queue:
             batch = self._take_batch(queue)
             near = [*batch, *islice(queue, self.batch_size)]
@@ -325,9 +350,7 @@ class TransformersEngine:
             batch.append(queue.popleft())
         return batch
 
-    def _start_encoding(
-        self, rows: Sequence[_Row], heads: dict[Any, Future[dict[str, torch.Tensor]]]
-    ) -> None:
+    def _start_encoding(self, rows: Sequence[_Row], heads: _Heads) -> None:
         """Encode rows on the threads; what several begin with, once."""
         for row in rows:
             if row.encoded is not None:
