@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, set_seed
@@ -111,6 +112,25 @@ def test_every_loss_of_20_steps_is_that_of_trl_alone(
     print(f"largest difference from TRL alone over 20 steps: {difference:.2g}")
     assert difference < 1e-4
     assert found[-1] < found[0] - 1  # both learn; a constant would say nothing
+
+
+def test_the_head_scores_no_position_without_a_label(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    original = trl.trainer.utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *args: Any) -> Any:
+            scored.append(hidden.shape[0])
+            return original.apply(hidden, *args)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    config = make_config(tiny_model, max_steps=3, eval_slices="[:2]", eval_steps=3)
+    train(config)
+    assert len(scored) == 3 + 2  # steps, and an evaluation before and after
+    assert max(scored) <= 2 * 8  # two rows, and a few tokens of answer each
 
 
 def test_accumulated_small_batches_give_the_losses_of_a_large_one(tiny_model: Path) -> None:

@@ -81,7 +81,9 @@ def test_losses_are_those_on_pixels_and_each_image_is_encoded_once(
 
 
 @pytest.mark.parametrize("gib", [0, 3e-6])  # of 6 images, none or a few
-def test_what_does_not_fit_is_encoded_every_time(tiny_model: Path, on_pixels: Outcome, gib: float) -> None:
+def test_what_does_not_fit_is_encoded_every_time(
+    tiny_model: Path, on_pixels: Outcome, gib: float, caplog: pytest.LogCaptureFixture
+) -> None:
     found = train(make_config(tiny_model, vision_cache_gib=gib, **EPOCHS))
     assert differ(found, on_pixels) < 1e-5
     assert found.num_encoded is not None
@@ -89,6 +91,7 @@ def test_what_does_not_fit_is_encoded_every_time(tiny_model: Path, on_pixels: Ou
         assert NUM_IMAGES < found.num_encoded < 3 * NUM_IMAGES
     else:
         assert found.num_encoded == 3 * NUM_IMAGES
+    assert caplog.text.count("--vision_cache_gib is used up") == (gib > 0)
 
 
 def test_a_full_disk_stops_nothing(

@@ -137,32 +137,33 @@ class VisionCache:
         return features
 
     def _keep(self, key: bytes, grid: torch.Tensor, features: torch.Tensor) -> None:
-        """Write features to the end of the file; where there is no room, keep what there is."""
-        size = features.nbytes
-        if self._size + size > self._limit:
+        """Write features to the end of the file; once there is no room for some, no more are kept."""
+        if not self._limit:
             return
+        data = features.contiguous().cpu()
+        reason = self._write(data)
+        if reason is None:
+            self._kept[key] = _Kept(self._size, data.shape, data.dtype, grid.cpu())
+            self._size += data.nbytes
+            return
+        self._limit = 0
+        logger.warning(
+            "%d images are kept encoded (%.1f GiB), others are encoded every time: %s",
+            len(self._kept), self._size / 2**30, reason,
+        )  # fmt: skip
+
+    def _write(self, data: torch.Tensor) -> str | None:
+        """Write to the end of the file, or return why not."""
+        if self._size + data.nbytes > self._limit:
+            return "--vision_cache_gib is used up; raise it to keep more"
         disk = os.fstatvfs(self._file.fileno())
-        if (disk.f_bavail * disk.f_frsize - size) < _SPARED * disk.f_blocks * disk.f_frsize:
-            self._stop("the disk is full but for a tenth")
-            return
-        data = features.detach().contiguous().cpu()
+        if disk.f_bavail * disk.f_frsize - data.nbytes < _SPARED * disk.f_blocks * disk.f_frsize:
+            return "the disk is full but for a tenth; set TMPDIR to a larger one"
         try:
             written = os.pwrite(self._file.fileno(), data.view(torch.uint8).numpy().data, self._size)
         except OSError as error:
-            self._stop(str(error))
-            return
-        if written < size:
-            self._stop("the disk is full")
-            return
-        self._kept[key] = _Kept(self._size, data.shape, data.dtype, grid.cpu())
-        self._size += size
-
-    def _stop(self, reason: str) -> None:
-        logger.warning(
-            "%d images' features are kept (%.1f GiB) and no more: %s; others are encoded every time. Set "
-            "TMPDIR to a larger disk", len(self._kept), self._size / 2**30, reason,
-        )  # fmt: skip
-        self._limit = 0
+            return f"{error}; set TMPDIR to a larger disk"
+        return None if written == data.nbytes else "the disk is full; set TMPDIR to a larger one"
 
     def _read(self, kept: _Kept) -> torch.Tensor:
         data = bytearray(kept.shape.numel() * kept.dtype.itemsize)
