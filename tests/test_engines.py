@@ -250,6 +250,25 @@ def test_a_batch_has_no_more_tokens_than_it_may(model: Any, make_engine: Any) ->
     assert longest < max(sizes) <= 3 * longest
 
 
+def test_what_rows_share_counts_once(model: Any, make_engine: Any) -> None:
+    requests = make_shared_requests(2)
+    completions = make_engine(batch_size=32).generate(requests)
+    longest = max(completion.num_prompt_tokens for completion in completions)
+    num_images: list[int] = []
+    hook = model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, output: num_images.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    try:
+        engine = make_engine(batch_size=32, max_batch_tokens=(len(requests) - 1) * longest)
+        assert engine.generate(requests) == completions
+        assert num_images == [2]  # one batch, though all prompts together have more tokens
+        num_images.clear()
+        assert make_engine(batch_size=32, max_batch_tokens=longest).generate(requests) == completions
+        assert len(num_images) >= 2
+    finally:
+        hook.remove()
+
+
 def test_a_row_stops_at_its_own_limit_and_counts_its_own_tokens(
     model: Any, processor: Any, make_engine: Any
 ) -> None:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from vlmray.engines.memory import CPU_BATCH_TOKENS, bytes_per_token, find_batch_tokens, is_out_of_memory
+from vlmray.engines.memory import (
+    CPU_BATCH_TOKENS,
+    bytes_per_token,
+    cached_share,
+    find_batch_tokens,
+    is_out_of_memory,
+)
 
 
 def make_model(device: str) -> Any:
@@ -35,6 +41,12 @@ def test_a_gpu_gets_the_batch_that_its_free_memory_holds(monkeypatch: pytest.Mon
         left = free - 2 * 2**30  # torch holds two more for what comes
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=left: (left, 80 * 2**30))
         assert 0.7 * free < find_batch_tokens(model) * per_token < free
+
+
+def test_a_copy_takes_less_than_a_token() -> None:
+    config = make_model("cuda").config
+    assert cached_share(config) * bytes_per_token(config, 2) == pytest.approx(2 * 28 * 4 * 128 * 2)
+    assert 0 < cached_share(config) < 0.5
 
 
 def test_a_cpu_gets_a_fixed_one() -> None:

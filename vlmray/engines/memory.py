@@ -50,10 +50,13 @@ def bytes_per_token(config: Any, itemsize: int) -> int:
         itemsize: Bytes of a number.
     """
     text, vision = config.get_text_config(), config.vision_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
     patches = getattr(vision, "spatial_merge_size", 1) ** 2
-    return int(itemsize * (cached + _activations(text) + patches * _activations(vision)))
+    return int(itemsize * (_cached(text) + _activations(text) + patches * _activations(vision)))
+
+
+def cached_share(config: Any) -> float:
+    """Estimate the share of `bytes_per_token` that a copy of a token takes: its keys and values alone."""
+    return _cached(config.get_text_config()) / bytes_per_token(config, 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -69,6 +72,12 @@ def empty_cache() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _cached(config: Any) -> int:
+    """Numbers that a token leaves in the cache of all layers."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim)
 
 
 def _activations(config: Any) -> int:

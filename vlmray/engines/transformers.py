@@ -36,7 +36,13 @@ from vlmray.encoding import chain_segments, encode_text, join_rows, row_signatur
 from vlmray.engines.answers import Answer
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.cache import make_cache
-from vlmray.engines.memory import empty_cache, find_batch_tokens, is_out_of_memory, keep_freed_memory
+from vlmray.engines.memory import (
+    cached_share,
+    empty_cache,
+    find_batch_tokens,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images import decode_image, image_size
 from vlmray.model import (
@@ -74,6 +80,8 @@ class _Row:
 
     tail: str = ""
     """The rest of the prompt."""
+
+    num_tail_tokens: int = 0
 
     encoded_head: Future[dict[str, torch.Tensor]] | None = None
     encoded: Future[dict[str, torch.Tensor]] | None = None
@@ -133,6 +141,7 @@ class TransformersEngine:
         processor: Its processor, as `vlmray.model.load_processor` gives it.
         batch_size: Most rows in one forward pass.
         max_batch_tokens: Most prompt tokens in one forward pass, padding included; a longer row goes alone.
+            A beginning that rows share counts once, and for each of the others what its copy takes.
             None: what the memory holds (see `vlmray.engines.memory`).
         default_adapter: PEFT name of an adapter that `model` has and that answers the requests which
             name none; None answers those with the base. With a default the base cannot be asked.
@@ -159,6 +168,7 @@ class TransformersEngine:
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [_FULL])
         self._copies_rows = model.config.model_type in _COPIES_ROWS and kinds == {_FULL}
         self.max_batch_tokens = max_batch_tokens or find_batch_tokens(model)
+        self._cached_share = cached_share(model.config) if self._copies_rows else 1.0
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
         self._decode = functools.lru_cache(maxsize=8)(decode_image)
@@ -287,6 +297,7 @@ class TransformersEngine:
             head, token, row.tail = row.prompt.rpartition(self.processor.image_token)
             images = (image if isinstance(image, bytes) else id(image) for image in request.images)
             row.head = (self._adapters[request.adapter], head + token, *images)
+            row.num_tail_tokens = len(self.processor.tokenizer(row.tail)["input_ids"])
 
     def _sort(self, rows: list[_Row]) -> None:
         """Put the longest first, next to those with the same beginning.
@@ -342,13 +353,18 @@ class TransformersEngine:
     def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
         """Pop the next rows: at least one, as many as rows and tokens of a batch allow."""
         batch = [queue.popleft()]
-        longest = batch[0].num_tokens
         while queue and len(batch) < self.batch_size:
-            longest = max(longest, queue[0].num_tokens)
-            if longest * (len(batch) + 1) > self.max_batch_tokens:
+            if self._count_tokens([*batch, queue[0]]) > self.max_batch_tokens:
                 break
             batch.append(queue.popleft())
         return batch
+
+    def _count_tokens(self, rows: Sequence[_Row]) -> int:
+        """Count the prompt tokens of a batch, padding included; copies of a beginning by what they take."""
+        longest = max(row.num_tokens for row in rows)
+        num_first = len({row.head for row in rows}) if self._has_common_heads(rows) else len(rows)
+        copy = self._cached_share * longest + max(row.num_tail_tokens for row in rows)
+        return longest * num_first + int(copy * (len(rows) - num_first))
 
     def _start_encoding(self, rows: Sequence[_Row], heads: _Heads) -> None:
         """Encode rows on the threads; what several begin with, once."""
@@ -386,7 +402,7 @@ class TransformersEngine:
             )
             listener.end(rows[0], failed_completion(MemoryError(message), prompt=rows[0].prompt))
             return
-        self.max_batch_tokens = min(self.max_batch_tokens, longest * len(rows) // 2)
+        self.max_batch_tokens = min(self.max_batch_tokens, self._count_tokens(rows) // 2)
         left = [row for row in rows if row.completion is None]
         half = -(-len(left) // 2)
         for part in (left[:half], left[half:]):
@@ -471,7 +487,7 @@ class TransformersEngine:
         inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
-    def _has_common_heads(self, rows: list[_Row]) -> bool:
+    def _has_common_heads(self, rows: Sequence[_Row]) -> bool:
         heads = {row.head for row in rows}
         return None not in heads and len(heads) < len(rows)
 
