@@ -49,10 +49,9 @@ def test_a_run_that_is_stopped_resumes(
     wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
     job.send_signal(how)
     _, stderr = job.communicate(timeout=30)
-    if how == signal.SIGKILL:
-        # The workers notice within moments; what they still write counts as finished.
-        wait_until(lambda: not any(map(is_replica, psutil.process_iter())))
-    else:
+    # The workers notice within moments; what they still write counts as finished.
+    wait_until(lambda: not any(map(is_replica, psutil.process_iter())))
+    if how != signal.SIGKILL:
         assert job.returncode == 130
         assert "the same command resumes" in stderr
         assert "Traceback" not in stderr
