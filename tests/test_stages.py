@@ -311,18 +311,16 @@ def test_answers_do_not_depend_on_chunks() -> None:
     assert all(row["prediction"] is None for row in together if row["error"])
 
 
-class _Recorder:
+class _Recorder(FakeEngine):
     """An engine that keeps what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[Sequence[GenerationRequest]] = []
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], **options: Any) -> list[Completion]:
         self.calls.append(requests)
-        return FakeEngine().generate(requests)
-
-    def close(self) -> None:
-        pass
+        return super().generate(requests, **options)
 
 
 def test_an_engine_is_asked_once_for_the_rows_without_error() -> None:
