@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA adapter for `tiny_model`, built once."""
     return build_tiny_random_adapter(tmp_path_factory.mktemp("adapters") / "first", tiny_model, seed=1)
+
+
+@pytest.fixture(scope="module")
+def spare_time() -> Iterator[None]:
+    """Leave out what takes longer than a training of a few steps: all trainings share a processor, and the
+    garbage that trainers and engines collect as they come and go is collected in its own time."""
+    import vlmray.model
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vlmray.model, "load_processor", functools.cache(vlmray.model.load_processor))
+        monkeypatch.setattr(gc, "collect", lambda *_: 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-from tuning import curve, make_config, open_data, read_features, spare_time, train
+from tuning import curve, make_config, open_data, read_features, train
 
 from vlmray.artifacts import training_record, write_artifacts
 from vlmray.config import FinetuneConfig
@@ -25,6 +25,8 @@ from vlmray.trainer import first_question
 from vlmray.training import Outcome
 from vlmray.training_report import Check
 from vlmray.training_run import TrainingRun
+
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 SAME, CHANGED, LOADS = "answers as the trained model did", "changes the base's logits", "loads afresh"
 MERGED_SAME, MERGED_CHANGED = (
@@ -80,13 +82,6 @@ def answer(requests: list[Any], **options: Any) -> list[str]:
 def answer_plainly(model: Any, processor: Any, requests: list[Any]) -> list[str]:
     """Answer one by one, without an engine."""
     return [generate_text_from_sample(model.eval(), processor, request, 6)[0] for request in requests]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _spare_time() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        spare_time(monkeypatch)
-        yield
 
 
 def learn(model: Path, **options: Any) -> FinetuneConfig:

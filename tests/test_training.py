@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from tuning import (
     mean_loss,
     open_data,
     read_features,
-    spare_time,
     train,
 )
 
@@ -36,14 +35,9 @@ from vlmray.trainer import first_question
 from vlmray.training import LocalWorker, Outcome, TrainingMistake, WorkerSession
 from vlmray.training_run import TrainingRun
 
+pytestmark = pytest.mark.usefixtures("spare_time")
+
 PIXELS = 4 * 28 * 28
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _spare_time() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        spare_time(monkeypatch)
-        yield
 
 
 def differ(found: list[float], expected: list[float]) -> float:

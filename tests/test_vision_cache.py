@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
-from tuning import curve, make_config, spare_time, train
+from tuning import curve, make_config, train
 
 from vlmray import vision_cache
 from vlmray.collator import DataCollatorForVLMSFT
@@ -21,16 +20,11 @@ from vlmray.model import load_processor
 from vlmray.training import Outcome
 from vlmray.vision_cache import VisionCache
 
+pytestmark = pytest.mark.usefixtures("spare_time")
+
 NUM_IMAGES = 6
 EPOCHS = {"sample_slices": f"[:{2 * NUM_IMAGES}:2]", "num_train_epochs": 3}  # two rows ask about one image
 PIXELS = 4 * 28 * 28
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _spare_time() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        spare_time(monkeypatch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import vlmray.model
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import Conversations, group_turns, open_images, to_feature
 from vlmray.questions import open_questions
@@ -20,13 +16,6 @@ from vlmray.training import LocalWorker, Outcome, train_loop_per_worker
 from vlmray.training_run import TrainingData, TrainingRun
 
 END = "<|im_end|>"
-
-
-def spare_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than a run of a few steps: all trainings share a processor, and the
-    garbage that trainers and engines collect as they come and go is collected in its own time."""
-    monkeypatch.setattr(vlmray.model, "load_processor", functools.cache(vlmray.model.load_processor))
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 def make_config(model: Path, **options: Any) -> FinetuneConfig:
