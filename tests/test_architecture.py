@@ -50,6 +50,7 @@ LEVELS: dict[str, int] = {
     "vlmray.model": 2,
     "vlmray.lora": 2,
     "vlmray.encoding": 2,
+    "vlmray.vision": 2,
     "vlmray.vision_cache": 2,
     "vlmray.collator": 3,
     "vlmray.engines.base": 2,
@@ -167,7 +168,7 @@ def test_ray_is_imported_nowhere_else() -> None:
 
 def test_only_the_model_and_its_engine_import_torch() -> None:
     with_torch = (
-        "model", "encoding", "vision_cache", "collator", "engines.transformers", "engines.cache",
+        "model", "encoding", "vision", "vision_cache", "collator", "engines.transformers", "engines.cache",
         "engines.memory", "engines.sampling", "trainer", "training", "sft_options", "optimizers", "artifacts",
         "vqa_metrics.vqa_metrics",
     )  # fmt: skip

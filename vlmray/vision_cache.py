@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmray.encoding import check_placeholders, encode_text
 from vlmray.model import is_peft_model
+from vlmray.vision import encode_images, replace_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +119,17 @@ class VisionCache:
         sizes = [
             0 if is_known else size for is_known, size in zip(known, grids.prod(-1).tolist(), strict=True)
         ]
-        pixels = batch.pop("pixel_values", grids[:0]).split(sizes)
+        pixels = batch.get("pixel_values", grids[:0]).split(sizes)
         features = [self._features(*image) for image in zip(keys, pixels, grids, strict=True)]
         self.num_images += len(features)
-        outputs: Any = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-        return {**batch, "mm_encoder_outputs": {"image": outputs}}
+        return replace_pixels(batch, features)
 
     def _features(self, key: bytes | None, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Return what the tower makes of an image: as it was kept, or now."""
         if key in self._kept:
             return self._read(self._kept[key]).to(grid.device)
         with torch.no_grad():  # one alone: what comes out depends on no neighbours, and is no slower
-            [features] = self._model.get_image_features(pixels, grid[None]).pooler_output
+            [features] = encode_images(self._model, pixels, grid[None])
         self.num_encoded += 1
         if key is not None:
             self._keep(key, grid, features)

@@ -53,6 +53,7 @@ from vlmray.model import (
     load_qwen_vl_model_and_processor,
 )
 from vlmray.schema import Completion, GenerationRequest
+from vlmray.vision import encode_images, replace_pixels
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
 _COPIES_ROWS = ("qwen2_5_vl",)
@@ -465,7 +466,7 @@ class TransformersEngine:
         kept = torch.tensor(places, device=self.model.device)
         cache = inputs["past_key_values"]
         cache.batch_select_indices(kept)
-        inner = self.model.get_base_model().model if is_peft_model(self.model) else self.model.model
+        inner = self._base.model
         inner.rope_deltas = inner.rope_deltas[kept]
         ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
         inputs.clear()  # pixels are in the cache by now
@@ -478,7 +479,8 @@ class TransformersEngine:
         longest = max(row.tail_inputs["input_ids"].shape[1] for row in rows)
         cache = make_cache(longest + min(_ROOM, max(row.request.max_new_tokens for row in rows)))
         if not self._has_common_heads(rows):
-            return {**self._join(rows), "past_key_values": cache}
+            with self._use_adapters(rows):
+                return {**self._encode_images(self._join(rows)), "past_key_values": cache}
         return self._prefill(rows, cache)
 
     def _join(self, rows: list[_Row], part: Callable[[_Row], Any] = lambda row: row.inputs) -> dict[str, Any]:
@@ -486,6 +488,13 @@ class TransformersEngine:
         pad_id = self.processor.tokenizer.pad_token_id
         inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run images through the tower, a few at a time: a batch of many would take far more memory."""
+        if "pixel_values" not in inputs:
+            return inputs
+        features = encode_images(self._base, inputs["pixel_values"], inputs["image_grid_thw"])
+        return replace_pixels(inputs, features)
 
     def _has_common_heads(self, rows: Sequence[_Row]) -> bool:
         heads = {row.head for row in rows}
@@ -502,6 +511,7 @@ class TransformersEngine:
         heads = self._join(leaders, lambda row: row.head_inputs)
         tails = self._join(rows, lambda row: row.tail_inputs)
         with self._use_adapters(leaders) as options:
+            heads = self._encode_images(heads)
             self.model(**heads, **options, past_key_values=cache, use_cache=True, logits_to_keep=1)
         inputs = {**heads, "past_key_values": cache}
         self._select(inputs, [place[row.head] for row in rows])
@@ -523,6 +533,10 @@ class TransformersEngine:
         else:
             with self.model.disable_adapter():
                 yield {}
+
+    @property
+    def _base(self) -> Any:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def _group(self, row: _Row) -> str:
         """Name what rows must have in common to share a forward pass, as far as adapters go."""
