@@ -36,6 +36,7 @@ from vlmray.encoding import chain_segments, encode_text, join_rows, row_signatur
 from vlmray.engines.answers import Answer
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.cache import make_cache
+from vlmray.engines.linear import use_faster_kernels
 from vlmray.engines.memory import (
     cached_share,
     empty_cache,
@@ -206,6 +207,7 @@ class TransformersEngine:
         model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
         if model.device.type == "cpu":
             keep_freed_memory()
+            use_faster_kernels(model)
         return cls(
             model,
             processor,
