@@ -170,8 +170,8 @@ def test_ray_is_imported_nowhere_else() -> None:
 def test_only_the_model_and_its_engine_import_torch() -> None:
     with_torch = (
         "model", "encoding", "vision", "vision_cache", "collator", "engines.transformers", "engines.cache",
-        "engines.linear", "engines.memory", "engines.sampling", "trainer", "training", "sft_options", "optimizers",
-        "artifacts", "vqa_metrics.vqa_metrics",
+        "engines.linear", "engines.memory", "engines.sampling", "trainer", "training", "sft_options",
+        "optimizers", "artifacts", "vqa_metrics.vqa_metrics",
     )  # fmt: skip
     heavy = (*(f"vlmray.{name}" for name in with_torch), *WITH_RAY)
     light = [name for name in MODULES if name not in heavy]
