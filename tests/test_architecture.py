@@ -57,6 +57,7 @@ LEVELS: dict[str, int] = {
     "vlmray.engines.answers": 2,
     "vlmray.engines.cache": 2,
     "vlmray.engines.linear": 2,
+    "vlmray.engines.attention": 2,
     "vlmray.engines.memory": 2,
     "vlmray.engines.sampling": 2,
     "vlmray.engines.transformers": 3,
@@ -170,8 +171,8 @@ def test_ray_is_imported_nowhere_else() -> None:
 def test_only_the_model_and_its_engine_import_torch() -> None:
     with_torch = (
         "model", "encoding", "vision", "vision_cache", "collator", "engines.transformers", "engines.cache",
-        "engines.linear", "engines.memory", "engines.sampling", "trainer", "training", "sft_options",
-        "optimizers", "artifacts", "vqa_metrics.vqa_metrics",
+        "engines.attention", "engines.linear", "engines.memory", "engines.sampling", "trainer", "training",
+        "sft_options", "optimizers", "artifacts", "vqa_metrics.vqa_metrics",
     )  # fmt: skip
     heavy = (*(f"vlmray.{name}" for name in with_torch), *WITH_RAY)
     light = [name for name in MODULES if name not in heavy]

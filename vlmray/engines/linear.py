@@ -6,6 +6,7 @@ torch brings along too, takes about half the time.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ def use_faster_kernels(model: nn.Module) -> None:
             module.__class__ = OneDnnLinear  # its weights, hooks and adapters stay as they are
 
 
+@functools.cache
 def is_onednn_faster() -> bool:
     """Tell whether this processor has AVX-512 and another maker than Intel."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):

@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache
 from vlmray.checkpoints import check_adapter_folder
 from vlmray.encoding import chain_segments, encode_text, join_rows, row_signature
 from vlmray.engines.answers import Answer
+from vlmray.engines.attention import pack_attention
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.cache import make_cache
 from vlmray.engines.linear import use_faster_kernels
@@ -205,6 +206,7 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
+        pack_attention(model)
         if model.device.type == "cpu":
             keep_freed_memory()
             use_faster_kernels(model)
