@@ -37,16 +37,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from limit import measure_products
-from overhead import measure_pipeline
 from random_models import RANDOM, build_random_model
 
-from vlmray import cluster, stages
+from vlmray import stages
 from vlmray.config import InferConfig
-from vlmray.inference import plan_inference
 from vlmray.model import load_processor
+from vlmray.questions import open_questions
 from vlmray.schema import GenerationRequest
 from vlmray.small_models import resolve_model_id
 
@@ -169,7 +167,13 @@ def infer_config(options: argparse.Namespace, output_dir: str) -> InferConfig:
 
 
 def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
-    """Return the rate of the pipeline; Ray is there only meanwhile."""
+    """Return the rate of the pipeline; Ray is there only meanwhile, and not needed for the other ways."""
+    import ray
+    from overhead import measure_pipeline
+
+    from vlmray import cluster
+    from vlmray.inference import plan_inference
+
     cluster.connect("ERROR")
     try:
         run = plan_inference(infer_config(options, output_dir))
@@ -180,11 +184,16 @@ def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
 
 def write_work(options: argparse.Namespace, folder: Path) -> Path:
     """Write what the ways have to do."""
-    plan = plan_inference(infer_config(options, f"{folder}/plan"))
-    rows = stages.read_rows(plan.source, plan.spec, options.dataset_split, plan.selected)
-    rows = stages.prepare_rows(rows, plan.task)
+    config = infer_config(options, f"{folder}/unused")
+    asked = open_questions(config, config.dataset_split, config.sample_slices)
+    task = stages.Task(
+        prompt_template=asked.spec.prompt_template, metric=asked.spec.metric,
+        max_new_tokens=config.max_new_tokens,
+    )  # fmt: skip
+    rows = stages.read_rows(asked.source, asked.spec, asked.split, asked.selected)
+    rows = stages.prepare_rows(rows, task)
     processor = load_processor(resolve_model_id(options.model_id))
-    requests = make_requests(options, processor.tokenizer, rows, plan.task)
+    requests = make_requests(options, processor.tokenizer, rows, task)
     questions = [
         {
             "prompt": processor.apply_chat_template(request.messages, add_generation_prompt=True),
@@ -201,7 +210,7 @@ def write_work(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def make_requests(
-    options: argparse.Namespace, tokenizer: Any, rows: Sequence[dict[str, Any]], task: Any
+    options: argparse.Namespace, tokenizer: Any, rows: Sequence[dict[str, Any]], task: stages.Task
 ) -> list[GenerationRequest]:
     """Make requests; forced ones end after as many tokens as their answer has."""
     requests = stages.make_requests(rows, task)
