@@ -90,7 +90,8 @@ def test_mistakes_in_files_are_one_line_too(
     options: str, message: str, wrong_files: dict[str, Path], tmp_path: Path
 ) -> None:
     given = shlex.split(options.format(**wrong_files))
-    done = run(*given, "--sample_slices", "[:1]", "--output_dir", tmp_path / "out")
+    cache = str(tmp_path / "cache")  # empty: models are built on first use
+    done = run(*given, "--sample_slices", "[:1]", "--output_dir", tmp_path / "out", VLMRAY_CACHE=cache)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

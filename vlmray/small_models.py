@@ -15,10 +15,11 @@ torch and transformers are imported inside the functions, so that importing this
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,13 +215,28 @@ _BUILDS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing one: who names a built-in model did not ask for files to be written."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _save(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> Path:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     # In a distributed run transformers lets the first process alone save, and any may be the one to build.
     model.should_save_on_this_rank = lambda *_: True
-    model.save_pretrained(folder)
+    with _without_progress_bar():
+        model.save_pretrained(folder)
     generation = {
         "bos_token_id": tokenizer.pad_token_id,
         "pad_token_id": tokenizer.pad_token_id,
