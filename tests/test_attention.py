@@ -25,7 +25,7 @@ GRIDS = torch.tensor([[1, 18, 26], [1, 8, 8], [1, 18, 26], [1, 4, 30]])
 def test_sequences_attend_to_themselves(
     lengths: list[int], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "is_onednn_faster", lambda: onednn)
+    monkeypatch.setattr(attention, "onednn_speed_up", lambda: 2.1 if onednn else 1.4)
     monkeypatch.setattr(attention, "_LEAST_PRODUCTS", 0)
     monkeypatch.setattr(attention, "_BLOCK", 60)
     packed = [torch.randn(sum(lengths), 4, 16).transpose(0, 1)[None] for _ in range(3)]
@@ -43,7 +43,7 @@ def test_sequences_attend_to_themselves(
 def test_only_large_ones_without_gradients_take_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     blocks = attention._attend_in_blocks
-    monkeypatch.setattr(attention, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(attention, "onednn_speed_up", lambda: 2.1)
     monkeypatch.setattr(
         attention, "_attend_in_blocks", lambda q, *rest: calls.append(q.shape[2]) or blocks(q, *rest)
     )

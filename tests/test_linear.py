@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmray.engines import linear
-from vlmray.engines.linear import OneDnnLinear, is_onednn_faster, use_faster_kernels
+from vlmray.engines.linear import OneDnnLinear, onednn_speed_up, use_faster_kernels
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -18,7 +18,7 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 @pytest.fixture(autouse=True)
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take any processor for one on which oneDNN is faster."""
-    monkeypatch.setattr(linear, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(linear, "onednn_speed_up", lambda: 1.4)
 
 
 @needs_onednn
@@ -62,13 +62,23 @@ def test_layers_of_another_kind_stay_as_they_are() -> None:
     assert [type(layer) for layer in model.values()] == [OneDnnLinear, Own, nn.Linear]
 
 
-def test_intels_processors_keep_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_onednn
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", 2.1),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", 1.4),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n", 1.0),
+        ("", 1.0),
+    ],
+)
+def test_makers_and_generations_are_told_apart(
+    described: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for name in ("mkl", "mkldnn"):
-        monkeypatch.setattr(getattr(torch.backends, name), "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(Path, "exists", lambda self: True)
-    for maker, expected in (("GenuineIntel", False), ("AuthenticAMD", True)):
-        monkeypatch.setattr(Path, "read_text", lambda self, maker=maker: f"vendor_id : {maker}\n")
-        assert is_onednn_faster.__wrapped__() is expected
+    monkeypatch.setattr(Path, "read_text", lambda self: described)
+    assert onednn_speed_up.__wrapped__() == expected
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not is_onednn_faster.__wrapped__()
+    assert onednn_speed_up.__wrapped__() == 1
