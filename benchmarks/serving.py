@@ -1,7 +1,7 @@
 """What does serving cost, and what does batching bring? A closed loop of clients against one replica.
 
-    python benchmarks/serving.py
-    python benchmarks/serving.py --dataset_name path/to/ChartQA --num_requests 96 --clients 1 8 32
+    python -m benchmarks.serving
+    python -m benchmarks.serving --dataset_name path/to/ChartQA --num_requests 96 --clients 1 8 32
 
 Every client asks its next question when it has the answer to the last: one about a chart, by data URI.
 Clients, server and model share this machine's cores, so the less the model has to do for a request, the more

@@ -1,7 +1,7 @@
 """Fine-tuning against plain TRL: the same run by TRL alone, and by the job's worker without and with Ray.
 
-    python benchmarks/training.py
-    python benchmarks/training.py --model_id random-132m --processor path/to/Qwen2.5-VL-7B-Instruct \\
+    python -m benchmarks.training
+    python -m benchmarks.training --model_id random-132m --processor path/to/Qwen2.5-VL-7B-Instruct \\
         --dataset_name path/to/ChartQA --dataset_split test --num_rows 48 --batch_size 4
 
 All three train the same samples in the same order with the same options, one worker. The plain script is
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from overhead import write_charts
-from random_models import RANDOM, build_random_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.common.charts import write_charts
+from benchmarks.common.models import RANDOM, build_random_model
 from vlmray import cluster
 from vlmray.config import FinetuneConfig
 from vlmray.conversations import open_images, to_feature

@@ -1,6 +1,6 @@
 """What the pipeline costs on top of the engine: the same requests through both, in one process lifetime.
 
-    python benchmarks/overhead.py --model_id tiny-random --num_rows 512 --repeats 3
+    python -m benchmarks.pipeline.overhead --model_id tiny-random --num_rows 512 --repeats 3
 
 Rows lie in a Parquet file, so neither side draws charts. The bare engine gets requests that are ready, images
 encoded in memory; the pipeline reads, decodes, generates, scores and writes files and Parquet. Both rates
@@ -18,11 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from benchmarks.common.charts import write_charts
 from vlmray import cluster, stages
-from vlmray.charts import ChartDataset, ChartsConfig
 from vlmray.config import InferConfig
 from vlmray.engines import Engine, build_engine
 from vlmray.inference import plan_inference
@@ -62,13 +59,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
-
-
-def write_charts(path: Path, num_rows: int) -> str:
-    charts = ChartDataset(ChartsConfig(num_rows=num_rows), "test")
-    rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in charts]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
 
 
 def plan_run(options: argparse.Namespace, data: str, output_dir: str) -> InferenceRun:

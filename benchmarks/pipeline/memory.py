@@ -1,6 +1,6 @@
 """Does the driver's memory grow with the dataset? Peak memory of a short and of a long run.
 
-    python benchmarks/memory.py --num_rows 2000 20000
+    python -m benchmarks.pipeline.memory --num_rows 2000 20000
 
 Synthetic charts with real images go through the whole pipeline with the FakeEngine; every run is a
 process of its own, which reports its own peak resident memory.
@@ -42,8 +42,9 @@ def main() -> None:
 
 
 def run_child(num_rows: int, output_format: str) -> dict[str, float]:
-    child = f"{__file__} --child --num_rows {num_rows} --output_format {output_format}".split()
-    done = subprocess.run([sys.executable, *child], stdout=subprocess.PIPE, text=True, check=True)
+    options = f"--child --num_rows {num_rows} --output_format {output_format}".split()
+    child = [sys.executable, "-m", "benchmarks.pipeline.memory", *options]
+    done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,10 +1,10 @@
 """One way to answer requests, in a process of its own, so that its memory and settings are its own too.
 
-    python benchmarks/ways.py engine work.json
+    python -m benchmarks.engine.ways engine work.json
 
-`benchmarks/throughput.py` starts these. Each line on the standard input is a turn: all requests are answered
-once, and a JSON line tells how long it took. Standard library only, until a way loads what it needs: vLLM
-may live in another environment.
+`benchmarks.engine.throughput` starts these. Each line on the standard input is a turn: all requests are
+answered once, and a JSON line tells how long it took. Standard library only, until a way loads what it
+needs: vLLM may live in another environment.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class EngineWay:
 
     def count(self) -> float:
         """Return the floating-point operations that cannot be avoided."""
-        from limit import count_work
+        from benchmarks.common.limit import count_work
 
         return count_work(self.engine, self.requests)
 

@@ -1,8 +1,8 @@
 """What can the built-in model do? Accuracy by question family on charts that it has not seen.
 
-    python benchmarks/builtin.py --num_charts 2000
-    python benchmarks/builtin.py --num_charts 300 --style varied --kind bar,hbar,line,pie
-    python benchmarks/builtin.py --num_charts 500 --quantization 4bit
+    python -m benchmarks.quality.builtin --num_charts 2000
+    python -m benchmarks.quality.builtin --num_charts 300 --style varied --kind bar,hbar,line,pie
+    python -m benchmarks.quality.builtin --num_charts 500 --quantization 4bit
 
 Every chart is asked one question of every family, each question on its own, by the engine alone. The seed is
 not that of training. Questions of a family are about different charts, so with 2,000 of them the standard

@@ -1,8 +1,8 @@
 """How close does the engine come to what the machine can do? The same requests in several ways, and a limit.
 
-    python benchmarks/throughput.py
-    python benchmarks/throughput.py --model_id random-132m --processor path/to/Qwen2.5-VL-7B-Instruct \\
-        --dataset_name path/to/ChartQA --num_rows 48 --forced
+    python -m benchmarks.engine.throughput
+    python -m benchmarks.engine.throughput --model_id random-132m \\
+        --processor path/to/Qwen2.5-VL-7B-Instruct --dataset_name path/to/ChartQA --num_rows 48 --forced
 
 (a) one sample after the other through transformers' `generate`; (b) `generate` on fixed batches, padded, as
 evaluation harnesses do; (c) the engine of vlmray; (d) the whole pipeline with it, reading and writing
@@ -14,8 +14,8 @@ last, so it leaves out the start of Ray and the loading of the model.
 "A repeated row" is what a further question about an image costs the engine, as a share of the first question
 about one: it answers the first questions alone, too.
 
-The limit is the floating-point work that cannot be avoided (`benchmarks/limit.py` has the formula) over the
-rate of this machine's matrix products in the same run.
+The limit is the floating-point work that cannot be avoided (`benchmarks/common/limit.py` has the formula)
+over the rate of this machine's matrix products in the same run.
 
 `random-132m`, `random-3b` and `random-7b` are Qwen2.5-VL of that size with random weights and the tokenizer
 and image processor of `--processor`. `--forced` gives each answer as many tokens as the first accepted answer
@@ -38,15 +38,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limit import measure_products
-from random_models import RANDOM, build_random_model
 
+from benchmarks.common.limit import measure_products
+from benchmarks.common.models import RANDOM, build_random_model
 from vlmray import stages
 from vlmray.config import InferConfig
 from vlmray.model import load_processor
 from vlmray.questions import open_questions
 from vlmray.schema import GenerationRequest
 from vlmray.small_models import resolve_model_id
+
+ROOT = Path(__file__).parents[2]
 
 
 class Way:
@@ -58,7 +60,8 @@ class Way:
         self.peak_gib = 0.0
         self.texts: list[str] = []
         self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("ways.py")), name, str(work)],
+            [python, "-m", "benchmarks.engine.ways", name, str(work)],
+            cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         )  # fmt: skip
@@ -169,8 +172,8 @@ def infer_config(options: argparse.Namespace, output_dir: str) -> InferConfig:
 def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
     """Return the rate of the pipeline; Ray is there only meanwhile, and not needed for the other ways."""
     import ray
-    from overhead import measure_pipeline
 
+    from benchmarks.pipeline.overhead import measure_pipeline
     from vlmray import cluster
     from vlmray.inference import plan_inference
 

@@ -1,6 +1,6 @@
 """How often are two equal models called different? Simulated, with charts that share their difficulty.
 
-    python benchmarks/false_alarms.py
+    python -m benchmarks.quality.false_alarms
 
 Both models answer each question right with the chance that its chart has, drawn anew for each model: neither
 is better. `verdict` is the share of runs that the permutation test over images calls different at 0.05,
