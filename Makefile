@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+SCALE ?= full
+PACK := .gpu
+
+.PHONY: demo test lint gpu setup clean
 
 demo: setup
 	$(BIN)/vlmray demo --output_dir outputs/demo
@@ -17,6 +20,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A machine with a GPU and no network brings its own torch, and the pack what it lacks beside that.
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
+endif
+
+gpu: $(if $(HAS_TORCH),,setup)
+	$(if $(HAS_TORCH),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --scale $(SCALE) $(ARGS)
 
 setup: $(READY)
 

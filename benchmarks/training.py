@@ -37,6 +37,7 @@ from vlmray.conversations import open_images, to_feature
 from vlmray.finetune import FinetuneRun, fit, open_training_data
 from vlmray.model import load_qwen_vl_model_and_processor
 from vlmray.outputs import OutputDirectory
+from vlmray.sft_options import sft_arguments
 from vlmray.small_models import resolve_model_id
 from vlmray.training import lora_config_of, train_loop_per_worker
 from vlmray.training_run import TRAIN, TrainingData, TrainingRun
@@ -118,20 +119,23 @@ def train_plainly(run: TrainingRun, data: TrainingData) -> tuple[list[float], li
     """Train with TRL alone; return the times of the steps and their losses."""
     config = run.config
     set_seed(config.seed)
-    model, processor = load_qwen_vl_model_and_processor(resolve_model_id(config.model_id))
+    model, processor = load_qwen_vl_model_and_processor(
+        resolve_model_id(config.model_id), max_pixels=config.max_pixels
+    )
     plan = run.plan(TRAIN, 1)
     order = [sample for batch in plan.batches(0, 0, run.num_steps) for sample in batch]
     rows = [to_feature(row) for row in open_images(data.train.read(order))]
     dataset = Dataset.from_list([prompt_and_completion(row, processor) for row in rows if row])
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
+        ours = sft_arguments(run, Path(folder))
+        same = ("use_cpu", "bf16", "gradient_checkpointing", "gradient_checkpointing_kwargs")
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=config.per_device_train_batch_size,
             max_steps=run.num_steps, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
             warmup_steps=config.warmup_ratio, logging_steps=1, save_strategy="no", report_to="none",
-            use_cpu=not torch.cuda.is_available(), max_length=None, bf16=False,
-            gradient_checkpointing=bool(config.gradient_checkpointing), disable_tqdm=True, seed=config.seed,
-            train_sampling_strategy="sequential",
+            max_length=None, disable_tqdm=True, seed=config.seed, train_sampling_strategy="sequential",
+            **{name: getattr(ours, name) for name in same},
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=dataset, processing_class=processor,

@@ -25,6 +25,8 @@ from vlmray.model import load_processor
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.testing import FakeEngine, build_tiny_random_adapter
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 SIZES = [(56, 84), (120, 200), (200, 96), (300, 180), (90, 90)]
 QUESTIONS = [
     "What is the value of Germany?",
@@ -60,9 +62,14 @@ def make_mixed_requests(count: int = 18, **options: Any) -> list[GenerationReque
 def generate_alone(model: Any, processor: Any, request: GenerationRequest) -> str:
     """What transformers itself writes for one row without any batching: the reference."""
     prompt = processor.apply_chat_template(request.messages, add_generation_prompt=True)
-    inputs = processor(text=prompt, images=request.images or None, return_tensors="pt")
+    inputs = processor(text=prompt, images=request.images or None, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=request.max_new_tokens)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load(folder: Path) -> Any:
+    """Load a model onto the device that the engine would use."""
+    return AutoModelForImageTextToText.from_pretrained(folder).eval().to(DEVICE)
 
 
 def texts(completions: list[Completion]) -> list[str]:
@@ -72,7 +79,7 @@ def texts(completions: list[Completion]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
+    return load(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +160,7 @@ def test_rows_that_share_an_image_are_answered_as_each_alone(
         assert texts(make_engine(batch_size=batch_size).generate(requests)) == expected
     requests = [dataclasses.replace(request, max_new_tokens=1 + n % 9) for n, request in enumerate(requests)]
     plain = make_engine(batch_size=16)
-    plain._shares_prefix = False
+    plain._copies_rows = False
     # Prompts, token counts and reasons too.
     assert make_engine(batch_size=16).generate(requests) == plain.generate(requests)
 
@@ -211,7 +218,7 @@ def test_adapters_have_beginnings_of_their_own(tiny_model: Path, tmp_path: Path,
     ]
     shared = engine.generate(requests)
     assert len(set(texts(shared))) > 12
-    engine._shares_prefix = False
+    engine._copies_rows = False
     assert shared == engine.generate(requests)
     engine.close()
 
@@ -450,10 +457,10 @@ def test_adapters_and_base_mix_in_one_call_and_match_peft(
     rows = [make_request(n, n % 3) for n in range(6)]
     expected: dict[str | None, list[str]] = {}
     for name, path in ((None, None), ("chart-v1.0", tiny_adapter), ("b", second)):
-        base = AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
+        base = load(tiny_model)
         peft_model = base if path is None else PeftModel.from_pretrained(base, path)
         expected[name] = [generate_alone(peft_model, processor, row) for row in rows]
-    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine = TransformersEngine(load(tiny_model), processor)
     engine.load_adapter("chart-v1.0", str(tiny_adapter))
     engine.load_adapter("b", str(second))
     names = [None, "chart-v1.0", "b"]
@@ -470,7 +477,7 @@ def test_adapters_and_base_mix_in_one_call_and_match_peft(
 def test_adapters_and_base_share_a_forward_pass(
     tiny_model: Path, tiny_adapter: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine = TransformersEngine(load(tiny_model), processor)
     engine.load_adapter("named", str(tiny_adapter))
     passes = []
     generate = engine.model.generate
@@ -488,7 +495,7 @@ def test_adapters_of_the_vision_tower_are_kept_apart(
     tiny_model: Path, tiny_adapter: Path, tmp_path: Path, processor: Any
 ) -> None:
     seeing = build_tiny_random_adapter(tmp_path / "seeing", tiny_model, seed=3, lora_vision=True)
-    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine = TransformersEngine(load(tiny_model), processor)
     rows = [make_request(n) for n in range(4)]
     for name, path in (("reading", tiny_adapter), ("seeing", seeing)):
         engine.load_adapter(name, str(path))
@@ -503,7 +510,7 @@ def test_adapters_of_the_vision_tower_are_kept_apart(
 def test_an_unloaded_adapter_is_unknown_and_can_be_loaded_again(
     tiny_model: Path, tiny_adapter: Path, processor: Any
 ) -> None:
-    engine = TransformersEngine(AutoModelForImageTextToText.from_pretrained(tiny_model).eval(), processor)
+    engine = TransformersEngine(load(tiny_model), processor)
     row = make_request(1)
     base = texts(engine.generate([row]))
     engine.load_adapter("named", str(tiny_adapter))

@@ -266,11 +266,11 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"--model_id {model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) "
             "and would be random; pass a complete checkpoint of an image-text-to-text model"
         )
-    _embed_patches_by_matmul(model)
+    embed_patches_by_matmul(model)
     return model.eval()
 
 
-def _embed_patches_by_matmul(model: Any) -> None:
+def embed_patches_by_matmul(model: Any) -> None:
     """Let vision towers of Qwen's kind embed patches with a matrix product.
 
     Their patches come cut out and flattened, and the convolution over each has the size of the patch: it is

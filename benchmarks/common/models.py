@@ -5,67 +5,104 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-RANDOM = {
+RANDOM: dict[str, dict[str, Any]] = {
+    "random-toy": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "tie_word_embeddings": True,
+    },
     "random-132m": {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
     "random-3b": {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
     "random-7b": {
         "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 4, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-SMALL_VISION = {
-    "hidden_size": 512, "depth": 8, "num_heads": 8, "intermediate_size": 1408,
-    "fullatt_block_indexes": [3, 7],
+"""Language models; those of 3 and 7 billion parameters have the shapes of the released ones."""
+
+_REAL_TOWER = {
+    "hidden_size": 1280, "depth": 32, "num_heads": 16, "intermediate_size": 3420,
+    "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
-"""Of the smallest one; the others have the real tower."""
+_TOWERS = {
+    "random-toy": {
+        "hidden_size": 64, "depth": 2, "num_heads": 2, "intermediate_size": 128, "fullatt_block_indexes": [1]
+    },
+    "random-132m": {
+        "hidden_size": 512, "depth": 8, "num_heads": 8, "intermediate_size": 1408,
+        "fullatt_block_indexes": [3, 7],
+    },
+}  # fmt: skip
+_SIDE_FILES = ("*token*.json", "*vocab*", "merges.txt", "chat_template*", "*preprocessor_config.json")
 
 
-def build_random_model(name: str, processor: str, path: Path, dtype: str = "float32") -> str:
-    """Write a Qwen2.5-VL with random weights beside the files of a real one's tokenizer and processor.
+def make_random_model(name: str, processor: str, *, device: str = "cpu", dtype: str = "float32") -> Any:
+    """Make a model with random weights, drawn where they stay.
 
     Args:
         name: One of `RANDOM`.
-        processor: Folder with the files of the real one, weights apart.
-        path: Where to; must not exist.
+        processor: Folder of a tokenizer and its Qwen2.5-VL's config; the model reads what they write.
+        device: `cpu` or `cuda`.
         dtype: Of the weights.
+
+    Returns:
+        The model in eval mode. It answers greedily and without penalty.
     """
-    shutil.copytree(processor, path)
-    config = json.loads((path / "config.json").read_text())
-    text = config.setdefault("text_config", {k: v for k, v in config.items() if k != "vision_config"})
-    text |= RANDOM[name]
-    width = text["hidden_size"] // text["num_attention_heads"] // 2
-    text |= {
-        "max_window_layers": text["num_hidden_layers"], "tie_word_embeddings": True,
-        "layer_types": ["full_attention"] * text["num_hidden_layers"], "use_sliding_window": False,
+    found = json.loads((Path(processor) / "config.json").read_text())
+    shape = RANDOM[name]
+    half_head = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    text = {
+        **shape, "vocab_size": found.get("text_config", found)["vocab_size"],
+        "max_position_embeddings": 128_000,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e6,
-            "mrope_section": [width // 4, width * 3 // 8, width * 3 // 8],
+            "mrope_section": [half_head // 4, half_head * 3 // 8, half_head * 3 // 8],
         },
     }  # fmt: skip
-    text.pop("rope_scaling", None)
-    small = SMALL_VISION if name == "random-132m" else {}
-    vision = config["vision_config"] | small | {"out_hidden_size": text["hidden_size"]}
-    kept = {key: config[key] for key in config if key.endswith("_token_id")}
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **kept)
+    vision = {**_TOWERS.get(name, _REAL_TOWER), "out_hidden_size": shape["hidden_size"], "window_size": 112}
+    special = {key: value for key, value in found.items() if key.endswith("_token_id")}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=shape["tie_word_embeddings"], **special
     )
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(path)
-    generation = json.loads((path / "generation_config.json").read_text())
-    generation |= {"repetition_penalty": 1.0, "do_sample": False}  # greedy, the same in all ways
-    for key in ("temperature", "top_p", "top_k"):
-        generation.pop(key, None)
-    (path / "generation_config.json").write_text(json.dumps(generation))
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            model: Any = Qwen2_5_VLForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    generation = json.loads((Path(processor) / "generation_config.json").read_text())
+    kept = {key: value for key, value in generation.items() if key.endswith("_token_id")}
+    model.generation_config.update(**kept, do_sample=False, repetition_penalty=1.0)
+    return model
+
+
+def build_random_model(
+    name: str, processor: str, path: Path, dtype: str = "float32", device: str = "cpu"
+) -> str:
+    """Write a model with random weights beside the files of a tokenizer and processor; return the path.
+
+    Args:
+        name: One of `RANDOM`.
+        processor: Folder with the files of a Qwen2.5-VL, weights apart.
+        path: Where to.
+        dtype: Of the weights.
+        device: Where they are drawn.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for pattern in _SIDE_FILES:
+        for file in Path(processor).glob(pattern):
+            shutil.copy(file, path)
+    make_random_model(name, processor, device=device, dtype=dtype).save_pretrained(path)
     return str(path)

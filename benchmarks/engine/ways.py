@@ -78,39 +78,40 @@ def generate_way(work: dict[str, Any], questions: Sequence[Question], batch_size
     """Answer as a script over transformers does: batch after batch, in order, everything padded."""
     import torch
 
-    from vlmray.images import decode_image
     from vlmray.model import load_qwen_vl_model_and_processor
 
     torch.set_num_threads(work["num_threads"])
     model, processor = load_qwen_vl_model_and_processor(work["model_id"], dtype=work["dtype"])
     if work["forced"]:
         model.generation_config.eos_token_id = None
+    return lambda: answer_plainly(model, processor, questions, batch_size)
+
+
+def answer_plainly(model: Any, processor: Any, questions: Sequence[Question], batch_size: int) -> list[str]:
+    """Answer with `generate` on fixed batches in order, padded on the left; cut each to its own length."""
+    import torch
+
+    from vlmray.images import decode_image
+
     processor.tokenizer.padding_side = "left"
-
-    def answer() -> list[str]:
-        texts: list[str] = []
-        for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
-            images = [decode_image(data) for question in batch for data in question.images]
-            inputs = processor(
-                text=[question.prompt for question in batch],
-                images=images or None,
-                return_tensors="pt",
-                padding=True,
-            ).to(model.device)
-            with torch.inference_mode():
-                output = model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=max(question.max_new_tokens for question in batch),
-                )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            if work["forced"]:
-                new = [row[: each.max_new_tokens] for row, each in zip(new, batch, strict=True)]
-            texts += processor.batch_decode(new, skip_special_tokens=True)
-        return texts
-
-    return answer
+    texts: list[str] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        images = [decode_image(data) for question in batch for data in question.images]
+        inputs = processor(
+            text=[question.prompt for question in batch],
+            images=images or None,
+            return_tensors="pt",
+            padding=True,
+        ).to(model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs, do_sample=False, max_new_tokens=max(question.max_new_tokens for question in batch)
+            )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        new = [row[: each.max_new_tokens] for row, each in zip(new, batch, strict=True)]
+        texts += processor.batch_decode(new, skip_special_tokens=True)
+    return texts
 
 
 class EngineWay:

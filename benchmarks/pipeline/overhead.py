@@ -75,11 +75,13 @@ def read_requests(run: InferenceRun) -> list[GenerationRequest]:
     return stages.make_requests(stages.prepare_rows(rows, run.task), run.task)
 
 
-def measure_engine(engine: Engine, requests: Sequence[GenerationRequest]) -> float:
+def measure_engine(
+    engine: Engine, requests: Sequence[GenerationRequest], rows_per_call: int = ROWS_PER_CALL
+) -> float:
     """Return the steady rate in samples per second."""
     finished = []
-    for start in range(0, len(requests), ROWS_PER_CALL):
-        call = requests[start : start + ROWS_PER_CALL]
+    for start in range(0, len(requests), rows_per_call):
+        call = requests[start : start + rows_per_call]
         engine.generate(call)
         finished.append((time.perf_counter(), len(call)))
     return steady_rate(finished)
