@@ -17,7 +17,7 @@ import yaml
 from running import ROOT, wait_until
 
 from benchmarks.quality.train_batches import ChartBatches, load, see_images
-from benchmarks.quality.train_builtin import TRAINED, Clock, main, scale_of
+from benchmarks.quality.train_builtin import TRAINED, WEIGHTS, Clock, main, scale_of, scratch_folder
 from vlmray.charts import FAMILIES, KINDS, ChartsConfig, parse_charts_name
 from vlmray.collator import DataCollatorForVLMSFT
 from vlmray.config import FinetuneConfig
@@ -167,6 +167,33 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path, monkeypatch: pytes
         SystemExit, match=f"^--output_dir {tmp_path} exists; pass --overwrite to replace it, or"
     ):
         main()
+
+
+@pytest.mark.parametrize(
+    ("error", "trained", "left"),
+    [(RuntimeError, False, 0), (RuntimeError, True, 1), (SystemExit, True, 1), (KeyboardInterrupt, True, 0)],
+)
+def test_only_trained_weights_outlive_a_failure(
+    tmp_path: Path, error: type[BaseException], trained: bool, left: int
+) -> None:
+    with pytest.raises(error), scratch_folder(tmp_path / "model") as folder:
+        if trained:
+            (folder / WEIGHTS).touch()
+        raise error
+    assert len(list(tmp_path.iterdir())) == left
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [("--minutes", "0", "--minutes must be more than 0, got 0.0"), ("--kind", "bars", "unknown kind 'bars'")],
+)
+def test_mistakes_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, reason: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_builtin.py", "--output_dir", "new", option, value])
+    with pytest.raises(SystemExit):
+        main()
+    assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ WARMUP = 0.03
 WEIGHT_DECAY = 0.01
 ADAM_BETA2 = 0.95
 MOST_CHARTS = 2**28
+WEIGHTS = "model.safetensors"
 CHECK_SEED = 1000
 """Further than the seed of training."""
 
@@ -99,6 +100,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--check_batch_size", type=int, default=256)
     parser.add_argument("--report_every_seconds", type=float, default=10.0)
     options = parser.parse_args()
+    for name in ("minutes", "batch_size", "report_every_seconds", "check_batch_size"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be more than 0, got {getattr(options, name)}")
+    try:
+        training_charts(options, 1)
+    except ValueError as error:
+        parser.error(str(error))
     if options.num_workers is None:
         options.num_workers = max(1, num_cores() - 1)
     options.num_charts_to_check = max(options.num_charts_to_check, options.kind.count(",") + 1)
@@ -112,14 +120,21 @@ def num_cores() -> int:
 
 @contextmanager
 def scratch_folder(output_dir: Path) -> Iterator[Path]:
-    """Give a folder beside the output's place; what is still in it in the end is deleted."""
+    """Give a folder beside the output's place; it is deleted if it is still there in the end.
+
+    Only weights whose check failed are kept: they took long.
+    """
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     folder.chmod(0o755)
     try:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if (folder / WEIGHTS).exists() and not isinstance(error, KeyboardInterrupt):
+            print(f"the trained weights are kept in {folder}, unchecked", flush=True)
+        else:
+            shutil.rmtree(folder)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,7 +194,7 @@ def save(model: Any, source: Path, folder: Path) -> None:
         config.dtype = torch.bfloat16
     model.to(torch.bfloat16).save_pretrained(folder)
     for path in source.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
+        if path.name not in ("config.json", WEIGHTS):
             shutil.copy(path, folder)
 
 
