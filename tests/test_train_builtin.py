@@ -176,10 +176,14 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path, monkeypatch: pytes
 def test_only_trained_weights_outlive_a_failure(
     tmp_path: Path, error: type[BaseException], trained: bool, left: int
 ) -> None:
-    with pytest.raises(error), scratch_folder(tmp_path / "model") as folder:
-        if trained:
-            (folder / WEIGHTS).touch()
-        raise error
+    def fail() -> None:
+        with scratch_folder(tmp_path / "model") as folder:
+            if trained:
+                (folder / WEIGHTS).touch()
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert len(list(tmp_path.iterdir())) == left
 
 
