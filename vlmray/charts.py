@@ -28,6 +28,7 @@ Byte-identical images need the same Pillow release everywhere; questions and ans
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import random
@@ -427,7 +428,9 @@ class ChartDataset:
             raise ValueError(f"charts: unknown split {split!r}; known: {', '.join(SPLITS)}")
         self.config = config
         self.split = split
-        self._last: tuple[int, Chart, bytes] | None = None
+        # Rows of an image come in a row.
+        self._chart = functools.lru_cache(maxsize=1)(self._sample)
+        self._png = functools.lru_cache(maxsize=1)(self._draw)
 
     def __reduce__(self) -> tuple[type[ChartDataset], tuple[ChartsConfig, str]]:
         return type(self), (self.config, self.split)  # without the picture drawn last
@@ -441,7 +444,7 @@ class ChartDataset:
         Raises:
             IndexError: `index` is negative or not below the number of rows.
         """
-        _, png = self._draw(self._locate(index)[0])
+        png = self._png(self._locate(index)[0])
         return Row(image=png, image_id=self.image_id(index), **self.ask(index))
 
     def image_id(self, index: int) -> str:
@@ -466,18 +469,14 @@ class ChartDataset:
             raise IndexError(f"charts: row {index} is out of range, {self.split} has {len(self)} rows")
         return divmod(index, self.config.questions_per_image)
 
-    def _chart(self, image_index: int) -> Chart:
+    def _sample(self, image_index: int) -> Chart:
         rng = _rng("chart", self.split, self.config.seed, image_index)
         return _sample_chart(rng, self.config.kinds, plain=self.config.style == "plain")
 
-    def _draw(self, image_index: int) -> tuple[Chart, bytes]:
-        """Return a chart and its PNG; the last one is kept, since rows of an image come in a row."""
-        last = self._last
-        if last is None or last[0] != image_index:
-            chart, buffer = self._chart(image_index), io.BytesIO()
-            draw_chart(chart).render().save(buffer, format="PNG")
-            self._last = last = (image_index, chart, buffer.getvalue())
-        return last[1], last[2]
+    def _draw(self, image_index: int) -> bytes:
+        buffer = io.BytesIO()
+        draw_chart(self._chart(image_index)).render().save(buffer, format="PNG")
+        return buffer.getvalue()
 
     def _ask(self, chart: Chart, image_index: int, slot: int) -> tuple[str, Question]:
         """Choose the question of one row: its family by turn, its wording by lot.

@@ -15,8 +15,8 @@ Shapes: `B` rows, `T` tokens of the longest, `P` patches or images of all rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -26,6 +26,14 @@ from vlmray.prompts import format_qwen_vl_messages
 from vlmray.vision_cache import VisionCache
 
 _IMAGE_TYPES = ("image", "image_url")
+
+
+class _Part(NamedTuple):
+    """A stretch of a conversation that is encoded by itself."""
+
+    text: str
+    images: Sequence[Image.Image] = ()
+    is_answer: bool = False
 
 
 class DataCollatorForVLMSFT:
@@ -127,21 +135,17 @@ class DataCollatorForVLMSFT:
         """
         turns = _copy_messages(messages)
         self._check_conversation(turns, images)
-        segments: list[dict[str, torch.Tensor]] = []
+        parts: list[_Part] = []
         start, done, unseen = 0, "", list(images)
         for place in [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]:
             num_images = _count_images(turns[start:place])
             prompt = self.processor.apply_chat_template(turns[:place], add_generation_prompt=True)
-            question = _text_after(done, prompt)
-            if start == 0:
-                segments.append(self._encode_text(question, unseen[:num_images]))
-            else:
-                segments.append(self._encode_later_question(question, unseen[:num_images]))
+            parts.append(_Part(_text_after(done, prompt), unseen[:num_images]))
             written = _text_after(prompt, self.processor.apply_chat_template(turns[: place + 1]))
             answer = self._cut_after_end_token(written, _text_of(turns[place]))
-            segments.append(self._encode_answer(answer))
+            parts.append(_Part(answer, is_answer=True))
             start, done, unseen = place + 1, prompt + answer, unseen[num_images:]
-        row = chain_segments(segments)
+        row = chain_segments(self._encode_parts(parts))
         self._check_length(row)
         return row
 
@@ -169,20 +173,27 @@ class DataCollatorForVLMSFT:
         encode = encode_text if self.vision_cache is None else self.vision_cache.encode_text
         return encode(self.processor, text, images, **options)
 
-    def _encode_later_question(self, text: str, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """Encode what stands between two answers: the end of a turn, the next question, the next prompt."""
-        if images:
-            return self._encode_text(text, images, add_special_tokens=False)
-        return self._tokenize(text)
+    def _encode_parts(self, parts: Sequence[_Part]) -> list[dict[str, torch.Tensor]]:
+        """Encode a question, its answer, the next question and so on, each by itself.
 
-    def _encode_answer(self, text: str) -> dict[str, torch.Tensor]:
-        segment = self._tokenize(text)
-        return {**segment, "labels": segment["input_ids"]}
+        What stands between two answers is the end of a turn, the next question and the next prompt.
+        """
+        # All texts in one call: the calls take longer than the tokens.
+        plain = iter(self._tokenize([part.text for part in parts[1:] if not part.images]))
+        segments = [self._encode_text(parts[0].text, parts[0].images)]
+        for part in parts[1:]:
+            if part.images:
+                segments.append(self._encode_text(part.text, part.images, add_special_tokens=False))
+                continue
+            segment = next(plain)
+            segments.append({**segment, "labels": segment["input_ids"]} if part.is_answer else segment)
+        return segments
 
-    def _tokenize(self, text: str) -> dict[str, torch.Tensor]:
-        """Turn text into ids (1, T) without tokens that start or end a sequence."""
-        ids = self.processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def _tokenize(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Turn texts into ids (1, T) without tokens that start or end a sequence."""
+        for row in self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+            ids = torch.tensor([row], dtype=torch.long)
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _cut_after_end_token(self, written: str, answer: str) -> str:
         """Return the template's text of an answer up to its end token: what the model shall write."""

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlmray import stages
@@ -30,6 +30,7 @@ from vlmray.stages import Task
 ROWS_PER_CALL = 1024
 
 TRAINED = trained_charts()
+ALL_TRAINED = "trained, all"
 
 
 def main() -> None:
@@ -49,23 +50,8 @@ def main() -> None:
         engine="transformers", model_id=options.model_id, adapter=options.adapter, dtype="float32",
         quantization=options.quantization, batch_size=options.batch_size,
     )  # fmt: skip
-    charts = ChartsConfig(
-        num_rows=options.num_charts * len(FAMILIES), questions_per_image=len(FAMILIES), seed=options.seed,
-        kind=options.kind, style=options.style,
-    )  # fmt: skip
-    source = ChartsSource(charts.name, "test")
-    scores: dict[str, list[float]] = {family: [] for family in FAMILIES}
-    for row in answer(source, engine):
-        if row["error"] is not None:
-            raise SystemExit(f"{row['sample_id']}: {row['error']}")
-        scores[row["family"]].append(row["score"])
-    trained = [score for family in TRAINED.families for score in scores[family]]
-    others = [family for family in FAMILIES if family not in TRAINED.families]
-    table = {
-        **{family: mean(scores[family]) for family in TRAINED.families},
-        "trained, all": mean(trained),
-        **{f"{family} (untrained)": mean(scores[family]) for family in others},
-    }
+    charts = every_family(options.num_charts, seed=options.seed, kind=options.kind, style=options.style)
+    table = tabulate(score(charts, engine))
     elapsed_s = time.perf_counter() - started
     print(f"{options.model_id}, {options.num_charts} charts of {charts.name}\n")
     print(f"{'family':28} {'questions':>9} {'right':>7}")
@@ -73,6 +59,42 @@ def main() -> None:
         print(f"{family:28} {figures['num_questions']:9} {figures['accuracy']:7.3f}")
     print(f"\n{charts.num_rows / elapsed_s:.0f} answers/s, model loading included")
     print(json.dumps({**vars(options), "families": table, "answers_per_s": charts.num_rows / elapsed_s}))
+
+
+def every_family(num_charts: int, *, seed: int, kind: str, style: str) -> ChartsConfig:
+    """Return charts that are asked one question of every family each."""
+    return ChartsConfig(
+        num_rows=num_charts * len(FAMILIES),
+        questions_per_image=len(FAMILIES),
+        seed=seed,
+        kind=kind,
+        style=style,
+    )
+
+
+def score(charts: ChartsConfig, engine: Engine) -> dict[str, list[float]]:
+    """Return the scores of the test split's answers by family.
+
+    Raises:
+        SystemExit: A question was not answered.
+    """
+    scores: dict[str, list[float]] = {family: [] for family in FAMILIES}
+    for row in answer(ChartsSource(charts.name, "test"), engine):
+        if row["error"] is not None:
+            raise SystemExit(f"{row['sample_id']}: {row['error']}")
+        scores[row["family"]].append(row["score"])
+    return scores
+
+
+def tabulate(
+    scores: Mapping[str, Sequence[float]], trained: Sequence[str] = TRAINED.families
+) -> dict[str, dict[str, float]]:
+    """Return the share of right answers by family, trained ones first, then all of these together."""
+    return {
+        **{family: mean(scores[family]) for family in trained},
+        ALL_TRAINED: mean([score for family in trained for score in scores[family]]),
+        **{f"{family} (untrained)": mean(scores[family]) for family in FAMILIES if family not in trained},
+    }
 
 
 def answer(source: ChartsSource, engine: Engine) -> Iterator[dict[str, Any]]:
