@@ -292,10 +292,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         ValueError: The cluster lacks the GPUs, or an adapter was made for another base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
-    if config.engine == "transformers":
-        model_id = resolve_model_id(config.model_id)
-        check_model_folder(model_id)
-        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
+    _check_model(config)
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
@@ -332,6 +329,14 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
     )
     application: serve.Application = gateway.bind(config, digest, model)
     return application
+
+
+def _check_model(config: ServeConfig) -> None:
+    """Check what a replica would only find after it started."""
+    if config.engine == "transformers":
+        model_id = resolve_model_id(config.model_id)
+        check_model_folder(model_id)
+        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -392,6 +397,7 @@ def serve_app(config: ServeConfig) -> Server:
             "on 127.0.0.1"
         )
     _check_port(config)
+    _check_model(config)  # here too: Ray takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = build_application(config, api_key)
