@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_TYPES
 
+from vlmray.checkpoints import REFUSED_TYPES, check_model_kind
 from vlmray.engines.memory import (
     CPU_BATCH_TOKENS,
     bytes_per_token,
@@ -18,6 +20,8 @@ from vlmray.engines.memory import (
     find_batch_tokens,
     is_out_of_memory,
 )
+
+GB = 2**30
 
 
 def make_model(device: str) -> Any:
@@ -41,6 +45,52 @@ def test_a_gpu_gets_the_batch_that_its_free_memory_holds(monkeypatch: pytest.Mon
         left = free - 2 * 2**30  # torch holds two more for what comes
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=left: (left, 80 * 2**30))
         assert 0.7 * free < find_batch_tokens(model) * per_token < free
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+def test_every_config_has_a_plausible_estimate_or_is_refused_by_name(model_type: str) -> None:
+    if model_type in REFUSED_TYPES:
+        with pytest.raises(ValueError, match=f"^--model_id X: {model_type} is an? .*; vlmray runs") as caught:
+            check_model_kind("X", {"model_type": model_type})
+        assert "\n" not in str(caught.value)
+        return
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ImportError as error:
+        pytest.skip(f"{model_type} cannot be built here: {error}")
+    check_model_kind("X", config.to_dict())
+    text = config.get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+    keys_and_values = 2 * 2 * text.num_hidden_layers * num_heads * head_dim
+    assert 0 < keys_and_values < bytes_per_token(config, 2) < 100e6
+    assert keys_and_values <= round(cached_share(config) * bytes_per_token(config, 2))
+    assert cached_share(config) < 1
+
+
+def test_sizes_are_found_wherever_a_config_has_them() -> None:
+    config = make_model("cpu").config
+    text, vision = config.get_text_config(), config.vision_config.to_dict()
+
+    def estimate(text: Any, vision: Any) -> int:
+        return bytes_per_token(SimpleNamespace(get_text_config=lambda: text, vision_config=vision), 2)
+
+    expected = bytes_per_token(config, 2)
+    assert estimate(text, vision) == expected
+    assert estimate(text, {"encoder": vision, "width": None}) == expected
+    by_layer = {**text.to_dict(), "intermediate_size": [64, text.intermediate_size, 32]}
+    assert estimate(by_layer, vision) == expected
+    text_alone = bytes_per_token(SimpleNamespace(get_text_config=lambda: text), 2)
+    assert text_alone == estimate(text, None) == estimate(text, {"architecture": "resnet50"}) < expected
+
+
+def test_a_config_that_tells_nothing_gets_a_fixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("cuda")
+    model.config = SimpleNamespace(get_text_config=dict)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GB, GB))
+    assert find_batch_tokens(model) == CPU_BATCH_TOKENS
 
 
 def test_a_copy_takes_less_than_a_token() -> None:
