@@ -99,9 +99,12 @@ class ModelReplica:
     Args:
         config: The server's options.
         num_threads: CPU threads of torch; None leaves torch's own choice.
+        memory_fraction: Share of the GPU's memory that this replica may take.
     """
 
-    def __init__(self, config: ServeConfig, num_threads: int | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, num_threads: int | None = None, memory_fraction: float = 1.0
+    ) -> None:
         self._engine: Any = build_engine(
             engine=config.engine,
             model_id=config.model_id,
@@ -113,6 +116,7 @@ class ModelReplica:
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
             num_threads=num_threads,
+            memory_fraction=memory_fraction,
             trust_remote_code=config.trust_remote_code,
         )
         self._catalog = AdapterCatalog(
@@ -321,7 +325,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         health_check_period_s=5,
         logging_config=logs,
         **scaling,
-    ).bind(config, plan.num_threads)
+    ).bind(config, plan.num_threads, plan.memory_fraction)
     digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
     gateway = _GATEWAY.options(
         logging_config=logs,

@@ -33,14 +33,25 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def find_batch_tokens(model: Any) -> int:
-    """Return how many prompt tokens a batch may have, by the memory that is free beside the model."""
+def limit_memory(fraction: float) -> None:
+    """Keep this process to a fraction of its GPU's memory; the rest is for others on the same card."""
+    if fraction < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def find_batch_tokens(model: Any, fraction: float = 1.0) -> int:
+    """Return how many prompt tokens a batch may have, by the memory that is free beside the model.
+
+    Args:
+        model: On its device.
+        fraction: What `limit_memory` was told.
+    """
     if model.device.type != "cuda":
         return CPU_BATCH_TOKENS
-    free, _ = torch.cuda.mem_get_info(model.device)
+    free, total = torch.cuda.mem_get_info(model.device)
     allocated = torch.cuda.memory_allocated(model.device)
     unused = torch.cuda.memory_reserved(model.device) - allocated
-    usable = _USABLE * (free + unused)
+    usable = _USABLE * min(free + unused, fraction * total - allocated)
     per_token = bytes_per_token(model.config, model.dtype.itemsize)
     return max(1, int(usable / per_token)) if per_token else CPU_BATCH_TOKENS
 
