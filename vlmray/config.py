@@ -22,7 +22,7 @@ class ModelConfig:
 
     model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts,
-    tiny-random has random weights."""
+    tiny-random has random weights. It has to be a decoder-only image-text-to-text model."""
 
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the weights quantized by bitsandbytes."""
