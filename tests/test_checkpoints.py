@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_CLASSES
 
 from vlmray.checkpoints import (
+    REFUSED_TYPES,
     check_adapter_folder,
     check_model_folder,
+    check_model_kind,
     fingerprint,
     local_folder,
     read_tensor_shapes,
@@ -56,6 +60,54 @@ def test_pickle_weights_are_refused_with_the_way_out(tmp_path: Path, adapter: Pa
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors, only adapter_model.bin"):
         check_adapter_folder(str(adapter), "gpt2")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "florence2"},
+        {"model_type": "new", "is_encoder_decoder": True},
+        {"model_type": "instructblip", "text_config": {"model_type": "t5"}},
+        {"model_type": "new", "text_config": {"is_encoder_decoder": True}},
+    ],
+)
+def test_encoder_decoders_are_refused_in_one_line(
+    config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "model.safetensors").touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for model_id in (str(snapshot), "org/name"):
+        with pytest.raises(
+            ValueError, match="is an encoder-decoder model; vlmray runs decoder-only"
+        ) as caught:
+            check_model_folder(model_id)
+        assert str(caught.value).startswith(f"--model_id {model_id}: {config['model_type']} is an encoder")
+        assert "\n" not in str(caught.value)
+
+
+def test_decoders_are_not_refused() -> None:
+    for config in (
+        {"model_type": "qwen2_5_vl"},
+        {"model_type": "blip-2", "text_config": {"model_type": "opt"}, "is_encoder_decoder": False},
+        {"model_type": "new", "text_config": None},
+        {},
+    ):
+        check_model_kind("X", config)
+
+
+def test_the_refused_types_are_those_of_the_installed_transformers() -> None:
+    declared = {name for name in MODEL_CLASSES if transformers.CONFIG_MAPPING[name].is_encoder_decoder}
+    captioners_with_t5 = {"t5"}  # BLIP-2 and InstructBLIP with it: their text model says what they are
+    others = {"blip", "diffusion_gemma", "evolla", "instructblipvideo", "pi0"}
+    assert declared | captioners_with_t5 | others == REFUSED_TYPES
+    classes = {name: getattr(transformers, class_name) for name, class_name in MODEL_CLASSES.items()}
+    generative = {name for name, each in classes.items() if issubclass(each, transformers.GenerationMixin)}
+    assert MODEL_CLASSES.keys() - generative <= REFUSED_TYPES
 
 
 def test_an_adapter_given_as_a_model_is_named_as_such(tiny_adapter: Path) -> None:

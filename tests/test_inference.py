@@ -19,7 +19,7 @@ from vlmray.config import InferConfig
 from vlmray.images import decode_image
 from vlmray.inference import InferenceError, plan_inference, run_inference
 from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
-from vlmray.pipeline import iter_finished
+from vlmray.pipeline import _engine_options, iter_finished
 from vlmray.prompts import format_qwen_vl_messages
 from vlmray.report import Summary
 from vlmray.schema import GenerationRequest
@@ -277,3 +277,13 @@ def test_real_model_answers_as_it_does_alone(tmp_path: Path, tiny_model: Path) -
             request_id="alone", messages=question, images=[decode_image(charts[index]["image"])]
         )
         assert text == generate_text_from_sample(model, processor, request, max_new_tokens=8)[0]
+
+
+@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, 0.25), (1, 1.0), (2, 1.0), (0, 1.0), (None, 1.0)])
+def test_replicas_that_share_a_card_share_its_memory(
+    gpus: float | None, fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_most", "_present"):
+        monkeypatch.setattr(cluster, name, lambda resource: 4.0)
+    plan = cluster.plan_replicas(None, gpus)
+    assert _engine_options(InferConfig(sample_slices="[:]"), plan)["memory_fraction"] == fraction

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig, Qwen2_5_VLConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_TYPES
 
+import vlmray.engines.transformers
+from vlmray.checkpoints import REFUSED_TYPES, check_model_kind
+from vlmray.engines import build_engine
 from vlmray.engines.memory import (
     CPU_BATCH_TOKENS,
     bytes_per_token,
     cached_share,
     find_batch_tokens,
     is_out_of_memory,
+    limit_memory,
 )
+
+GB = 2**30
 
 
 def make_model(device: str) -> Any:
@@ -41,6 +49,102 @@ def test_a_gpu_gets_the_batch_that_its_free_memory_holds(monkeypatch: pytest.Mon
         left = free - 2 * 2**30  # torch holds two more for what comes
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=left: (left, 80 * 2**30))
         assert 0.7 * free < find_batch_tokens(model) * per_token < free
+
+
+def test_replicas_that_share_a_card_plan_no_more_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("cuda")
+    per_token = bytes_per_token(model.config, 2)
+    weights, card = 15 * GB, 80 * GB
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: weights + GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: weights)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (card - weights - GB, card))
+    alone = find_batch_tokens(model) * per_token
+    assert alone < card - weights < 1.5 * alone
+    for num_replicas in (2, 4):  # the first of them, as if it had the card to itself
+        planned = weights + find_batch_tokens(model, 1 / num_replicas) * per_token
+        assert 0.8 * card < num_replicas * planned < card
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GB, card))  # others took the rest
+    assert find_batch_tokens(model, 0.5) * per_token < 3 * GB
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: card)
+    assert find_batch_tokens(model, 0.5) == 1
+
+
+def test_a_share_of_a_card_is_set_before_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    module = vlmray.engines.transformers
+    load = module.load_qwen_vl_model_and_processor
+    happened: list[Any] = []
+
+    def load_and_note(*args: Any, **kwargs: Any) -> Any:
+        happened.append("load")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(module, "limit_memory", happened.append)
+    monkeypatch.setattr(module, "load_qwen_vl_model_and_processor", load_and_note)
+    monkeypatch.setattr(module, "find_batch_tokens", lambda model, fraction: happened.append(fraction) or 77)
+    engine: Any = build_engine(engine="transformers", model_id=str(tiny_model), memory_fraction=0.25)
+    assert happened == [0.25, "load", 0.25]
+    assert engine.max_batch_tokens == 77
+
+
+@pytest.mark.parametrize(
+    ("fraction", "has_gpu", "expected"), [(0.5, True, [0.5]), (1.0, True, []), (0.5, False, [])]
+)
+def test_only_a_share_of_a_card_is_a_limit(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, has_gpu: bool, expected: list[float]
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    limit_memory(fraction)
+    assert limits == expected
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+def test_every_config_has_a_plausible_estimate_or_is_refused_by_name(model_type: str) -> None:
+    if model_type in REFUSED_TYPES:
+        with pytest.raises(ValueError, match=f"^--model_id X: {model_type} is an? .*; vlmray runs") as caught:
+            check_model_kind("X", {"model_type": model_type})
+        assert "\n" not in str(caught.value)
+        return
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ImportError as error:
+        pytest.skip(f"{model_type} cannot be built here: {error}")
+    check_model_kind("X", config.to_dict())
+    text = config.get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+    keys_and_values = 2 * 2 * text.num_hidden_layers * num_heads * head_dim
+    assert 0 < keys_and_values < bytes_per_token(config, 2) < 100e6
+    assert keys_and_values <= round(cached_share(config) * bytes_per_token(config, 2))
+    assert cached_share(config) < 1
+
+
+def test_sizes_are_found_wherever_a_config_has_them() -> None:
+    config = make_model("cpu").config
+    text, vision = config.get_text_config(), config.vision_config.to_dict()
+
+    def estimate(text: Any, vision: Any) -> int:
+        return bytes_per_token(SimpleNamespace(get_text_config=lambda: text, vision_config=vision), 2)
+
+    expected = bytes_per_token(config, 2)
+    assert estimate(text, vision) == expected
+    assert estimate(text, {"encoder": vision, "width": None}) == expected
+    by_layer = {**text.to_dict(), "intermediate_size": [64, text.intermediate_size, 32]}
+    assert estimate(by_layer, vision) == expected
+    text_alone = bytes_per_token(SimpleNamespace(get_text_config=lambda: text), 2)
+    assert text_alone == estimate(text, None) == estimate(text, {"architecture": "resnet50"}) < expected
+
+
+def test_a_config_that_tells_nothing_gets_a_fixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("cuda")
+    model.config = SimpleNamespace(get_text_config=dict)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GB, GB))
+    assert find_batch_tokens(model) == CPU_BATCH_TOKENS
 
 
 def test_a_copy_takes_less_than_a_token() -> None:

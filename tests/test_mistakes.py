@@ -98,6 +98,36 @@ def test_mistakes_in_files_are_one_line_too(
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("infer", "--dataset_name charts --sample_slices [:1] --model_id {model}"),
+        ("finetune", "--dataset_name charts --sample_slices [:1] --model_id {model}"),
+        ("serve", "--model_id {model}"),
+        ("benchmark", "--dataset_name charts --sample_slices [:1] --models a={model}"),
+    ],
+)
+def test_every_job_refuses_an_encoder_decoder_before_ray_starts(
+    job: str,
+    options: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from vlmray import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "florence2"}')
+    (tmp_path / "model.safetensors").write_text("not to be read")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, shlex.split(options.format(model=tmp_path)))
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert stderr.startswith(f"error: --model_id {tmp_path}: florence2 is an encoder-decoder model; ")
+    assert stderr.count("\n") == 1
+
+
 # Training
 
 

@@ -173,6 +173,26 @@ def test_an_unreachable_hub_id_names_the_local_ways(monkeypatch: pytest.MonkeyPa
         load_qwen_vl_model_and_processor("org/name")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "has model type 'bert', which the installed transformers does not have as"),
+        ({"model_type": "newer_vl"}, "has model type 'newer_vl', which the installed transformers does not"),
+        ({"model_type": "florence2"}, "florence2 is an encoder-decoder model; vlmray runs decoder-only"),
+    ],
+)
+def test_another_kind_of_model_is_refused_before_its_weights_are_read(
+    config: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_text("not to be read")
+    monkeypatch.setattr("vlmray.model.check_model_folder", lambda model_id: None)  # as of a hub id
+    with pytest.raises(ValueError, match=message) as caught:
+        load_qwen_vl_model_and_processor(str(tmp_path))
+    assert str(caught.value).startswith(f"--model_id {tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_without_some_of_its_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

@@ -91,8 +91,11 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("config.json", "model.safetensors"):
         with pytest.raises(FileNotFoundError, match="in this folder"):
             check_model(str(tmp_path / "model"))
-        (tmp_path / "model" / name).touch()
+        (tmp_path / "model" / name).write_text('{"model_type": "qwen2_5_vl"}')
     check_model(str(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        check_model(str(tmp_path / "model"))
     for model_id in ("./gone", str(tmp_path / "gone")):
         with pytest.raises(FileNotFoundError, match=f"--model_id {model_id}: no such folder"):
             check_model(model_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -28,11 +30,12 @@ import requests
 from ray import serve
 from running import ROOT, http_server, huge_png
 
+from vlmray import cluster, serving
 from vlmray.config import InferConfig, ServeConfig
 from vlmray.engines import build_engine
 from vlmray.inference import plan_inference, run_inference
 from vlmray.schema import GenerationRequest
-from vlmray.serving import API_KEY, APP_NAME, Server, app, serve_app
+from vlmray.serving import API_KEY, APP_NAME, ModelReplica, Server, app, serve_app
 from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
 from vlmray.sources import ChartsSource
 from vlmray.testing import build_tiny_random_adapter
@@ -370,6 +373,17 @@ def test_serve_itself_can_run_it() -> None:
         assert requests.get("http://127.0.0.1:8106/health").json() == {"status": "ok"}
     finally:
         serve.shutdown()
+
+
+def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[Any] = []
+    deployment = SimpleNamespace(bind=lambda *args: bound.extend(args))
+    monkeypatch.setattr(serving, "_MODEL", SimpleNamespace(options=lambda **options: deployment))
+    for name in ("_most", "_present"):
+        monkeypatch.setattr(cluster, name, lambda resource: 1.0)
+    serving.build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
+    arguments = inspect.signature(ModelReplica).bind(*bound).arguments
+    assert (arguments["num_threads"], arguments["memory_fraction"]) == (None, 0.5)
 
 
 def test_mistakes_are_named_before_anything_starts(

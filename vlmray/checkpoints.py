@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,37 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
+_ENCODER_DECODERS = frozenset(
+    {"florence2", "pix2struct", "pp_formulanet", "t5", "t5gemma2", "udop", "vision-encoder-decoder"}
+)
+"""Model types whose config need not say `is_encoder_decoder`, as it is their default."""
+
+_OTHER_KINDS = {
+    "blip": "a captioner that changes the prompt",  # its `generate` rewrites both ends, padding or not
+    "diffusion_gemma": "a diffusion model",
+    "evolla": "a model of proteins",
+    "instructblipvideo": "a model of videos alone",
+    "pi0": "a robot's policy",
+}
+"""What else transformers has as image-text-to-text models, but does not continue a prompt with images."""
+
+REFUSED_TYPES = _ENCODER_DECODERS | _OTHER_KINDS.keys()
+"""Model types that are refused whatever else their config says."""
+
 
 def check_model_folder(model_id: str) -> None:
     """Check that `model_id` is a loadable checkpoint folder, or at least looks like a hub id.
 
     Raises:
         FileNotFoundError: A path that is not there, or a folder without config or safetensors weights.
-        ValueError: Neither a folder nor a possible hub id.
+        ValueError: Neither a folder nor a possible hub id, or a kind of model that no engine runs.
     """
     folder = Path(model_id).expanduser()
     if not model_id or not folder.is_dir():  # an empty string would be the current folder
         _check_hub_id(model_id)
+        snapshot = local_folder(model_id)
+        if snapshot is not None:
+            _check_config(model_id, snapshot)
         return
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
@@ -40,6 +60,29 @@ def check_model_folder(model_id: str) -> None:
     if not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"--model_id {model_id}: no *.safetensors weights in this folder{_convert_hint(folder)}"
+        )
+    _check_config(model_id, folder)
+
+
+def check_model_kind(model_id: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model that does not continue a prompt with images token by token, by what its config says.
+
+    Args:
+        model_id: As the user gave it.
+        config: Content of `config.json`.
+
+    Raises:
+        ValueError: It is an encoder-decoder, or of another kind that no engine runs.
+    """
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
+    kind = _OTHER_KINDS.get(str(config.get("model_type")))
+    if any(part.get("is_encoder_decoder") or part.get("model_type") in _ENCODER_DECODERS for part in parts):
+        kind = "an encoder-decoder model"
+    if kind is not None:
+        raise ValueError(
+            f"--model_id {model_id}: {config.get('model_type')} is {kind}; vlmray runs decoder-only "
+            "image-text-to-text models: pass one, such as a qwen2_5_vl, qwen3_vl or llava"
         )
 
 
@@ -168,6 +211,10 @@ def _check_hub_id(model_id: str) -> None:
         raise ValueError(
             f"--model_id {model_id!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
+
+
+def _check_config(model_id: str, folder: Path) -> None:
+    check_model_kind(model_id, _read_json(folder / "config.json", option=f"--model_id {model_id}"))
 
 
 def _convert_hint(folder: Path) -> str:

@@ -55,6 +55,11 @@ class ReplicaPlan:
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     """Environment of each replica, beside the job's."""
 
+    @property
+    def memory_fraction(self) -> float:
+        """Share of a GPU's memory that a replica may take: Ray divides cards, but not their memory."""
+        return self.num_gpus if 0 < self.num_gpus < 1 else 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:

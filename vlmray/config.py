@@ -22,7 +22,7 @@ class ModelConfig:
 
     model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts,
-    tiny-random has random weights."""
+    tiny-random has random weights. It has to be a decoder-only image-text-to-text model."""
 
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the weights quantized by bitsandbytes."""
@@ -142,7 +142,7 @@ class InferConfig(QuestionsConfig):
     """Model replicas: N, or MIN,MAX to scale with the work; default: one per GPU, or one without GPUs."""
 
     gpus_per_replica: float | None = None
-    """GPUs of each replica; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
 
     def __post_init__(self) -> None:
         QuestionsConfig.__post_init__(self)  # super() does not work in a dataclass with slots
@@ -380,7 +380,7 @@ class ServeConfig(ModelConfig):
     GPUs."""
 
     gpus_per_replica: float | None = None
-    """GPUs of each replica; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
 
     target_ongoing_requests: int | None = None
     """Requests per replica at which more replicas are started; default: --max_batch_size."""
@@ -553,7 +553,7 @@ class BenchmarkConfig(QuestionsConfig):
     """Model replicas: N, or MIN,MAX to scale with the load; default: one per GPU, or one without GPUs."""
 
     gpus_per_replica: float | None = None
-    """GPUs of each replica; default: 1 where the cluster has GPUs, else 0."""
+    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
 
     def __post_init__(self) -> None:
         QuestionsConfig.__post_init__(self)

@@ -157,19 +157,12 @@ def build_skeleton(model_id: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: Run model code that comes with the checkpoint.
 
     Raises:
-        ValueError: Not reachable, or not an image-text-to-text model.
+        ValueError: Not reachable, or not a decoder-only image-text-to-text model.
     """
     import torch
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     config = _load_config(model_id, trust_remote_code=trust_remote_code)
-    remote = trust_remote_code and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-    if not remote and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(
-            f"--model_id {model_id} has model type {config.model_type!r}, which the installed transformers "
-            "does not have as an image-text-to-text model; pass such a model, for example "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
-        )
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -352,9 +345,12 @@ def _number_of_values(parameter: Any) -> int:
 def _load_config(model_id: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    from vlmray.model import check_model_type
+
     folder = local_folder(model_id)
     if folder is None:
         hub.check_reachable(model_id, "model", option="--model_id")  # once; loading would retry for long
+    check_model_type(model_id, trust_remote_code=trust_remote_code)
     return AutoConfig.from_pretrained(str(folder or model_id), trust_remote_code=trust_remote_code)
 
 

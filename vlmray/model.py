@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
 )
 
 from vlmray import hub
-from vlmray.checkpoints import check_adapter_folder, check_model_folder, local_folder
+from vlmray.checkpoints import check_adapter_folder, check_model_folder, check_model_kind, local_folder
 from vlmray.schema import GenerationRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,8 +44,8 @@ def load_qwen_vl_model_and_processor(
 ) -> tuple[Any, Any]:
     """Load an image-text-to-text model for generation, with the processor that feeds it.
 
-    Made for Qwen2.5-VL, works for any such model of transformers. Weights are read from safetensors
-    files only. The device is a GPU where there is one, otherwise the CPU.
+    Made for Qwen2.5-VL; decoder-only models of other families load the same way. Weights are read from
+    safetensors files only. The device is a GPU where there is one, otherwise the CPU.
 
     Args:
         model_id: Local checkpoint folder or hub id.
@@ -61,7 +64,7 @@ def load_qwen_vl_model_and_processor(
         The model in eval mode, and its processor with left padding and the PIL image path.
 
     Raises:
-        ValueError: Unknown option, unreachable hub id, adapter of another base.
+        ValueError: Unknown option, unreachable hub id, another kind of model, adapter of another base.
         FileNotFoundError: A folder that is not there or lacks weights.
     """
     _check_choice("--quantization", quantization, _QUANTIZATIONS)
@@ -89,6 +92,31 @@ def load_qwen_vl_model_and_processor(
     if adapter is not None:
         model = attach_adapter(model, adapter, name="default")
     return model, processor
+
+
+def check_model_type(model_id: str, *, trust_remote_code: bool = False) -> None:
+    """Refuse a model that is no decoder-only image-text-to-text model, before any of its weights is read.
+
+    Args:
+        model_id: Local checkpoint folder or hub id.
+        trust_remote_code: The model may be of a type that comes with the checkpoint.
+
+    Raises:
+        ValueError: It is of another kind, or of a type that the installed transformers does not have.
+        OSError: Its config is not to be had.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(str(local_folder(model_id) or model_id))
+    check_model_kind(model_id, config)
+    if trust_remote_code and "AutoModelForImageTextToText" in (config.get("auto_map") or {}):
+        return
+    model_type = str(config.get("model_type"))
+    models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in models:
+        raise ValueError(
+            f"--model_id {model_id} has model type {model_type!r}, which the installed transformers "
+            "does not have as an image-text-to-text model; pass such a model, for example "
+            "Qwen/Qwen2.5-VL-3B-Instruct"
+        )
 
 
 def resolve_dtype(dtype: str) -> Any:
@@ -249,6 +277,7 @@ def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:
 def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
     """Load the weights, and refuse a checkpoint that leaves some of them random."""
     try:
+        check_model_type(model_id, trust_remote_code=kwargs["trust_remote_code"])
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model_id, use_safetensors=True, output_loading_info=True, **kwargs
         )

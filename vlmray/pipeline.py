@@ -150,7 +150,7 @@ def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
 
 def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in _ENGINE_OPTIONS}
-    return {**options, "num_threads": replicas.num_threads}
+    return {**options, "num_threads": replicas.num_threads, "memory_fraction": replicas.memory_fraction}
 
 
 class _RowSource(Datasource):

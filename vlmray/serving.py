@@ -99,9 +99,12 @@ class ModelReplica:
     Args:
         config: The server's options.
         num_threads: CPU threads of torch; None leaves torch's own choice.
+        memory_fraction: Share of the GPU's memory that this replica may take.
     """
 
-    def __init__(self, config: ServeConfig, num_threads: int | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, num_threads: int | None = None, memory_fraction: float = 1.0
+    ) -> None:
         self._engine: Any = build_engine(
             engine=config.engine,
             model_id=config.model_id,
@@ -113,6 +116,7 @@ class ModelReplica:
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
             num_threads=num_threads,
+            memory_fraction=memory_fraction,
             trust_remote_code=config.trust_remote_code,
         )
         self._catalog = AdapterCatalog(
@@ -292,10 +296,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         ValueError: The cluster lacks the GPUs, or an adapter was made for another base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
-    if config.engine == "transformers":
-        model_id = resolve_model_id(config.model_id)
-        check_model_folder(model_id)
-        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
+    _check_model(config)
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
@@ -324,7 +325,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
         health_check_period_s=5,
         logging_config=logs,
         **scaling,
-    ).bind(config, plan.num_threads)
+    ).bind(config, plan.num_threads, plan.memory_fraction)
     digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
     gateway = _GATEWAY.options(
         logging_config=logs,
@@ -332,6 +333,14 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
     )
     application: serve.Application = gateway.bind(config, digest, model)
     return application
+
+
+def _check_model(config: ServeConfig) -> None:
+    """Check what a replica would only find after it started."""
+    if config.engine == "transformers":
+        model_id = resolve_model_id(config.model_id)
+        check_model_folder(model_id)
+        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -392,6 +401,7 @@ def serve_app(config: ServeConfig) -> Server:
             "on 127.0.0.1"
         )
     _check_port(config)
+    _check_model(config)  # here too: Ray takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = build_application(config, api_key)

@@ -24,6 +24,7 @@ def build_engine(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     num_threads: int | None = None,
+    memory_fraction: float = 1.0,
     trust_remote_code: bool = False,
 ) -> Engine:
     """Load a model and make the engine that answers with it.
@@ -43,6 +44,7 @@ def build_engine(
         min_pixels: Images are enlarged to at least this many pixels; None keeps the checkpoint's value.
         max_pixels: Images are shrunk to at most this many pixels; None keeps the checkpoint's value.
         num_threads: CPU threads of torch in this process; None leaves torch's own choice.
+        memory_fraction: Share of the GPU's memory that this process may take.
         trust_remote_code: Run model code that comes with the checkpoint.
 
     Raises:
@@ -67,6 +69,7 @@ def build_engine(
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             num_threads=num_threads,
+            memory_fraction=memory_fraction,
             trust_remote_code=trust_remote_code,
         )
     raise ValueError(f"unknown engine {engine!r} for --engine; known: {', '.join(ENGINES)}")

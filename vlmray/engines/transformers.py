@@ -44,6 +44,7 @@ from vlmray.engines.memory import (
     find_batch_tokens,
     is_out_of_memory,
     keep_freed_memory,
+    limit_memory,
 )
 from vlmray.engines.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images import decode_image, image_size
@@ -185,6 +186,7 @@ class TransformersEngine:
         batch_size: int = 16,
         max_batch_tokens: int | None = None,
         num_threads: int | None = None,
+        memory_fraction: float = 1.0,
         **options: Any,
     ) -> TransformersEngine:
         """Load a model and wrap it; `adapter` becomes the default adapter.
@@ -197,6 +199,7 @@ class TransformersEngine:
             batch_size: Most rows in one forward pass.
             max_batch_tokens: Most prompt tokens in one; None: what the memory holds.
             num_threads: CPU threads of torch in this process; None leaves torch's own choice.
+            memory_fraction: Share of the GPU's memory that this process may take, from then on.
             **options: Passed to `vlmray.model.load_qwen_vl_model_and_processor`, which checks them.
 
         Raises:
@@ -205,6 +208,7 @@ class TransformersEngine:
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
+        limit_memory(memory_fraction)
         model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
         pack_attention(model)
         if model.device.type == "cpu":
@@ -214,7 +218,7 @@ class TransformersEngine:
             model,
             processor,
             batch_size=batch_size,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=max_batch_tokens or find_batch_tokens(model, memory_fraction),
             default_adapter=adapter and "default",
         )
 
