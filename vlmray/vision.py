@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.versions import require_version
+
+# Before it, `forward` took what `replace_pixels` gives it without a word and saw no image.
+require_version("transformers>=5.18", "Install it: pip install -U 'transformers>=5.18,<6'")
 
 PATCHES_PER_PASS = 8192
 """Of a pass through the tower. More are no faster, and their activations are what takes most memory."""
