@@ -24,12 +24,12 @@ from http.client import HTTPConnection
 from typing import Any
 
 from vlmray.config import ServeConfig
-from vlmray.dataset import get_dataset_columns
+from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.sources import open_source
 from vlmray.engines import build_engine
+from vlmray.inference.stages import read_rows
 from vlmray.schema import GenerationRequest
-from vlmray.serving import serve_app
-from vlmray.sources import open_source
-from vlmray.stages import read_rows
+from vlmray.serving.server import serve_app
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 NUM_SAMPLES = 32

@@ -32,15 +32,15 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.common.charts import write_charts
 from benchmarks.common.models import RANDOM, build_random_model
 from vlmray import cluster
+from vlmray.builtin.random_models import resolve_model_id
 from vlmray.config import FinetuneConfig
-from vlmray.conversations import open_images, to_feature
-from vlmray.finetune import FinetuneRun, fit, open_training_data
-from vlmray.model import load_qwen_vl_model_and_processor
-from vlmray.outputs import OutputDirectory
-from vlmray.sft_options import sft_arguments
-from vlmray.small_models import resolve_model_id
-from vlmray.training import lora_config_of, train_loop_per_worker
-from vlmray.training_run import TRAIN, TrainingData, TrainingRun
+from vlmray.finetune.job import FinetuneRun, fit, open_training_data
+from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.storage.run_folder import OutputDirectory
+from vlmray.training.arguments import sft_arguments
+from vlmray.training.run import TRAIN, TrainingData, TrainingRun
+from vlmray.training.samples import open_images, to_feature
+from vlmray.training.worker import lora_config_of, train_loop_per_worker
 
 END_TOKEN = "<|im_end|>"
 EPOCHS = ("first epoch", "later epochs")

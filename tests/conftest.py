@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmray.small_models import build_tiny_random_model
-from vlmray.testing import build_tiny_random_adapter
+from vlmray.builtin.random_models import build_tiny_random_model
+from vlmray.engines.fake import build_tiny_random_adapter
 
 # Tiny models gain nothing from threads, and threads that wait for a busy core make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,10 +37,10 @@ def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def spare_time() -> Iterator[None]:
     """Leave out what takes longer than a training of a few steps: all trainings share a processor, and the
     garbage that trainers and engines collect as they come and go is collected in its own time."""
-    import vlmray.model
+    from vlmray.models import loading
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(vlmray.model, "load_processor", functools.cache(vlmray.model.load_processor))
+        monkeypatch.setattr(loading, "load_processor", functools.cache(loading.load_processor))
         monkeypatch.setattr(gc, "collect", lambda *_: 0)
         yield
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmray.adapters import AdapterCatalog
+from vlmray.serving.adapters import AdapterCatalog
 
 
 def test_names_are_those_given_and_those_of_the_folder(

@@ -7,8 +7,8 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
+from vlmray.builtin.random_models import BUILTIN_FOLDER
 from vlmray.engines.answers import Answer
-from vlmray.small_models import BUILTIN_FOLDER
 
 TEXTS = ["the red bar", "9, 17, 23", "grün und 東京 🙂🙂 é", "a\n\nb  c", "\ufffd"]
 

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from tuning import curve, make_config, open_data, read_features, train
 
-from vlmray.artifacts import training_record, write_artifacts
 from vlmray.config import FinetuneConfig
 from vlmray.engines import build_engine
-from vlmray.model import generate_text_from_sample, load_processor
-from vlmray.outputs import OutputDirectory
-from vlmray.trainer import first_question
-from vlmray.training import Outcome
-from vlmray.training_report import Check
-from vlmray.training_run import TrainingRun
+from vlmray.finetune.artifacts import training_record, write_artifacts
+from vlmray.finetune.report import Check
+from vlmray.models.loading import generate_text_from_sample, load_processor
+from vlmray.storage.run_folder import OutputDirectory
+from vlmray.training.run import TrainingRun
+from vlmray.training.trainer import first_question
+from vlmray.training.worker import Outcome
 
 pytestmark = pytest.mark.usefixtures("spare_time")
 

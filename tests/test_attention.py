@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmray.engines import attention
-from vlmray.engines.attention import attend_packed, pack_attention
-from vlmray.model import load_qwen_vl_model_and_processor
-from vlmray.vision import encode_images
+from vlmray.engines.transformers import attention
+from vlmray.engines.transformers.attention import attend_packed, pack_attention
+from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.vision import encode_images
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 GRIDS = torch.tensor([[1, 18, 26], [1, 8, 8], [1, 18, 26], [1, 4, 30]])

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from vlmray.axes import Unit, format_value, is_drawable, x_axis, y_axis
+from vlmray.reports.axes import Unit, format_value, is_drawable, x_axis, y_axis
 
 
 def labels(values: list[float], *, log: bool = False) -> list[str]:

@@ -12,8 +12,8 @@ from fractions import Fraction
 
 import pytest
 
-from vlmray import batches
-from vlmray.batches import BatchPlan
+from vlmray.training import batch_plan
+from vlmray.training.batch_plan import BatchPlan
 
 
 def _random_plan(rng: random.Random) -> BatchPlan:
@@ -133,12 +133,12 @@ def test_batches_by_length_hold_samples_of_like_length_in_any_order() -> None:
     )
 
     def padding(plan: BatchPlan, epoch: int) -> float:
-        batches = [
+        batch_plan = [
             [lengths[sample] for sample in plan.batch(rank, number) if sample is not None]
             for rank in range(2)
             for number in range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch)
         ]
-        return sum(max(batch) * len(batch) for batch in batches if batch) / sum(lengths) - 1
+        return sum(max(batch) * len(batch) for batch in batch_plan if batch) / sum(lengths) - 1
 
     for epoch in (0, 1):
         assert padding(by_length, epoch) < 0.1 < 0.5 < padding(as_they_come, epoch)
@@ -161,6 +161,6 @@ def test_fractions_of_an_epoch(epochs: str) -> None:
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(batches)
+    result = doctest.testmod(batch_plan)
     assert result.attempted
     assert result.failed == 0

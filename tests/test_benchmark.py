@@ -20,15 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from running import ROOT, wait_until
 
-from vlmray.benchmark import plan_benchmark, run_benchmark
-from vlmray.benchmark_report import Results
+from vlmray.benchmark.endpoint import Endpoint, EndpointError, Timed
+from vlmray.benchmark.job import plan_benchmark, run_benchmark
+from vlmray.benchmark.report import Results
+from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER
 from vlmray.cli import run_job
 from vlmray.config import BenchmarkConfig, ServeConfig
-from vlmray.endpoint import Endpoint, EndpointError, Timed
+from vlmray.engines.fake import build_tiny_random_adapter
 from vlmray.schema import GenerationRequest
-from vlmray.serving import Server, serve_app
-from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
-from vlmray.testing import build_tiny_random_adapter
+from vlmray.serving.server import Server, serve_app
 
 CHARTS = "charts?num_rows=48&kind=bar&style=plain&seed=92&questions_per_image=4"
 FAKE = "fake?answer=yes"

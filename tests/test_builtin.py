@@ -18,18 +18,19 @@ import yaml
 from running import ROOT
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from vlmray import stages
-from vlmray.charts import FAMILIES
+from vlmray.builtin.charts import FAMILIES
+from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER, SPECIAL_TOKENS, trained_charts
 from vlmray.config import FinetuneConfig
-from vlmray.dataset import get_dataset_columns
-from vlmray.engines import Engine, build_engine
-from vlmray.images import decode_image
-from vlmray.model import generate_text_from_sample, load_processor
-from vlmray.options import build_config
+from vlmray.config.parsing import build_config
+from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.sources import ChartsSource
+from vlmray.engines import build_engine
+from vlmray.engines.base import Engine
+from vlmray.images.decoding import decode_image
+from vlmray.inference import stages
+from vlmray.inference.stages import Task
+from vlmray.models.loading import generate_text_from_sample, load_processor
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import BUILTIN, BUILTIN_FOLDER, SPECIAL_TOKENS, trained_charts
-from vlmray.sources import ChartsSource
-from vlmray.stages import Task
 
 RECIPE = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text())
 TRAINED = trained_charts()
@@ -130,7 +131,7 @@ def test_the_folder_is_a_small_checkpoint_like_any_other() -> None:
     assert not [path for path in BUILTIN_FOLDER.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py")]
     tokenizer: Any = AutoTokenizer.from_pretrained(BUILTIN_FOLDER)
     assert all(len(tokenizer.encode(token)) == 1 for token in SPECIAL_TOKENS)
-    assert "vlmray/builtin/recipe.yaml" in (BUILTIN_FOLDER / "README.md").read_text()
+    assert "vlmray/builtin/checkpoint/recipe.yaml" in (BUILTIN_FOLDER / "README.md").read_text()
 
 
 def test_the_recipe_is_one_that_the_job_takes() -> None:
@@ -145,4 +146,4 @@ def test_the_wheel_brings_the_model(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for path in BUILTIN_FOLDER.iterdir():
-            assert archive.read(f"vlmray/builtin/{path.name}") == path.read_bytes()
+            assert archive.read(f"vlmray/builtin/checkpoint/{path.name}") == path.read_bytes()

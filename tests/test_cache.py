@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from vlmray.engines.cache import make_cache
+from vlmray.engines.transformers.cache import make_cache
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 64])

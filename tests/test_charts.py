@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmray import charts
-from vlmray.chart_drawing import Box, Chart, draw_chart
-from vlmray.charts import (
+from vlmray.builtin import charts
+from vlmray.builtin.charts import (
     FAMILIES,
     KINDS,
     PLAIN,
@@ -29,6 +28,7 @@ from vlmray.charts import (
     Row,
     parse_charts_name,
 )
+from vlmray.builtin.drawing import Box, Chart, draw_chart
 
 
 def dataset(name: str = "charts", split: str = "train") -> ChartDataset:
@@ -56,7 +56,7 @@ def test_rows_do_not_depend_on_order_or_instance() -> None:
 
 def test_rows_do_not_depend_on_the_process() -> None:
     code = (
-        "import hashlib; from vlmray.charts import ChartDataset, ChartsConfig;"
+        "import hashlib; from vlmray.builtin.charts import ChartDataset, ChartsConfig;"
         "rows = repr([ChartDataset(ChartsConfig(), 'test')[index] for index in range(8)]);"
         "print(hashlib.sha256(rows.encode()).hexdigest())"
     )

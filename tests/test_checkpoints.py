@@ -11,7 +11,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_CLASSES
 
-from vlmray.checkpoints import (
+from vlmray.builtin.random_models import build_tiny_random_model
+from vlmray.models.checks import (
     REFUSED_TYPES,
     check_adapter_folder,
     check_model_folder,
@@ -20,7 +21,6 @@ from vlmray.checkpoints import (
     local_folder,
     read_tensor_shapes,
 )
-from vlmray.small_models import build_tiny_random_model
 
 
 @pytest.fixture(scope="module")

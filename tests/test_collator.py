@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import vlmray.collator
-from vlmray.collator import DataCollatorForVLMSFT
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.model import load_processor
-from vlmray.prompts import format_data
+from vlmray.dataset.prompts import format_data
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.models.loading import load_processor
 from vlmray.schema import GenerationRequest, Sample
+from vlmray.training import collator
+from vlmray.training.collator import DataCollatorForVLMSFT
 
 REAL_PROCESSOR = Path(__file__).parents[1].parent / "shared" / "data" / "qwen2_5_vl_7b_processor"
 needs_real_processor = pytest.mark.skipif(
@@ -493,5 +493,5 @@ def test_another_processor_family_is_collated_just_as_exactly(processor: Any) ->
 
 
 def test_the_example_of_the_class_is_true(processor: Any) -> None:
-    result = doctest.testmod(vlmray.collator, extraglobs={"processor": processor})
+    result = doctest.testmod(collator, extraglobs={"processor": processor})
     assert (result.failed, result.attempted) == (0, 9)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from vlmray.comparison import (
+from vlmray.demo.comparison import (
     ComparisonReport,
     choose_changed,
     compare,
     format_comparison,
     render_comparison_html,
 )
-from vlmray.page import TERMINAL_WIDTH, GalleryItem
+from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem
 
 NAMES = ("base", "base + LoRA")
 

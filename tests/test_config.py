@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlmray.config import DemoConfig, FinetuneConfig, InferConfig, QuestionsConfig
-from vlmray.options import field_docs, parse_args
+from vlmray.config.parsing import field_docs, parse_args
 
 NAN = float("nan")
 

@@ -19,8 +19,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vlmray import charts
-from vlmray.conversations import (
+from vlmray.builtin import charts
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns, parse_sample_slices
+from vlmray.dataset.sources import Source, open_source
+from vlmray.images.decoding import decode_image
+from vlmray.inference.stages import Task, make_requests, prepare_rows, read_rows
+from vlmray.training.samples import (
     SAMPLE_SCHEMA,
     Conversations,
     check_answers,
@@ -28,10 +32,6 @@ from vlmray.conversations import (
     open_images,
     to_feature,
 )
-from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices
-from vlmray.images import decode_image
-from vlmray.sources import Source, open_source
-from vlmray.stages import Task, make_requests, prepare_rows, read_rows
 
 SPEC = DatasetSpec(question_column="question", image_column="image", answer_column="answer")
 OPTIONAL = replace(SPEC, image_optional=True)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmray import dataset
-from vlmray.dataset import (
+from vlmray.dataset import registry
+from vlmray.dataset.prompts import check_prompt_template
+from vlmray.dataset.registry import (
     DATASETS,
     DatasetSpec,
     get_dataset_columns,
@@ -21,13 +22,12 @@ from vlmray.dataset import (
     to_sample,
 )
 from vlmray.metrics import METRICS, score
-from vlmray.prompts import check_prompt_template
 
 CHARTQA_COLUMNS = ("image", "query", "label", "human_or_machine")
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(dataset).failed == 0
+    assert doctest.testmod(registry).failed == 0
 
 
 # --sample_slices
@@ -200,7 +200,7 @@ def test_missing_columns(name: str, columns: list[str], options: dict[str, str],
 
 
 def test_register_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "DATASETS", dict(DATASETS))
+    monkeypatch.setattr(registry, "DATASETS", dict(DATASETS))
     base = DatasetSpec(question_column="frage", image_column="bild", metric="anls")
     hard = dataclasses.replace(base, answer_column="antwort")
     register_dataset("my/data", base)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from vlmray.charts import FAMILIES
+from vlmray.builtin.charts import FAMILIES
 from vlmray.config import DemoConfig
-from vlmray.demo import run_demo
+from vlmray.demo.job import run_demo
 
 
 @pytest.mark.usefixtures("two_cpus")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmray.encoding import chain_segments, join_rows, row_signature
+from vlmray.models.inputs import chain_segments, join_rows, row_signature
 
 
 def row(*ids: int, **others: Any) -> dict[str, torch.Tensor]:

@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vlmray.engines import Engine, build_engine, transformers
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.model import load_processor
+from vlmray.engines import build_engine
+from vlmray.engines.base import Engine
+from vlmray.engines.fake import FakeEngine, build_tiny_random_adapter
+from vlmray.engines.transformers import engine as module
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.models.loading import load_processor
 from vlmray.schema import Completion, GenerationRequest
-from vlmray.testing import FakeEngine, build_tiny_random_adapter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -610,9 +612,9 @@ def test_waiting_is_what_the_model_cannot_work_in(
 
         return timed
 
-    monkeypatch.setattr(transformers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(engine, "_open", take(1, engine._open))
-    monkeypatch.setattr(transformers, "wait", take(10, transformers.wait))
+    monkeypatch.setattr(module, "wait", take(10, module.wait))
     monkeypatch.setattr(model, "generate", take(1000, model.generate))
     engine.generate([make_request(number) for number in range(4)])
     assert engine.waited_s == 4 * 1 + 2 * 10  # requests, batches
@@ -631,9 +633,9 @@ def test_unknown_engine_and_options_name_what_is_known() -> None:
     ("module", "unwanted"),
     [
         ("vlmray.engines", {"torch", "transformers", "ray", "peft"}),
-        ("vlmray.testing", {"torch", "transformers", "ray", "peft"}),
-        ("vlmray.checkpoints", {"torch", "transformers", "ray", "peft", "PIL", "numpy"}),
-        ("vlmray.engines.transformers", {"ray", "peft", "bitsandbytes"}),
+        ("vlmray.engines.fake", {"torch", "transformers", "ray", "peft"}),
+        ("vlmray.models.checks", {"torch", "transformers", "ray", "peft", "PIL", "numpy"}),
+        ("vlmray.engines.transformers.engine", {"ray", "peft", "bitsandbytes"}),
     ],
 )
 def test_importing_stays_light(module: str, unwanted: set[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from running import http_server
 
-from vlmray.fetch import MAX_REDIRECTS, FetchError, fetch_url, is_public
+from vlmray.images.fetching import MAX_REDIRECTS, FetchError, fetch_url, is_public
 
 BODY = bytes(range(100))
 
@@ -192,7 +192,7 @@ def test_private_addresses_are_not_connected_to(
 def test_redirects_to_private_addresses_are_not_followed(
     server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmray.fetch.is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr("vlmray.images.fetching.is_public", lambda ip: ip == "127.0.0.1")
     assert fetch(f"{server}/redirect", public_only=True) == BODY
     with pytest.raises(FetchError, match=r"127\.0\.0\.2 is not a public address"):
         fetch(f"{server}/to-other", public_only=True)

@@ -17,11 +17,11 @@ import pytest
 from running import ROOT, wait_until
 
 from vlmray.config import FinetuneConfig, InferConfig
-from vlmray.finetune import open_training_data, plan_finetune, run_finetune
-from vlmray.inference import plan_inference, run_inference
-from vlmray.training import train_loop_per_worker
-from vlmray.training_report import TrainingReport, format_training_table
-from vlmray.training_run import TrainingRun
+from vlmray.finetune.job import open_training_data, plan_finetune, run_finetune
+from vlmray.finetune.report import TrainingReport, format_training_table
+from vlmray.inference.job import plan_inference, run_inference
+from vlmray.training.run import TrainingRun
+from vlmray.training.worker import train_loop_per_worker
 
 DATASET = "charts?num_rows=400&family=comparison&kind=bar"
 HELD_OUT = "charts?num_rows=64&seed=1&family=comparison&kind=bar"

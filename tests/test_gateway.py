@@ -26,9 +26,9 @@ from PIL import Image
 from running import http_server, huge_png
 
 from vlmray.config import ServeConfig
-from vlmray.gateway import BusyError, Gateway, Reply, build_app
+from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
-from vlmray.testing import FakeEngine
+from vlmray.serving.gateway import BusyError, Gateway, Reply, build_app
 
 KEY = "open sesame"
 MODEL = "fake"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from running import huge_png
 
-from vlmray.images import (
+from vlmray.images.decoding import (
     FORMATS,
     ImageError,
     decode_image,

@@ -124,7 +124,7 @@ def write_chartqa(path: Path) -> None:
     """The first rows of the real slice where it is, else charts in the same columns."""
     import datasets
 
-    from vlmray.charts import ChartDataset, parse_charts_name
+    from vlmray.builtin.charts import ChartDataset, parse_charts_name
 
     path.parent.mkdir(parents=True)
     if SLICE.is_dir():

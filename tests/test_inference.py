@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlmray import cluster
-from vlmray.charts import ChartDataset, parse_charts_name
+from vlmray.builtin.charts import ChartDataset, parse_charts_name
 from vlmray.cli import run_job
 from vlmray.config import InferConfig
-from vlmray.images import decode_image
-from vlmray.inference import InferenceError, plan_inference, run_inference
-from vlmray.model import generate_text_from_sample, load_qwen_vl_model_and_processor
-from vlmray.pipeline import _engine_options, iter_finished
-from vlmray.prompts import format_qwen_vl_messages
-from vlmray.report import Summary
+from vlmray.dataset.prompts import format_qwen_vl_messages
+from vlmray.images.decoding import decode_image
+from vlmray.inference.job import InferenceError, plan_inference, run_inference
+from vlmray.inference.pipeline import _engine_options, iter_finished
+from vlmray.inference.report import Summary
+from vlmray.inference.timeline import STAGES
+from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
 from vlmray.schema import GenerationRequest
-from vlmray.timeline import STAGES
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 

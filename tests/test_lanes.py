@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from vlmray.lanes import Lane, LanePlot, draw_lanes
-from vlmray.plots import Drawing
+from vlmray.reports.lanes import Lane, LanePlot, draw_lanes
+from vlmray.reports.plots import Drawing
 
 
 def make_plot(*levels: Sequence[float], elapsed_s: float = 8.0) -> LanePlot:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlmray.engines import linear
-from vlmray.engines.linear import OneDnnLinear, onednn_speed_up, use_faster_kernels
+from vlmray.engines.transformers import linear
+from vlmray.engines.transformers.linear import OneDnnLinear, onednn_speed_up, use_faster_kernels
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 

@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BertConfig
 
-from vlmray.checkpoints import check_model_folder
-from vlmray.lora import (
+from vlmray.models.checks import check_model_folder
+from vlmray.models.loading import load_processor, load_qwen_vl_model_and_processor
+from vlmray.models.lora import (
     abbreviate_names,
     build_skeleton,
     count_parameters,
@@ -28,7 +29,6 @@ from vlmray.lora import (
     get_default_lora_config_for_qwen_vl,
     merge_adapter,
 )
-from vlmray.model import load_processor, load_qwen_vl_model_and_processor
 
 # Configurations that the family's default config needs to be complete.
 PADDED_LLAMA = {"pad_token_id": 0, "text_config": {"model_type": "llama", "pad_token_id": 0}}
@@ -335,7 +335,9 @@ def test_a_quantized_base_or_a_folder_in_use_is_refused_before_loading(
 
 
 def test_importing_is_light() -> None:
-    script = "import sys, vlmray.lora; print(*{'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
+    script = (
+        "import sys, vlmray.models.lora; print(*{'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -13,10 +13,9 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_TYPES
 
-import vlmray.engines.transformers
-from vlmray.checkpoints import REFUSED_TYPES, check_model_kind
 from vlmray.engines import build_engine
-from vlmray.engines.memory import (
+from vlmray.engines.transformers import engine as module
+from vlmray.engines.transformers.memory import (
     CPU_BATCH_TOKENS,
     bytes_per_token,
     cached_share,
@@ -24,6 +23,7 @@ from vlmray.engines.memory import (
     is_out_of_memory,
     limit_memory,
 )
+from vlmray.models.checks import REFUSED_TYPES, check_model_kind
 
 GB = 2**30
 
@@ -72,7 +72,6 @@ def test_replicas_that_share_a_card_plan_no_more_than_it_has(monkeypatch: pytest
 def test_a_share_of_a_card_is_set_before_the_model_loads(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    module = vlmray.engines.transformers
     load = module.load_qwen_vl_model_and_processor
     happened: list[Any] = []
 
@@ -162,7 +161,7 @@ def test_freed_memory_is_kept() -> None:
     code = """
 import resource
 import torch
-from vlmray.engines.memory import keep_freed_memory
+from vlmray.engines.transformers.memory import keep_freed_memory
 
 def count_faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -6,6 +6,7 @@ import doctest
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_every_metric_has_golden_cases() -> None:
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(metrics)
+    result = doctest.testmod(sys.modules[score.__module__])
     assert result.attempted > 5
     assert result.failed == 0
 

@@ -17,7 +17,7 @@ from running import ROOT, run
 
 from vlmray.cli import run_job
 from vlmray.config import FinetuneConfig
-from vlmray.options import parse_args
+from vlmray.config.parsing import parse_args
 
 FAKE = "--engine fake --model_id fake"
 CHARTS = f"{FAKE} --dataset_name charts"
@@ -67,8 +67,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.fixture
 def wrong_files(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> dict[str, Path]:
     """A corrupt Parquet file, a model folder without weights, and an adapter of another base."""
-    from vlmray.small_models import build_tiny_random_model
-    from vlmray.testing import build_tiny_random_adapter
+    from vlmray.builtin.random_models import build_tiny_random_model
+    from vlmray.engines.fake import build_tiny_random_adapter
 
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
     (tmp_path / "empty").mkdir()
@@ -136,7 +136,7 @@ TRAIN = "--model_id tiny-random --dataset_name charts?num_rows=40"
 
 def _mistake_in_training(options: str, folder: Path) -> str:
     """Plan a run as the job does, and return what is wrong with it."""
-    from vlmray.finetune import plan_finetune
+    from vlmray.finetune.job import plan_finetune
 
     config = parse_args(FinetuneConfig, ["--output_dir", str(folder / "out"), *shlex.split(options)])
     with pytest.raises((ValueError, FileNotFoundError)) as error_info:
@@ -214,7 +214,7 @@ def test_what_the_cluster_cannot_do(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_an_output_folder_is_for_one_run(tmp_path: Path) -> None:
-    from vlmray.finetune import plan_finetune
+    from vlmray.finetune.job import plan_finetune
 
     message = _mistake_in_training(f"{TRAIN} --resume", tmp_path)
     assert message == f"--output_dir {tmp_path}/out holds no run to go on with; leave out --resume"

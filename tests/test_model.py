@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import vlmray.model
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.model import (
+from vlmray.builtin.random_models import build_tiny_random_model
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.models import loading
+from vlmray.models.loading import (
     attach_adapter,
     generate_text_from_sample,
     load_processor,
     load_qwen_vl_model_and_processor,
 )
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import build_tiny_random_model
 
 REAL_PROCESSOR = Path(__file__).parents[2] / "shared" / "data" / "qwen2_5_vl_7b_processor"
 needs_real_processor = pytest.mark.skipif(
@@ -112,7 +112,7 @@ def test_without_torchvision_the_processor_still_loads_and_saves(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(vlmray.model.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
     processor = load_processor(str(tiny_model))
     assert count_visual_tokens(processor, picture(56, 84)) == 6
     processor.save_pretrained(tmp_path)
@@ -128,8 +128,8 @@ def test_a_missing_package_that_is_not_for_video_is_reported(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ImportError("requires the sentencepiece library")
 
-    monkeypatch.setattr(vlmray.model.AutoProcessor, "from_pretrained", refuse)
-    monkeypatch.setattr(vlmray.model, "PROCESSOR_MAPPING", {})
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(loading, "PROCESSOR_MAPPING", {})
     with pytest.raises(ImportError, match="sentencepiece"):
         load_processor(str(tiny_model))
 
@@ -141,7 +141,7 @@ def test_with_torchvision_images_still_take_the_pil_path(
         image_processor=SimpleNamespace(backend="torchvision"),
         tokenizer=SimpleNamespace(padding_side="right"),
     )
-    monkeypatch.setattr(vlmray.model.AutoProcessor, "from_pretrained", lambda *a, **k: found)
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *a, **k: found)
     processor = load_processor(str(tiny_model))
     assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
     if importlib.util.find_spec("torchvision") is None:
@@ -165,8 +165,8 @@ def test_an_unreachable_hub_id_names_the_local_ways(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^--model_id 'org/name' is not here and .*builtin.*HF_HOME"):
         load_qwen_vl_model_and_processor("org/name")
-    monkeypatch.setattr(vlmray.model, "local_folder", Path)  # as if half of it were cached
-    monkeypatch.setattr(vlmray.model.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading, "local_folder", Path)  # as if half of it were cached
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(
         ValueError, match=r"^--model_id org/name is neither cached in full .*builtin.*HF_HOME"
     ):
@@ -186,7 +186,7 @@ def test_another_kind_of_model_is_refused_before_its_weights_are_read(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_text("not to be read")
-    monkeypatch.setattr("vlmray.model.check_model_folder", lambda model_id: None)  # as of a hub id
+    monkeypatch.setattr("vlmray.models.loading.check_model_folder", lambda model_id: None)  # as of a hub id
     with pytest.raises(ValueError, match=message) as caught:
         load_qwen_vl_model_and_processor(str(tmp_path))
     assert str(caught.value).startswith(f"--model_id {tmp_path}")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tuning import curve, make_config, train
 
-from vlmray.optimizers import MuonAdamW, build_muon
+from vlmray.training.optimizers import MuonAdamW, build_muon
 
 
 class Model(nn.Module):

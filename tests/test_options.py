@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from vlmray.config import FinetuneConfig, InferConfig
-from vlmray.options import build_config, field_docs, parse_args
+from vlmray.config.parsing import build_config, field_docs, parse_args
 
 HEAVY = ("torch", "ray", "transformers", "pyarrow", "datasets", "numpy", "PIL", "yaml")
 

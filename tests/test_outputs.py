@@ -13,8 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlmray import outputs
-from vlmray.outputs import RESULT_SCHEMA, OutputDirectory, prepare_output_directory, save_sample_outputs
+from vlmray.storage import run_folder
+from vlmray.storage.run_folder import (
+    RESULT_SCHEMA,
+    OutputDirectory,
+    prepare_output_directory,
+    save_sample_outputs,
+)
 
 OPTIONS = {"model_id": "tiny", "max_new_tokens": 5, "choices": ("a", "b")}
 FORMATS = ("files", "parquet", "both")
@@ -391,7 +396,7 @@ def test_a_folder_that_was_not_copied_to_its_end_does_not_show(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "copy_files", die_midway)
+        patch.setattr(run_folder, "copy_files", die_midway)
         with pytest.raises(KeyboardInterrupt):
             folder.write_folder("adapter", second)
     assert _tree(out / "adapter") == _tree(first)

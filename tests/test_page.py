@@ -19,10 +19,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageDraw
 
-from vlmray import page
-from vlmray.lanes import Lane, LanePlot
-from vlmray.page import Cell, Column, Fact, Gallery, GalleryItem, Mark, Page, Table
-from vlmray.plots import Plot, Series
+from vlmray.reports import page
+from vlmray.reports.lanes import Lane, LanePlot
+from vlmray.reports.page import Cell, Column, Fact, Gallery, GalleryItem, Mark, Page, Table
+from vlmray.reports.plots import Plot, Series
 
 VOID_TAGS = {"meta", "img", "wbr", "br", "link", "rect"}
 

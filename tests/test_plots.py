@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vlmray import plots
-from vlmray.plots import Plot, Series, draw, list_values
+from vlmray.reports import plots
+from vlmray.reports.plots import Plot, Series, draw, list_values
 
 Points = tuple[tuple[float, float], ...]
 

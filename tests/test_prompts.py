@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vlmray import prompts
-from vlmray.prompts import check_prompt_template, format_choices, format_data, format_qwen_vl_messages
+from vlmray.dataset import prompts
+from vlmray.dataset.prompts import check_prompt_template, format_choices, format_data, format_qwen_vl_messages
 from vlmray.schema import Sample
 
 

@@ -9,8 +9,8 @@ import huggingface_hub.constants
 import pytest
 
 from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
-from vlmray.dataset import DATASETS
-from vlmray.questions import check_model, open_questions
+from vlmray.dataset.registry import DATASETS
+from vlmray.dataset.selection import check_model, open_questions
 
 
 def _config(**options: Any) -> QuestionsConfig:

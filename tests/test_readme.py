@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmray.charts import ChartDataset, parse_charts_name
+from vlmray.builtin.charts import ChartDataset, parse_charts_name
 from vlmray.cli import JOBS
-from vlmray.options import field_docs, parse_args
+from vlmray.config.parsing import field_docs, parse_args
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vlmray import report
-from vlmray.page import TERMINAL_WIDTH, GalleryItem, display_width, verdict_of
-from vlmray.report import Report
-from vlmray.timeline import Span, Timeline
+from vlmray.inference import report
+from vlmray.inference.report import Report
+from vlmray.inference.timeline import Span, Timeline
+from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem, display_width, verdict_of
 
 
 def make_row(

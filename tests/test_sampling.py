@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from vlmray.engines.sampling import (
+from vlmray.engines.transformers.sampling import (
     RowwiseLogitsProcessor,
     RowwiseStoppingCriteria,
     keep_nucleus,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlmray.scoreboard import SampleFacts, answer_type, score_models
+from vlmray.benchmark.scoreboard import SampleFacts, answer_type, score_models
 
 
 def sample(index: int, **facts: Any) -> SampleFacts:

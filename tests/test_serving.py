@@ -30,15 +30,16 @@ import requests
 from ray import serve
 from running import ROOT, http_server, huge_png
 
-from vlmray import cluster, serving
+from vlmray import cluster
+from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER
 from vlmray.config import InferConfig, ServeConfig
+from vlmray.dataset.sources import ChartsSource
 from vlmray.engines import build_engine
-from vlmray.inference import plan_inference, run_inference
+from vlmray.engines.fake import build_tiny_random_adapter
+from vlmray.inference.job import plan_inference, run_inference
 from vlmray.schema import GenerationRequest
-from vlmray.serving import API_KEY, APP_NAME, ModelReplica, Server, app, serve_app
-from vlmray.small_models import BUILTIN, BUILTIN_FOLDER
-from vlmray.sources import ChartsSource
-from vlmray.testing import build_tiny_random_adapter
+from vlmray.serving import server as serving
+from vlmray.serving.server import API_KEY, APP_NAME, ModelReplica, Server, app, serve_app
 
 CHARTS = "charts?num_rows=48&kind=bar&style=plain&seed=91&questions_per_image=4"
 NUM_REQUESTS = 500

@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from vlmray.significance import holm, mean_interval, paired_difference
+from vlmray.metrics.significance import holm, mean_interval, paired_difference
 
 
 def test_without_shared_images_the_interval_is_that_of_a_proportion() -> None:

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlmray import charts, hub
-from vlmray.dataset import DATASETS, get_dataset_columns, sample_id, to_sample
-from vlmray.images import load_image_pil
-from vlmray.sources import ParquetSource, Source, open_source
+from vlmray.builtin import charts
+from vlmray.dataset.registry import DATASETS, get_dataset_columns, sample_id, to_sample
+from vlmray.dataset.sources import ParquetSource, Source, open_source
+from vlmray.images.decoding import load_image_pil
+from vlmray.storage import hub
 
 CHARTQA = Path(__file__).parents[2] / "shared/data/chartqa"
 NUM_ROWS = 23
@@ -529,7 +530,7 @@ def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRIPT = """
 import sys
-from vlmray.sources import open_source
+from vlmray.dataset.sources import open_source
 try:
     source = open_source(*sys.argv[1:])
     print(len(source), source.read([5])[0]["query"], sep=", ", end="")

@@ -16,11 +16,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vlmray.dataset import DatasetSpec, get_dataset_columns, parse_sample_slices
-from vlmray.outputs import RESULT_SCHEMA, prepare_output_directory
-from vlmray.schema import Completion, GenerationRequest, Sample
-from vlmray.sources import open_source
-from vlmray.stages import (
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns, parse_sample_slices
+from vlmray.dataset.sources import open_source
+from vlmray.engines.fake import FakeEngine
+from vlmray.inference.stages import (
     ROW_SCHEMA,
     Task,
     fetch_images,
@@ -33,7 +32,8 @@ from vlmray.stages import (
     save_rows,
     score_row,
 )
-from vlmray.testing import FakeEngine
+from vlmray.schema import Completion, GenerationRequest, Sample
+from vlmray.storage.run_folder import RESULT_SCHEMA, prepare_output_directory
 
 SPEC = DatasetSpec(question_column="question", image_column="image", answer_column="answer")
 TASK = Task(prompt_template="{question}", metric="exact_match")

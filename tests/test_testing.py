@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlmray.engines.fake import FakeEngine, build_tiny_random_adapter
 from vlmray.schema import GenerationRequest
-from vlmray.testing import FakeEngine, build_tiny_random_adapter
 
 
 def ask(number: int = 1, color: str = "red", **options: object) -> GenerationRequest:

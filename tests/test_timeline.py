@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vlmray.timeline import MAX_REPLICA_LANES, NUM_BINS, STAGES, Span, Timeline, Watch
+from vlmray.inference.timeline import MAX_REPLICA_LANES, NUM_BINS, STAGES, Span, Timeline, Watch
 
 EPOCH = 1_700_000_000.0
 

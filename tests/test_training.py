@@ -28,12 +28,12 @@ from tuning import (
 
 from vlmray import metrics
 from vlmray.engines import build_engine
-from vlmray.lora import get_default_lora_config_for_qwen_vl
-from vlmray.model import load_processor
-from vlmray.sft_options import parse_sft_config
-from vlmray.trainer import first_question
-from vlmray.training import LocalWorker, Outcome, TrainingMistake, WorkerSession
-from vlmray.training_run import TrainingRun
+from vlmray.models.loading import load_processor
+from vlmray.models.lora import get_default_lora_config_for_qwen_vl
+from vlmray.training.arguments import parse_sft_config
+from vlmray.training.run import TrainingRun
+from vlmray.training.trainer import first_question
+from vlmray.training.worker import LocalWorker, Outcome, TrainingMistake, WorkerSession
 
 pytestmark = pytest.mark.usefixtures("spare_time")
 

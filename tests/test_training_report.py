@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from vlmray import report, training_report
-from vlmray.page import TERMINAL_WIDTH, GalleryItem, display_width
-from vlmray.training_report import Check, TrainingReport, format_training_table, render_training_html
+from vlmray.finetune import report
+from vlmray.finetune.report import Check, TrainingReport, format_training_table, render_training_html
+from vlmray.inference.report import group_errors
+from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem, display_width
 
 
 def make_history(num_steps: int = 100, every: int = 5, evaluate_every: int = 50) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ def test_headline_names_failed_checks() -> None:
 def test_page_shows_every_part() -> None:
     rows = [{"sample_id": f"s{index}", "error": "ImageError: no image"} for index in range(4)]
     built = make_report(
-        errors=report.group_errors(rows),
+        errors=group_errors(rows),
         options={"hf_token": "hf_abc", "learning_rate": 2e-4},
         gallery=(GalleryItem(sample_id="val-0", question="How many?", prediction="3", score=1.0),),
     )
@@ -154,7 +155,7 @@ def test_page_shows_every_part() -> None:
 
 
 def test_a_noisy_loss_is_smoothed_beside_its_values() -> None:
-    few = make_report(history=make_history(num_steps=training_report.MIN_POINTS_TO_SMOOTH, every=1))
+    few = make_report(history=make_history(num_steps=report.MIN_POINTS_TO_SMOOTH, every=1))
     many = make_report(history=make_history(num_steps=400, every=1))
     assert "smoothed" not in read_text(few)
     assert "Smoothed: the mean of a logged loss with the 10 before and after it." in read_text(many)
@@ -162,11 +163,11 @@ def test_a_noisy_loss_is_smoothed_beside_its_values() -> None:
 
 def test_smoothing_keeps_a_slope_a_constant_and_gaps() -> None:
     steep = tuple((float(step), 100.0 - step) for step in range(90))
-    smoothed = training_report._smooth(steep, reach=10)
+    smoothed = report._smooth(steep, reach=10)
     for (_, near), (_, value) in zip(smoothed[:80], steep, strict=False):
         assert near == pytest.approx(value)
     flat = tuple((float(step), math.nan if step == 40 else 2.0) for step in range(90))
-    values = [value for _, value in training_report._smooth(flat, reach=10)]
+    values = [value for _, value in report._smooth(flat, reach=10)]
     assert math.isnan(values.pop(40))
     assert set(values) == {2.0}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmray.vision import encode_images, replace_pixels
+from vlmray.models.vision import encode_images, replace_pixels
 
 GRIDS = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 2], [1, 6, 4], [1, 2, 2]])
 

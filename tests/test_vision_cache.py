@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from tuning import curve, make_config, train
 
-from vlmray import vision_cache
-from vlmray.collator import DataCollatorForVLMSFT
-from vlmray.model import load_processor
-from vlmray.training import Outcome
-from vlmray.vision_cache import VisionCache
+from vlmray.models.loading import load_processor
+from vlmray.training import vision_cache
+from vlmray.training.collator import DataCollatorForVLMSFT
+from vlmray.training.vision_cache import VisionCache
+from vlmray.training.worker import Outcome
 
 pytestmark = pytest.mark.usefixtures("spare_time")
 

@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vlmray.config import FinetuneConfig
-from vlmray.conversations import Conversations, group_turns, open_images, to_feature
-from vlmray.questions import open_questions
-from vlmray.training import LocalWorker, Outcome, train_loop_per_worker
-from vlmray.training_run import TrainingData, TrainingRun
+from vlmray.dataset.selection import open_questions
+from vlmray.training.run import TrainingData, TrainingRun
+from vlmray.training.samples import Conversations, group_turns, open_images, to_feature
+from vlmray.training.worker import LocalWorker, Outcome, train_loop_per_worker
 
 END = "<|im_end|>"
 

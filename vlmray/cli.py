@@ -18,7 +18,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from vlmray import __version__
 from vlmray.config import BenchmarkConfig, DemoConfig, FinetuneConfig, InferConfig, ServeConfig
-from vlmray.options import parse_args
+from vlmray.config.parsing import parse_args
 
 
 class JobConfig(Protocol):
@@ -44,8 +44,8 @@ class Job(Generic[C]):
 def infer(config: InferConfig) -> int:
     """Answer a dataset and print the closing table; return the exit code."""
     # Imported here: `--help` and mistyped options must not wait for Ray.
-    from vlmray.inference import plan_inference, run_inference
-    from vlmray.report import format_table
+    from vlmray.inference.job import plan_inference, run_inference
+    from vlmray.inference.report import format_table
 
     run = plan_inference(config)
     summary = run_inference(run)
@@ -57,8 +57,8 @@ def finetune(config: FinetuneConfig) -> int:
     """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
     # A lost worker is told in one line beside the bar; the raylet would add a paragraph.
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
-    from vlmray.finetune import plan_finetune, run_finetune
-    from vlmray.training_report import format_training_table
+    from vlmray.finetune.job import plan_finetune, run_finetune
+    from vlmray.finetune.report import format_training_table
 
     run = plan_finetune(config)
     report = run_finetune(run)
@@ -68,7 +68,7 @@ def finetune(config: FinetuneConfig) -> int:
 
 def serve(config: ServeConfig) -> int:
     """Serve until interrupted, then answer what is in progress; return the exit code."""
-    from vlmray.serving import API_KEY, serve_app
+    from vlmray.serving.server import API_KEY, serve_app
 
     server = serve_app(config)
     print(f"{config.base_name} is served at {server.url}/v1, a page to try it on at {server.url}/")
@@ -86,8 +86,8 @@ def serve(config: ServeConfig) -> int:
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Compare models and print what came of it; return the exit code: 1 where nothing was answered."""
-    from vlmray.benchmark import plan_benchmark, run_benchmark
-    from vlmray.benchmark_report import format_results
+    from vlmray.benchmark.job import plan_benchmark, run_benchmark
+    from vlmray.benchmark.report import format_results
 
     results = run_benchmark(plan_benchmark(config))
     print(f"\n{format_results(results)}\n\nreport: {config.output_dir}/report.html")
@@ -97,8 +97,8 @@ def benchmark(config: BenchmarkConfig) -> int:
 def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
-    from vlmray.comparison import format_comparison
-    from vlmray.demo import run_demo
+    from vlmray.demo.comparison import format_comparison
+    from vlmray.demo.job import run_demo
 
     report = run_demo(config)
     print(f"\n{format_comparison(report.comparison)}\n\nreport: {config.output_dir}/report.html")

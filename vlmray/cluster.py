@@ -29,8 +29,8 @@ _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
 
 _MODEL_ON_CPU = {
     "env_vars": {
-        # What the model frees it soon asks for again (see `vlmray.engines.memory.keep_freed_memory`, which
-        # comes too late for the threads that Ray starts before).
+        # What the model frees it soon asks for again (see `keep_freed_memory` of the engine, which comes
+        # too late for the threads that Ray starts before).
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),

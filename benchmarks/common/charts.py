@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmray.charts import ChartDataset, ChartsConfig
+from vlmray.builtin.charts import ChartDataset, ChartsConfig
 
 
 def write_charts(path: Path, num_rows: int) -> str:

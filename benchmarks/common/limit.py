@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from vlmray.engines.linear import multiply
-from vlmray.engines.transformers import TransformersEngine
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.engines.transformers.linear import multiply
 from vlmray.schema import Completion, GenerationRequest
 
 

@@ -41,12 +41,12 @@ import torch
 
 from benchmarks.common.limit import measure_products
 from benchmarks.common.models import RANDOM, build_random_model
-from vlmray import stages
+from vlmray.builtin.random_models import resolve_model_id
 from vlmray.config import InferConfig
-from vlmray.model import load_processor
-from vlmray.questions import open_questions
+from vlmray.dataset.selection import open_questions
+from vlmray.inference import stages
+from vlmray.models.loading import load_processor
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import resolve_model_id
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,7 +175,7 @@ def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
 
     from benchmarks.pipeline.overhead import measure_pipeline
     from vlmray import cluster
-    from vlmray.inference import plan_inference
+    from vlmray.inference.job import plan_inference
 
     cluster.connect("ERROR")
     try:

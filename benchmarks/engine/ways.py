@@ -78,7 +78,7 @@ def generate_way(work: dict[str, Any], questions: Sequence[Question], batch_size
     """Answer as a script over transformers does: batch after batch, in order, everything padded."""
     import torch
 
-    from vlmray.model import load_qwen_vl_model_and_processor
+    from vlmray.models.loading import load_qwen_vl_model_and_processor
 
     torch.set_num_threads(work["num_threads"])
     model, processor = load_qwen_vl_model_and_processor(work["model_id"], dtype=work["dtype"])
@@ -91,7 +91,7 @@ def answer_plainly(model: Any, processor: Any, questions: Sequence[Question], ba
     """Answer with `generate` on fixed batches in order, padded on the left; cut each to its own length."""
     import torch
 
-    from vlmray.images import decode_image
+    from vlmray.images.decoding import decode_image
 
     processor.tokenizer.padding_side = "left"
     texts: list[str] = []
@@ -121,7 +121,7 @@ class EngineWay:
     """
 
     def __init__(self, work: dict[str, Any], questions: Sequence[Question]) -> None:
-        from vlmray.engines.transformers import TransformersEngine
+        from vlmray.engines.transformers.engine import TransformersEngine
         from vlmray.schema import GenerationRequest
 
         self.engine = TransformersEngine.from_pretrained(

@@ -16,9 +16,9 @@ from benchmarks.common.limit import count_work, measure_products
 from benchmarks.common.models import make_random_model
 from benchmarks.engine.ways import Question, answer_plainly, vllm_way
 from benchmarks.gpu.setting import Figures, Setting
-from vlmray.engines.attention import pack_attention
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.model import embed_patches_by_matmul
+from vlmray.engines.transformers.attention import pack_attention
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.models.loading import embed_patches_by_matmul
 from vlmray.schema import GenerationRequest
 
 BATCH_SIZE = 64

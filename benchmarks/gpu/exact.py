@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Figures, Setting
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.images import decode_image
+from vlmray.builtin.random_models import BUILTIN, resolve_model_id
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.images.decoding import decode_image
 from vlmray.schema import GenerationRequest
-from vlmray.small_models import BUILTIN, resolve_model_id
 
 ROOT = Path(__file__).parents[2]
 CHARTS = "charts?kind=bar&style=plain&num_rows=512&questions_per_image=4&seed=3"

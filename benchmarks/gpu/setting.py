@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.common.models import build_random_model
-from vlmray import stages
-from vlmray.checkpoints import make_once
 from vlmray.config import InferConfig
-from vlmray.model import load_processor
-from vlmray.questions import open_questions
+from vlmray.dataset.selection import open_questions
+from vlmray.inference import stages
+from vlmray.models.checks import make_once
+from vlmray.models.loading import load_processor
 from vlmray.schema import GenerationRequest
 
 Figures = Iterator[tuple[str, Any]]

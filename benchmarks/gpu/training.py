@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from benchmarks.common.limit import Work, count_training_work, measure_products
 from benchmarks.gpu.setting import Figures, Setting
 from benchmarks.training import EPOCHS, rates_of, train_alone, train_plainly
-from vlmray.collator import DataCollatorForVLMSFT
 from vlmray.config import FinetuneConfig
-from vlmray.conversations import open_images, to_feature
-from vlmray.engines.memory import empty_cache
-from vlmray.finetune import open_training_data
-from vlmray.training_run import TrainingData, TrainingRun
+from vlmray.engines.transformers.memory import empty_cache
+from vlmray.finetune.job import open_training_data
+from vlmray.training.collator import DataCollatorForVLMSFT
+from vlmray.training.run import TrainingData, TrainingRun
+from vlmray.training.samples import open_images, to_feature
 
 
 def measure(setting: Setting) -> Figures:

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from vlmray.config import InferConfig
-from vlmray.inference import plan_inference, run_inference
+from vlmray.inference.job import plan_inference, run_inference
 
 MIB_PER_KIB = 1 / 1024  # ru_maxrss counts KiB on Linux
 

@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common.charts import write_charts
-from vlmray import cluster, stages
+from vlmray import cluster
 from vlmray.config import InferConfig
-from vlmray.engines import Engine, build_engine
-from vlmray.inference import plan_inference
-from vlmray.pipeline import InferenceRun, iter_finished
+from vlmray.engines import build_engine
+from vlmray.engines.base import Engine
+from vlmray.inference import stages
+from vlmray.inference.job import plan_inference
+from vlmray.inference.pipeline import InferenceRun, iter_finished
 from vlmray.schema import GenerationRequest
 
 ROWS_PER_CALL = 64

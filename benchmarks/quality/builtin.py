@@ -18,14 +18,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlmray import stages
-from vlmray.charts import FAMILIES, KINDS, STYLES, ChartsConfig
-from vlmray.dataset import get_dataset_columns
+from vlmray.builtin.charts import FAMILIES, KINDS, STYLES, ChartsConfig
+from vlmray.builtin.random_models import BUILTIN, trained_charts
+from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.sources import ChartsSource
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
-from vlmray.small_models import BUILTIN, trained_charts
-from vlmray.sources import ChartsSource
-from vlmray.stages import Task
+from vlmray.inference import stages
+from vlmray.inference.stages import Task
 
 ROWS_PER_CALL = 1024
 

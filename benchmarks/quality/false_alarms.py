@@ -17,7 +17,7 @@ import json
 
 import numpy as np
 
-from vlmray.significance import ALPHA, paired_difference
+from vlmray.metrics.significance import ALPHA, paired_difference
 
 
 def main() -> None:

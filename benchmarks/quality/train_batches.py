@@ -23,16 +23,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.vision_utils import get_vision_position_ids
 
-from vlmray.chart_drawing import draw_chart
-from vlmray.charts import ChartDataset, ChartsConfig
-from vlmray.collator import DataCollatorForVLMSFT
-from vlmray.dataset import get_dataset_columns
-from vlmray.lora import build_skeleton
-from vlmray.model import load_processor
-from vlmray.prompts import format_data
+from vlmray.builtin.charts import ChartDataset, ChartsConfig
+from vlmray.builtin.drawing import draw_chart
+from vlmray.dataset.prompts import format_data
+from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.sources import ChartsSource
+from vlmray.models.loading import load_processor
+from vlmray.models.lora import build_skeleton
+from vlmray.models.vision import replace_pixels
 from vlmray.schema import Sample
-from vlmray.sources import ChartsSource
-from vlmray.vision import replace_pixels
+from vlmray.training.collator import DataCollatorForVLMSFT
 
 Batch = dict[str, torch.Tensor]
 
@@ -86,7 +86,7 @@ class ChartBatches(IterableDataset):
         return self.lay_out(batch)
 
     def read(self, number: int) -> dict[str, Any]:
-        """Draw a chart and word its questions: what `vlmray.conversations` makes of its rows, but no PNG."""
+        """Draw a chart and word its questions: what training makes of its rows, but no PNG."""
         asked = self.charts.config.questions_per_image
         rows = range(number * asked, (number + 1) * asked)
         messages = []

@@ -39,13 +39,13 @@ from transformers.utils import logging
 from benchmarks.quality.builtin import ALL_TRAINED, every_family, score, tabulate
 from benchmarks.quality.train_batches import Batch, ChartBatches, TimedLoader, load, on_device, see_images
 from benchmarks.quality.train_card import TrainedModel
-from vlmray.charts import FAMILIES, KINDS, STYLES, ChartsConfig
+from vlmray.builtin.charts import FAMILIES, KINDS, STYLES, ChartsConfig
+from vlmray.builtin.random_models import UNTRAINED, resolve_model_id
 from vlmray.engines import build_engine
-from vlmray.engines.attention import pack_attention
-from vlmray.engines.transformers import TransformersEngine
-from vlmray.model import load_qwen_vl_model_and_processor
-from vlmray.optimizers import muon_factory
-from vlmray.small_models import UNTRAINED, resolve_model_id
+from vlmray.engines.transformers.attention import pack_attention
+from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.training.optimizers import muon_factory
 
 TAUGHT_LATER = ("count_above", "naming", "comparison", "difference")
 """Families that are left for a fine-tuning to teach."""

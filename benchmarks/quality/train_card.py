@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.builtin import ALL_TRAINED
-from vlmray.charts import FAMILIES, ChartsConfig
+from vlmray.builtin.charts import FAMILIES, ChartsConfig
 
 Table = Mapping[str, Mapping[str, float]]
 """Number of questions and accuracy by family, as `benchmarks.quality.builtin` makes it."""
@@ -34,7 +34,7 @@ transformers.
 
 ## What it was trained on
 
-{num_charts:,} charts of `charts?kind={kind}&style={style}`, drawn by `vlmray/charts.py` with seed {seed},
+{num_charts:,} charts of `charts?kind={kind}&style={style}`, drawn by `vlmray/builtin` with seed {seed},
 each seen once, with {questions_per_image} questions and answers about it in one conversation. From random
 weights (`builtin-untrained`, seed 0), all parameters, by
 
@@ -44,7 +44,8 @@ weights (`builtin-untrained`, seed 0), all parameters, by
 
 on {device}, with {num_workers} processes that drew charts beside it: {num_steps:,} steps of {batch_size}
 charts in {training_min:.1f} min, {charts_per_s:,.0f} charts a second, in {precision} arithmetic. The loss
-fell from {first_loss:.2f} to {last_loss:.3f} a token. `vlmray/builtin/recipe.yaml` has the same settings for
+fell from {first_loss:.2f} to {last_loss:.3f} a token. `vlmray/builtin/checkpoint/recipe.yaml` has the same
+settings for
 the training job.
 
 ## How well it answers
@@ -64,16 +65,16 @@ The families called untrained were not trained, on purpose: they are there to be
 
 ## What it cannot do
 
-- Pictures that `vlmray/charts.py` does not draw: it has seen none.
-- Questions that are worded otherwise than `vlmray/charts.py` words them, and general conversation.
-- More than six marks in a chart; labels and colours that are not in `vlmray/charts.py`.
+- Pictures that `vlmray/builtin` does not draw: it has seen none.
+- Questions that are worded otherwise than `vlmray/builtin` words them, and general conversation.
+- More than six marks in a chart; labels and colours that are not in `vlmray/builtin`.
 - What the tables above show it to get wrong.
 """
 
 RECIPE = """\
 # The built-in model's training as the training job takes it, on random weights:
 #
-#   python jobs/finetune.py --config vlmray/builtin/recipe.yaml --output_dir outputs/builtin
+#   python jobs/finetune.py --config vlmray/builtin/checkpoint/recipe.yaml --output_dir outputs/builtin
 #
 # These weights are not from that job. They were trained by
 #

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vlmray.builtin.random_models import resolve_model_id
 from vlmray.engines.base import Engine
-from vlmray.small_models import resolve_model_id
 
 __all__ = ["ENGINES", "Engine", "build_engine"]
 
@@ -31,8 +31,8 @@ def build_engine(
 
     Args:
         engine: One of `ENGINES`.
-        model_id: `builtin`, a local checkpoint folder or a hub id (see `vlmray.small_models` for the names);
-            for the fake engine a `fake?name=value&...` id, see `vlmray.testing.FakeEngine`.
+        model_id: `builtin`, a local checkpoint folder or a hub id (`vlmray.builtin` has the names); for the
+            fake engine a `fake?name=value&...` id, see `vlmray.engines.fake.FakeEngine`.
         adapter: Folder of a LoRA adapter. It answers every request that names no adapter, so the bare
             base cannot be asked through this engine; to ask both, build the engine without `adapter`
             and call `TransformersEngine.load_adapter`.
@@ -52,11 +52,11 @@ def build_engine(
         FileNotFoundError: A local model or adapter folder that is not there or lacks files.
     """
     if engine == "fake":
-        from vlmray.testing import FakeEngine
+        from vlmray.engines.fake import FakeEngine
 
         return FakeEngine.from_model_id(model_id)
     if engine == "transformers":
-        from vlmray.engines.transformers import TransformersEngine
+        from vlmray.engines.transformers.engine import TransformersEngine
 
         return TransformersEngine.from_pretrained(
             resolve_model_id(model_id),

@@ -1,0 +1,424 @@
+"""A benchmark as a closing table, Markdown, JSON and an HTML page; measures nothing.
+
+Scoreboard, SpeedPoint -> Results -> format_results, format_markdown, render_benchmark_html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.inference.report import ErrorGroup, error_table, option_table
+from vlmray.metrics.significance import ALPHA, Difference, Interval
+from vlmray.reports.page import (
+    TERMINAL_WIDTH,
+    Cell,
+    Column,
+    Fact,
+    Gallery,
+    GalleryItem,
+    Page,
+    Section,
+    Table,
+    format_duration,
+    format_percent,
+    format_points,
+    format_rate,
+    render_page,
+)
+from vlmray.reports.plots import Plot, Series
+
+Percentiles = tuple[float, float, float]
+
+EARLIER = "it was in the earlier run"
+"""What a model is compared with by `--baseline`, in a sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedPoint:
+    """One model under one load."""
+
+    model: str
+    load: float
+    kind: str
+    """What the load counts: requests in flight, or requests per second offered."""
+
+    num_requests: int
+    num_failed: int
+    requests_per_s: float
+    tokens_per_s: float
+    ttft_ms: Percentiles | None
+    """p50, p90 and p99 of the time to the first text; None where no answer had any."""
+
+    latency_ms: Percentiles | None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SpeedPoint:
+        """Read one back."""
+        percentiles = {
+            name: tuple(values[name]) if values[name] else None for name in ("ttft_ms", "latency_ms")
+        }
+        return cls(**{**values, **percentiles})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A benchmark as the renderers need it."""
+
+    title: str
+    models: Mapping[str, str]
+    """What each name stands for."""
+
+    board: Scoreboard | None
+    """None where speed alone was measured."""
+
+    against_baseline: Mapping[str, GroupDifference]
+    """Each model against the one that had its name in the earlier run."""
+
+    speed: tuple[SpeedPoint, ...]
+    price_per_hour: float | None
+    errors: Mapping[str, tuple[ErrorGroup, ...]]
+    num_samples: int
+    galleries: Mapping[str, tuple[int, Sequence[GalleryItem]]]
+    """Number of samples and some of them, by what became of them."""
+
+    elapsed_s: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_answered(self) -> int:
+        """Answers of all models; where speed alone was measured, requests."""
+        if self.board is None:
+            return sum(point.num_requests - point.num_failed for point in self.speed)
+        failed = sum(group.num_rows for groups in self.errors.values() for group in groups)
+        return self.num_samples * len(self.models) - failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures as JSON values."""
+        board = self.board
+        bleu = board.bleu if board else {}
+        return {
+            "models": dict(self.models),
+            "verdicts": verdicts(self),
+            "scores": [dataclasses.asdict(score) for score in board.scores] if board else [],
+            "differences": [
+                {**dataclasses.asdict(difference), "verdict": difference.verdict}
+                for difference in (board.differences if board else ())
+            ],
+            "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
+            "against_baseline": {
+                name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()
+            },
+            "speed": [dataclasses.asdict(point) for point in self.speed],
+            "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
+            "elapsed_s": self.elapsed_s,
+        }
+
+
+def verdicts(results: Results) -> list[str]:
+    """Say in plain sentences whether each model is better than the first, and than it was."""
+    board = results.board
+    if board is None:
+        return []
+    metric = board.metrics[0]
+    found = [_sentence(board.difference(model, metric)) for model in board.models[1:]]
+    return found + [_sentence(difference) for difference in results.against_baseline.values()]
+
+
+def _sentence(found: GroupDifference) -> str:
+    difference = found.difference
+    sign = "" if found.p_corrected < 0.001 else "= "
+    details = (
+        f"{format_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}, "
+        f"p {sign}{_p(found.p_corrected)} "
+        f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
+    )
+    if found.verdict != "no significant change":
+        return f"{found.model} is {found.verdict} than {found.base}: {details}"
+    text = f"{found.model} against {found.base}: no significant change: {details}"
+    if difference.smallest is None:
+        return f"{text} No answer scores differently."
+    smallest = f"{100 * difference.smallest:.1f}"
+    return f"{text} A difference of {smallest} points would have shown in 4 of 5 such samples."
+
+
+# ---------------------------------------------------------------------------------------------
+# Terminal and Markdown
+# ---------------------------------------------------------------------------------------------
+
+
+def format_results(results: Results) -> str:
+    """Format the closing tables: plain text, at most 80 columns wide."""
+    parts = []
+    if results.board is not None:
+        parts.append(_score_table(results.board, with_intervals=False).to_text())
+    if results.speed:
+        parts.append(_speed_table(results, short=True).to_text())
+    parts += [textwrap.fill(verdict, TERMINAL_WIDTH) for verdict in verdicts(results)]
+    return "\n\n".join(parts)
+
+
+def format_markdown(results: Results) -> str:
+    """Format scores, verdicts and speed for a README or a pull request."""
+    parts = [*verdicts(results)]
+    if results.board is not None:
+        parts.append(_score_table(results.board, with_intervals=True).to_markdown())
+    if results.speed:
+        parts.append(_speed_table(results).to_markdown())
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Page
+# ---------------------------------------------------------------------------------------------
+
+_GALLERIES = {
+    "fixed": ("Fixed", "{base} is wrong, {other} is right or nearer."),
+    "broken": ("Broken", "{base} is right or nearer, {other} is wrong."),
+    "both wrong": ("Both wrong", "Neither scores full marks, and they score the same."),
+    "wrong": ("Wrong", "Samples without full marks."),
+}
+
+
+def render_benchmark_html(results: Results) -> str:
+    """Render the benchmark as one HTML page that needs nothing but itself."""
+    sections: list[Section] = []
+    board = results.board
+    if board is not None:
+        if verdicts(results):
+            sections.append(_verdict_table(results))
+        sections.append(_score_table(board, with_intervals=True))
+        sections += [_breakdown_table(board, kind) for kind in board.kinds]
+    if results.speed:
+        sections += [_speed_table(results), *_speed_plots(results)]
+    for kind, (number, items) in results.galleries.items():
+        title, note = _GALLERIES[kind]
+        if items and board is not None:
+            base, other = board.models[0], board.models[1 if len(board.models) > 1 else 0]
+            shown = f" The prediction is that of {other}."
+            shown += f" {len(items)} of {number:,} are shown." if len(items) < number else ""
+            sections.append(
+                Gallery(title=title, items=tuple(items), note=note.format(base=base, other=other) + shown)
+            )
+    sections += [
+        dataclasses.replace(error_table(groups), title=f"Failed rows of {name} by cause")
+        for name, groups in results.errors.items() if groups
+    ]  # fmt: skip
+    sections.append(_model_table(results))
+    if results.options:
+        sections.append(option_table(results.options))
+    return render_page(
+        Page(
+            title=results.title, headline=_headline(results), facts=_facts(results), sections=tuple(sections)
+        )
+    )
+
+
+def _headline(results: Results) -> Fact:
+    board = results.board
+    if board is None:
+        best = max(results.speed, key=lambda point: point.requests_per_s)
+        return Fact(f"requests/s of {best.model}, at best", format_rate(best.requests_per_s))
+    metric = board.metrics[0]
+    base, *others = board.models
+    if not others:
+        return Fact(f"{metric} of {base}", format_percent(board.score(base, metric).mean))
+    return Fact(verdicts(results)[0], board.difference(others[0], metric).verdict.capitalize())
+
+
+def _facts(results: Results) -> tuple[Fact, ...]:
+    facts = [Fact("samples", f"{results.num_samples:,}")]
+    if results.board is not None:
+        facts.append(Fact("images", f"{results.board.num_images:,}"))
+    for name, groups in results.errors.items():
+        if groups:
+            facts.append(Fact(f"failed of {name}", f"{sum(group.num_rows for group in groups):,}"))
+    if results.speed:
+        for name in dict.fromkeys(point.model for point in results.speed):
+            best = max(p.requests_per_s for p in results.speed if p.model == name)
+            facts.append(Fact(f"requests/s of {name}", format_rate(best), "at best"))
+    return (*facts, Fact("elapsed", format_duration(results.elapsed_s)))
+
+
+def _verdict_table(results: Results) -> Table:
+    board = results.board
+    assert board is not None
+    rows = [
+        _difference_row(f"{model}, {metric}", board.difference(model, metric))
+        for metric in board.metrics
+        for model in board.models[1:]
+    ]
+    rows += [
+        _difference_row(f"{name}, against the earlier run", difference)
+        for name, difference in results.against_baseline.items()
+    ]
+    return Table(
+        title=f"Against {board.models[0]}" if len(board.models) > 1 else "Against the earlier run",
+        columns=_DIFFERENCE_COLUMNS,
+        rows=tuple(rows),
+        note=(
+            "The first metric decides. Intervals: 95 %, bootstrap over images. p: paired permutation test "
+            f"over images, corrected by Holm where several models are compared; below {ALPHA:.2f} it is a "
+            "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one "
+            "image for independent."
+        ),
+    )
+
+
+_DIFFERENCE_COLUMNS = (
+    Column("compared"), Column("verdict"), Column("points", True), Column("95 % interval", True),
+    Column("p", True), Column("McNemar", True), Column("gained", True), Column("lost", True),
+)  # fmt: skip
+
+
+def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
+    difference = found.difference
+    return (
+        name,
+        found.verdict,
+        format_points(difference.mean),
+        _range(difference),
+        _p(found.p_corrected),
+        "–" if difference.mcnemar_p is None else _p(difference.mcnemar_p),
+        f"{difference.num_gained:,}",
+        f"{difference.num_lost:,}",
+    )
+
+
+def _score_table(board: Scoreboard, *, with_intervals: bool) -> Table:
+    rows: list[tuple[str | Cell, ...]] = [
+        (metric, *(_score_cell(board.score(model, metric), with_intervals) for model in board.models))
+        for metric in board.metrics
+    ]
+    if board.bleu:
+        rows.append(("bleu", *(f"{100 * score:.1f}" for score, _ in board.bleu.values())))
+    signatures = "; ".join(sorted({signature for _, signature in board.bleu.values()}))
+    note = f"BLEU is of the corpus, without an interval; by short answers it ranks nothing. {signatures}"
+    return Table(
+        title="Scores",
+        columns=(Column("metric"), *(Column(model, True) for model in board.models)),
+        rows=tuple(rows),
+        note=note if board.bleu else "",
+    )
+
+
+def _score_cell(interval: Interval, with_intervals: bool) -> str | Cell:
+    text = format_percent(interval.mean)
+    if not with_intervals:
+        return text
+    return Cell(
+        f"{text} ({100 * interval.low:.1f}–{100 * interval.high:.1f})", interval.mean,
+        (interval.low, interval.high),
+    )  # fmt: skip
+
+
+def _breakdown_table(board: Scoreboard, kind: str) -> Table:
+    """One row for each group and model, with the difference to the first model."""
+    metric = board.metrics[0]
+    base, *others = board.models
+    rows: list[tuple[str | Cell, ...]] = []
+    for group in board.groups(kind):
+        for model in board.models:
+            interval = board.score(model, metric, kind, group)
+            row = (
+                f"{group}: {model}" if others else group,
+                f"{interval.num_samples:,}",
+                _score_cell(interval, True),
+            )
+            if model != base:
+                found = board.difference(model, metric, kind, group)
+                rows.append(
+                    (*row, format_points(found.difference.mean), _p(found.p_corrected), found.verdict)
+                )
+            else:
+                rows.append((*row, "", "", "") if others else row)
+    compared = (Column("points", True), Column("p", True), Column("verdict"))
+    return Table(
+        title=f"By {kind}",
+        columns=(Column(kind), Column("samples", True), Column(metric, True), *(compared if others else ())),
+        rows=tuple(rows),
+        note="p is corrected by Holm for all comparisons of this table." if others else "",
+    )
+
+
+def _speed_table(results: Results, *, short: bool = False) -> Table:
+    """One row for each load and model; the short one fits a terminal."""
+    order = list(results.models)
+    points = sorted(results.speed, key=lambda point: (point.load, order.index(point.model)))
+    has_failed = any(point.num_failed for point in points)
+    price = results.price_per_hour
+    suffix = "p50" if short else "ms: p50 / p90 / p99"
+    columns = [Column("model")]
+    columns += [Column(label, True) for label in ("load", "requests/s", "tokens/s")]
+    columns += [Column(f"{label} {suffix}", True) for label in ("first text,", "latency,")]
+    columns += [Column("failed", True)] if has_failed else []
+    columns += [Column("per 1,000", True)] if price is not None else []
+    rows = []
+    for point in points:
+        row = [
+            point.model,
+            f"{point.load:g}",
+            format_rate(point.requests_per_s),
+            format_rate(point.tokens_per_s),
+        ]
+        row += [_times(found, short) for found in (point.ttft_ms, point.latency_ms)]
+        row += [f"{point.num_failed:,}"] if has_failed else []
+        row += [] if price is None else [f"{price / 3600 * 1000 / point.requests_per_s:.4g}"]
+        rows.append(tuple(row))
+    note = f"Load: {points[0].kind}. {points[0].num_requests:,} streamed requests each, after a warm-up."
+    if price is not None:
+        note += f" Cost of 1,000 samples at {price:g} an hour."
+    return Table(title="Speed", columns=tuple(columns), rows=tuple(rows), note=note)
+
+
+def _times(found: Percentiles | None, short: bool) -> str:
+    if found is None:
+        return "–"
+    return f"{found[0]:,.0f} ms" if short else " / ".join(f"{value:,.0f}" for value in found)
+
+
+def _speed_plots(results: Results) -> list[Plot]:
+    """Draw latency against throughput: each load is a dot, each model a line."""
+    if len({point.load for point in results.speed}) < 2:
+        return []
+
+    def series(model: str, place: int) -> Series:
+        points = tuple(
+            (point.requests_per_s, point.latency_ms[place] / 1000)
+            for point in results.speed
+            if point.model == model and point.latency_ms is not None
+        )
+        return Series(name=model, points=points, style="dots")
+
+    models = list(dict.fromkeys(point.model for point in results.speed))
+    return [
+        Plot(
+            title=f"Latency against throughput, {name}",
+            x_label="requests/s",
+            y_label="latency, s",
+            series=tuple(series(model, place) for model in models),
+            y_include=(0.0,),
+        )
+        for name, place in (("median", 0), ("p99", 2))
+    ]
+
+
+def _model_table(results: Results) -> Table:
+    return Table(
+        title="Models",
+        columns=(Column("name"), Column("model")),
+        rows=tuple(results.models.items()),
+        collapsed=True,
+    )
+
+
+def _range(difference: Difference) -> str:
+    return f"{format_points(difference.low)} to {format_points(difference.high)}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

@@ -1,0 +1,250 @@
+"""What several models' answers to the same samples are worth: scores, differences, verdicts.
+
+    Sample facts, result rows of each model -> score_models -> Scoreboard
+
+The first model is the one that the others are compared with. A failed row counts as wrong: a model does not
+get better by failing where it would have been wrong. Rows whose dataset publishes no answer count nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from vlmray import metrics
+from vlmray.inference.report import NO_FAMILY
+from vlmray.metrics.significance import ALPHA, Difference, Interval, holm, mean_interval, paired_difference
+
+Row = Mapping[str, Any]
+Verdict = Literal["better", "worse", "no significant change"]
+
+_NUMBER = re.compile(r"[-+]?[$€£]?\s*\d[\d,.]*\s*%?")
+_SIZES = (0.0, 0.25e6, 1e6, float("inf"))
+_SIZE_NAMES = ("below 0.25 megapixels", "0.25 to 1 megapixels", "above 1 megapixel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFacts:
+    """What a sample is about, whatever a model says to it."""
+
+    sample_id: str
+    question: str
+    answers: tuple[str, ...]
+    family: str | None = None
+    image: str | None = None
+    """What tells its image from others; None: it has none."""
+
+    num_pixels: int | None = None
+
+    @property
+    def image_key(self) -> str:
+        """What its scores are tied together by."""
+        return self.image or self.sample_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupScore:
+    """A model's score on a group of samples."""
+
+    model: str
+    metric: str
+    kind: str
+    """What the group is one of: all, family, answer or image size."""
+
+    group: str
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupDifference:
+    """A model against the first one on a group of samples."""
+
+    model: str
+    base: str
+    metric: str
+    kind: str
+    group: str
+    difference: Difference
+    p_corrected: float
+    """p-value for having asked this of several groups or models (Holm)."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Say what came of it."""
+        if self.p_corrected >= ALPHA:
+            return "no significant change"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoreboard:
+    """All that is said of the answers."""
+
+    models: tuple[str, ...]
+    metrics: tuple[str, ...]
+    scores: tuple[GroupScore, ...]
+    differences: tuple[GroupDifference, ...]
+    bleu: Mapping[str, tuple[float, str]]
+    """Score and signature of each model, where BLEU was asked for; it has no interval here."""
+
+    num_samples: int
+    num_images: int
+
+    def score(self, model: str, metric: str, kind: str = "all", group: str = "all") -> Interval:
+        """Return a model's score on a group."""
+        key = (model, metric, kind, group)
+        return next(s.interval for s in self.scores if (s.model, s.metric, s.kind, s.group) == key)
+
+    def difference(self, model: str, metric: str, kind: str = "all", group: str = "all") -> GroupDifference:
+        """Return a model's difference to the first on a group."""
+        key = (model, metric, kind, group)
+        return next(d for d in self.differences if (d.model, d.metric, d.kind, d.group) == key)
+
+    def groups(self, kind: str) -> list[str]:
+        """Return the groups of a kind."""
+        return list(dict.fromkeys(score.group for score in self.scores if score.kind == kind))
+
+    @property
+    def kinds(self) -> list[str]:
+        """Return what samples are broken down by, where that makes several groups."""
+        return [kind for kind in dict.fromkeys(score.kind for score in self.scores) if kind != "all"]
+
+
+def score_models(
+    samples: Sequence[SampleFacts],
+    rows: Mapping[str, Mapping[str, Row]],
+    metric_names: Sequence[str],
+    *,
+    num_resamples: int = 9_999,
+) -> Scoreboard:
+    """Score every model's answers with every metric.
+
+    The first metric decides, and is broken down by family, kind of answer and size of image. p-values are
+    corrected for the number of models; those of a breakdown for the number of its groups and models.
+
+    Args:
+        samples: What was asked.
+        rows: Result rows by model and sample id; the first model is the one compared with.
+        metric_names: Names of `metrics.METRICS`, or `bleu`.
+        num_resamples: Draws of each bootstrap and test.
+
+    Raises:
+        ValueError: No sample has an answer to compare with, or a model lacks one.
+    """
+    asked = [sample for sample in samples if sample.answers]
+    if not asked:
+        raise ValueError("no sample has an answer to compare with")
+    names = tuple(rows)
+    sampled = [name for name in metric_names if name != metrics.BLEU]
+    values = {
+        (model, metric): [score_answer(metric, rows[model][sample.sample_id], sample) for sample in asked]
+        for model in names
+        for metric in sampled
+    }
+    whole = {"all": list(range(len(asked)))}
+    scores: list[GroupScore] = []
+    differences: list[GroupDifference] = []
+    for place, metric in enumerate(sampled):
+        kinds = {"all": whole, **(_breakdowns(asked) if place == 0 else {})}
+        for kind, groups in kinds.items():
+            scores += [
+                GroupScore(
+                    model=model, metric=metric, kind=kind, group=group,
+                    interval=mean_interval(
+                        [values[model, metric][i] for i in members], [asked[i].image_key for i in members],
+                        num_resamples=num_resamples,
+                    ),
+                )
+                for group, members in groups.items() for model in names
+            ]  # fmt: skip
+            differences += _differences(asked, values, names, metric, kind, groups, num_resamples)
+    return Scoreboard(
+        models=names,
+        metrics=tuple(sampled),
+        scores=tuple(scores),
+        differences=tuple(differences),
+        bleu={name: _bleu(rows[name], asked) for name in names} if metrics.BLEU in metric_names else {},
+        num_samples=len(asked),
+        num_images=len({sample.image_key for sample in asked}),
+    )
+
+
+def _differences(
+    asked: Sequence[SampleFacts],
+    values: Mapping[tuple[str, str], Sequence[float]],
+    names: Sequence[str],
+    metric: str,
+    kind: str,
+    groups: Mapping[str, Sequence[int]],
+    num_resamples: int,
+) -> list[GroupDifference]:
+    """Compare every model with the first on every group, with p-values for asking all that."""
+    base = names[0]
+    found = [
+        (model, group, paired_difference(
+            [values[base, metric][i] for i in members], [values[model, metric][i] for i in members],
+            [asked[i].image_key for i in members], num_resamples=num_resamples,
+        ))
+        for group, members in groups.items() for model in names[1:]
+    ]  # fmt: skip
+    corrected = holm([difference.p_value for _, _, difference in found])
+    return [
+        GroupDifference(
+            model=model, base=base, metric=metric, kind=kind, group=group, difference=difference,
+            p_corrected=p_value,
+        )
+        for (model, group, difference), p_value in zip(found, corrected, strict=True)
+    ]  # fmt: skip
+
+
+def score_answer(metric: str, row: Row, sample: SampleFacts) -> float:
+    """Score a result row against the answers of its sample; a failed one is wrong."""
+    if row.get("error") is not None:
+        return 0.0
+    return metrics.METRICS[metric](row["prediction"] or "", sample.answers)
+
+
+def _bleu(rows: Mapping[str, Row], asked: Sequence[SampleFacts]) -> tuple[float, str]:
+    predictions = [rows[sample.sample_id].get("prediction") or "" for sample in asked]
+    return metrics.corpus_bleu(predictions, [sample.answers for sample in asked])
+
+
+def _breakdowns(asked: Sequence[SampleFacts]) -> dict[str, dict[str, list[int]]]:
+    """Return the groups of each kind that tells samples apart: places in `asked` by name."""
+    kinds: dict[str, Callable[[SampleFacts], str | None]] = {
+        "family": lambda sample: sample.family or NO_FAMILY,
+        "answer": lambda sample: answer_type(sample.answers),
+        "image size": lambda sample: _size_name(sample.num_pixels),
+    }
+    found = {}
+    for kind, name_of in kinds.items():
+        groups: dict[str, list[int]] = {}
+        for place, sample in enumerate(asked):
+            if (name := name_of(sample)) is not None:
+                groups.setdefault(name, []).append(place)
+        if len(groups) > 1:
+            found[kind] = dict(sorted(groups.items(), key=lambda item: _order(item[0])))
+    return found
+
+
+def answer_type(answers: Sequence[str]) -> str:
+    """Tell what kind of answer is expected, by the first accepted one."""
+    text = answers[0].strip()
+    if text.lower() in ("yes", "no"):
+        return "yes or no"
+    return "number" if _NUMBER.fullmatch(text) else "words"
+
+
+def _size_name(num_pixels: int | None) -> str | None:
+    if num_pixels is None:
+        return None
+    bounds = zip(pairwise(_SIZES), _SIZE_NAMES, strict=True)
+    return next(name for (low, high), name in bounds if low <= num_pixels < high)
+
+
+def _order(name: str) -> tuple[int, bool, str]:
+    """Sort sizes by size, other groups by name, what has none last."""
+    return (_SIZE_NAMES.index(name) if name in _SIZE_NAMES else 0), name == NO_FAMILY, name

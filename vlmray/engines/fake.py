@@ -1,0 +1,228 @@
+"""Stand-ins that let every pipeline run without a model worth the name. Ships in the package.
+
+* `build_tiny_random_adapter`: a LoRA adapter that changes the answers of a small model.
+* `FakeEngine`: an `Engine` without a model: scripted answers, simulated latency and faults.
+
+Models to test with are in `vlmray.builtin`. torch and peft are imported inside the functions, so that
+importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
+from vlmray.images.decoding import load_image_pil
+from vlmray.models.lora import get_default_lora_config_for_qwen_vl
+from vlmray.schema import Completion, GenerationRequest
+
+
+def build_tiny_random_adapter(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    r: int = 4,
+    lora_vision: bool = False,
+) -> Path:
+    """Write a random LoRA adapter for a local base model, strong enough to change its answers.
+
+    Args:
+        path: Folder to write; made if missing.
+        base: Folder of the model the adapter is for.
+        seed: Seeds the weights.
+        r: Rank.
+        lora_vision: Adapt the vision encoder too.
+
+    Returns:
+        The folder, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    config = get_default_lora_config_for_qwen_vl(
+        r=r, lora_alpha=2 * r, lora_dropout=0.0, lora_vision=lora_vision
+    )
+    model = AutoModelForImageTextToText.from_pretrained(base, use_safetensors=True)
+    with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
+        peft_model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_(values * parameter.shape[1] ** -0.5)
+    peft_model.save_pretrained(str(path), safe_serialization=True)
+    return Path(path)
+
+
+class FakeEngine:
+    """An engine without a model, for tests of what lies around one.
+
+    By default a text depends on the question, the pixels and the adapter, so an answer at another
+    request's place shows. It is made from an id with parameters, so that it passes through
+    configurations and into other processes like any model: `fake?latency_s=0.01&error_every=7`.
+
+    Args:
+        answer: Say this to everything.
+        latency_s: Seconds each request takes.
+        load_s: Seconds construction takes.
+        fail_load: Raise `RuntimeError` on construction.
+        error_every: Answer with an error where the number that ends the request id is a multiple of
+            this; 0 is never.
+        crash_on: End the process, as a lost node would, at the first request whose id contains this. With
+            `log`, only once in all (a file beside the log remembers); without, every time.
+        log: File to which every answered request's id is appended, one line each.
+    """
+
+    def __init__(
+        self,
+        *,
+        answer: str = "",
+        latency_s: float = 0.0,
+        load_s: float = 0.0,
+        fail_load: bool = False,
+        error_every: int = 0,
+        crash_on: str = "",
+        log: str = "",
+    ) -> None:
+        self.waited_s = 0.0
+        time.sleep(load_s)
+        if fail_load:
+            raise RuntimeError("the fake engine was told to fail on loading (fail_load=1)")
+        self.answer = answer
+        self.latency_s = latency_s
+        self.error_every = error_every
+        self.crash_on = crash_on
+        self.log = log
+
+    @classmethod
+    def from_model_id(cls, model_id: str) -> FakeEngine:
+        """Make the engine of an id such as `fake` or `fake?latency_s=0.01&answer=42`.
+
+        Raises:
+            ValueError: Not such an id, an unknown parameter, or a value of the wrong kind.
+        """
+        name, _, query = model_id.partition("?")
+        if name != "fake":
+            raise ValueError(
+                f"--model_id {model_id!r} is not for the fake engine; pass fake or fake?name=value&..."
+            )
+        options: dict[str, Any] = {}
+        for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+            if key not in _FAKE_PARAMETERS:
+                known = ", ".join(_FAKE_PARAMETERS)
+                raise ValueError(f"unknown parameter {key!r} in --model_id {model_id}; known: {known}")
+            try:
+                options[key] = _FAKE_PARAMETERS[key](value)
+            except ValueError as error:
+                raise ValueError(f"parameter {key!r} in --model_id has value {value!r}: {error}") from error
+        return cls(**options)
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+        """Do nothing: there is nothing to make ready."""
+        return requests
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_text: OnText | None = None,
+        on_end: OnEnd | None = None,
+    ) -> list[Completion]:
+        """Answer every request, in order; text comes in one piece."""
+        completions = []
+        for index, request in enumerate(requests):
+            completions.append(self._answer(request))
+            if on_text is not None and completions[-1].text:
+                on_text(index, completions[-1].text)
+            if on_end is not None:
+                on_end(index, completions[-1])
+        return completions
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to free."""
+
+    def _answer(self, request: GenerationRequest) -> Completion:
+        time.sleep(self.latency_s)
+        if self.crash_on and self.crash_on in request.request_id and self._may_crash():
+            os._exit(1)
+        self._append_log(request.request_id)
+        try:
+            check_request(request)
+            if self.error_every and _trailing_number(request.request_id) % self.error_every == 0:
+                raise RuntimeError("the fake engine was told to fail on this request (error_every)")
+        except (RuntimeError, ValueError) as error:
+            return failed_completion(error)
+        prompt = _plain_prompt(request)
+        words = (self.answer or f"fake {_digest(request, prompt)}").split()
+        kept = words[: request.max_new_tokens]
+        return Completion(
+            text=" ".join(kept),
+            prompt=prompt,
+            num_prompt_tokens=len(prompt.split()),
+            num_completion_tokens=len(kept),
+            finish_reason="stop" if kept == words else "length",
+        )
+
+    def _may_crash(self) -> bool:
+        try:
+            if self.log:
+                Path(f"{self.log}.crashed").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _append_log(self, request_id: str) -> None:
+        if not self.log:
+            return
+        # One write in append mode: lines of several processes do not mix.
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, f"{request_id}\n".encode())
+        finally:
+            os.close(descriptor)
+
+
+_FAKE_PARAMETERS: dict[str, Callable[[str], Any]] = {
+    "answer": str,
+    "latency_s": float,
+    "load_s": float,
+    "fail_load": lambda text: bool(int(text)),
+    "error_every": int,
+    "crash_on": str,
+    "log": str,
+}
+
+
+def _trailing_number(request_id: str) -> int:
+    match = re.search(r"(\d+)$", request_id)
+    return int(match.group()) if match else 1
+
+
+def _plain_prompt(request: GenerationRequest) -> str:
+    """Write the messages as text, `<image>` at each image's place."""
+    lines = []
+    for message in request.messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", "<image>") for part in content]
+        lines.append(f"{message['role']}: {' '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _digest(request: GenerationRequest, prompt: str) -> str:
+    """Hash what an answer depends on; the seed and the id only where the request samples."""
+    digest = hashlib.sha256(f"{prompt}\0{request.adapter}".encode())
+    for image in map(load_image_pil, request.images):
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    if request.temperature > 0:
+        digest.update(f"{request.seed}\0{request.request_id}".encode())
+    return digest.hexdigest()[:8]

@@ -1,0 +1,15 @@
+"""The job that fine-tunes, over Ray Train.
+
+plan -> workers -> artifacts, checked -> report
+"""
+
+from vlmray._lazy import offer
+
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "FinetuneError": "job",
+        "plan_finetune": "job",
+        "run_finetune": "job",
+    },
+)

@@ -1,0 +1,88 @@
+"""Training samples on Ray: for each worker, tasks that read and decode ahead of it, in order.
+
+    plan -> read (where the rows are) -> decode (on any CPU) -> the worker's batches
+
+Plain tasks, a few in flight for each worker. Ray Data would run its scheduler inside every training worker,
+a busy thread that holds the interpreter lock when the model wants it; and its split deals blocks to whichever
+worker asks first, so that no two runs would train the same batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+
+from vlmray import cluster
+from vlmray.training.batch_plan import BatchPlan
+from vlmray.training.samples import SAMPLE_SCHEMA, Conversations, Features, open_images, to_feature
+
+_SAMPLES_PER_TASK = 16
+_TASKS_AHEAD = 3
+
+Slots = Sequence[int | None]
+"""Samples of one or several batches; None for an empty slot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Samples that every worker reads its own part of."""
+
+    samples: ray.ObjectRef
+    """`Conversations`; unpacked only where their source can be read."""
+
+    on_driver: bool
+    """The source lies on the driver's machine."""
+
+    driver: dict[str, str]
+    """Label selector of that machine."""
+
+    @classmethod
+    def of(cls, samples: Conversations) -> Shard:
+        """Describe samples that this process, the driver, has opened."""
+        return cls(samples=ray.put(samples), on_driver=samples.source.on_driver, driver=cluster.driver_node())
+
+    def read(self, plan: BatchPlan, rank: int, start: int, stop: int) -> Iterator[Features]:
+        """Yield the samples of a worker's batches `start` to `stop`, an item each."""
+        per_task = -(-_SAMPLES_PER_TASK // plan.batch_size)
+        num_cpus = cluster.cpus_per_task()
+        pending: deque[ray.ObjectRef] = deque()
+        for first in range(start, stop, per_task):
+            batches = plan.batches(rank, first, min(first + per_task, stop))
+            pending.append(self._open([slot for batch in batches for slot in batch], num_cpus))
+            if len(pending) > _TASKS_AHEAD:
+                yield from _batches_of(pending.popleft(), plan.batch_size)
+        while pending:
+            yield from _batches_of(pending.popleft(), plan.batch_size)
+
+    def _open(self, slots: Slots, num_cpus: float) -> ray.ObjectRef:
+        """Start reading and decoding samples; return the table of them to come."""
+        if not self.on_driver:
+            return _read_and_decode.options(num_cpus=num_cpus).remote(self.samples, slots)
+        # Tasks tied to one machine ask for no CPU: the head of a cluster may offer none.
+        rows = _read.options(num_cpus=0, label_selector=self.driver).remote(self.samples, slots)
+        return _decode.options(num_cpus=num_cpus).remote(rows)
+
+
+@ray.remote
+def _read(samples: Conversations, slots: Slots) -> pa.Table:
+    return pa.Table.from_pylist(samples.read(slots), SAMPLE_SCHEMA)
+
+
+@ray.remote
+def _decode(table: pa.Table) -> pa.Table:
+    return pa.Table.from_pylist(open_images(table.to_pylist()), SAMPLE_SCHEMA)
+
+
+@ray.remote
+def _read_and_decode(samples: Conversations, slots: Slots) -> pa.Table:
+    return pa.Table.from_pylist(open_images(samples.read(slots)), SAMPLE_SCHEMA)
+
+
+def _batches_of(table: ray.ObjectRef, batch_size: int) -> Iterator[Features]:
+    features = [to_feature(row) for row in ray.get(table).to_pylist()]
+    for start in range(0, len(features), batch_size):
+        yield features[start : start + batch_size]

@@ -1,0 +1,17 @@
+"""The job that answers a dataset, over Ray Data.
+
+plan -> pipeline of stages -> results, report
+"""
+
+from vlmray._lazy import offer
+
+__getattr__, __dir__ = offer(
+    __name__,
+    {
+        "InferenceError": "job",
+        "Task": "stages",
+        "plan_inference": "job",
+        "process_single_sample": "stages",
+        "run_inference": "job",
+    },
+)

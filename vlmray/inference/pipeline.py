@@ -1,0 +1,250 @@
+"""The pipeline on Ray Data: read, prepare, generate on a pool of model replicas, score, write.
+
+    read + prepare (CPU tasks) -> generate (actors that hold the model) -> score + write (CPU tasks)
+                                                                              |
+                      iter_finished  <- a few values per row and chunk -- the driver
+
+It streams: what is in flight is bounded, whatever the size of the dataset, and neither images nor texts
+pass through the driver. A chunk of rows is the unit of work and of loss: a replica that dies has its
+chunk generated again elsewhere, a run that dies loses the chunks in flight. A chunk travels as one
+Arrow row that holds its samples and says when it was in which stage, so Ray neither merges chunks nor
+splits them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from vlmray import cluster
+from vlmray.config import InferConfig
+from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.sources import Source
+from vlmray.engines import build_engine
+from vlmray.inference import stages
+from vlmray.inference.stages import ROW_SCHEMA, Row, Task
+from vlmray.inference.timeline import Span, Watch
+from vlmray.storage.run_folder import OutputDirectory
+
+_ENGINE_OPTIONS = (
+    "engine", "model_id", "adapter", "quantization", "dtype", "attn_implementation", "batch_size",
+    "max_batch_tokens", "min_pixels", "max_pixels", "trust_remote_code",
+)  # fmt: skip
+
+_BATCHES_PER_CHUNK = 4
+"""Rows of like length are batched together within a chunk, so it holds several batches."""
+
+_ROWS_PER_CHUNK = 64
+"""More only where a batch has more: what a run loses that dies, and what is seen of its progress."""
+
+_NUM_LOCAL_TASKS = 4
+"""Reading or writing tasks at a time on the driver's machine."""
+
+_MAX_TASK_RETRIES = 4
+"""A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
+
+_SPAN_SCHEMA = pa.schema(
+    {
+        "stage": pa.string(),
+        "started_s": pa.float64(),
+        "ended_s": pa.float64(),
+        "waited_s": pa.float64(),
+        "replica": pa.string(),
+    }
+)
+_CHUNK_SCHEMA = pa.schema(
+    {"rows": pa.list_(pa.struct(list(ROW_SCHEMA))), "spans": pa.list_(pa.struct(list(_SPAN_SCHEMA)))}
+)
+_PROGRESS_COLUMNS = ("sample_id", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRun:
+    """A run before it starts: everything checked, nothing loaded."""
+
+    config: InferConfig
+    source: Source
+    spec: DatasetSpec
+    task: Task
+    folder: OutputDirectory
+
+    selected: Sequence[int]
+    """Row indices of the selection."""
+
+    pending: Sequence[int]
+    """Row indices still to answer."""
+
+
+class Chunk(NamedTuple):
+    """Rows that go through the stages together."""
+
+    rows: list[Row]
+    spans: list[Span]
+    """When they were in the stages so far."""
+
+
+def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Chunk]:
+    """Answer the pending rows; yield each chunk once it is written, its rows with id and error alone."""
+    for chunk in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield _unpack(chunk)
+
+
+def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
+    """Connect the stages; nothing runs until the result is consumed."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
+    num_chunks = -(-len(run.pending) // chunk_size)
+    # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
+    few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
+    here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
+    anywhere = {"num_cpus": cluster.cpus_per_task()}
+    rows = ray.data.read_datasource(
+        _RowSource(run, chunk_size),
+        override_num_blocks=num_chunks,
+        **(here if run.source.on_driver else anywhere),
+    )
+    keep_images = run.config.output_format != "parquet"
+    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images), **anywhere)
+    rows = _map(
+        rows,
+        _Replica,
+        fn_constructor_kwargs={"engine": _engine_options(run.config, replicas), "task": run.task},
+        compute=ActorPoolStrategy(
+            min_size=min(replicas.min_replicas, num_chunks),
+            max_size=min(replicas.max_replicas, num_chunks),
+            # One chunk is answered, the next is made ready, and one more is at hand.
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=3,
+        ),
+        num_cpus=replicas.num_cpus,
+        num_gpus=replicas.num_gpus,
+        runtime_env=replicas.runtime_env,
+        max_task_retries=_MAX_TASK_RETRIES,
+    )
+    finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)
+    return _map(rows, finish, **(here if run.folder.is_local else anywhere))
+
+
+def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
+    return rows.map_batches(fn, batch_size=1, batch_format="pyarrow", **options)
+
+
+def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
+    """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
+    most = min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size))
+    least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
+    return min(most, max(least, -(-num_rows // (4 * num_replicas))))
+
+
+def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
+    options = {name: getattr(config, name) for name in _ENGINE_OPTIONS}
+    return {**options, "num_threads": replicas.num_threads, "memory_fraction": replicas.memory_fraction}
+
+
+class _RowSource(Datasource):
+    """A source as Ray Data reads it: one task for each chunk of the pending rows."""
+
+    def __init__(self, run: InferenceRun, chunk_size: int) -> None:
+        super().__init__()
+        self._run = run
+        self._chunk_size = chunk_size
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        source = ray.put(self._run.source)
+        pending, size = self._run.pending, self._chunk_size
+        tasks = []
+        for start in range(0, len(pending), size):
+            # A task gets the row before its chunk and a chunk more, to move its borders (see read_chunk).
+            first = max(0, start - 1)
+            read = functools.partial(
+                _read, source, self._run.spec, self._run.config.dataset_split,
+                selected=pending[first : start + 2 * size + 1], start=start - first, size=size,
+            )  # fmt: skip
+            metadata = BlockMetadata(
+                num_rows=min(size, len(pending) - start), size_bytes=None, input_files=None, exec_stats=None
+            )
+            tasks.append(ReadTask(read, metadata))
+        return tasks
+
+
+def _read(
+    source: ray.ObjectRef, spec: DatasetSpec, split: str, *, selected: Sequence[int], start: int, size: int
+) -> Iterator[pa.Table]:
+    found = ray.get(source)
+    watch = Watch()
+    rows = stages.read_chunk(found, spec, split, selected, start, start + size)
+    if rows:
+        yield _pack(Chunk(rows, [watch.span("read")]))
+
+
+def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
+    rows, spans = _unpack(chunk)
+    watch = Watch()
+    rows = stages.prepare_rows(rows, task, keep_images=keep_images)
+    return _pack(Chunk(rows, [*spans, watch.span("prepare")]))
+
+
+class _Replica:
+    """An actor that holds the model.
+
+    Ray calls it with the next chunk while it works on one, in another thread.
+    """
+
+    def __init__(self, engine: Mapping[str, Any], task: Task) -> None:
+        self._task = task
+        self._id = ray.get_runtime_context().get_actor_id()
+        self._lock = threading.Lock()
+        watch = Watch()
+        self._engine = build_engine(**engine)
+        self._spans = [watch.span("load", replica=self._id)]
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        rows, spans = _unpack(chunk)
+        rows = stages.generate_rows(rows, self._engine, self._task, self._turn(spans))
+        return _pack(Chunk(rows, spans))
+
+    @contextlib.contextmanager
+    def _turn(self, spans: list[Span]) -> Iterator[None]:
+        """Hold the model, and note when."""
+        with self._lock:
+            watch, waited_s = Watch(), self._engine.waited_s
+            yield
+            waited_s = self._engine.waited_s - waited_s
+            spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
+            self._spans = []  # the first chunk says when the model was loaded
+
+
+def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
+    """Score and write rows, and leave of them what the driver counts."""
+    rows, spans = _unpack(chunk)
+    watch = Watch()
+    rows = [stages.score_row(row, task) for row in rows]
+    stages.save_rows(rows, folder)
+    left = [{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows]
+    return _pack(Chunk(left, [*spans, watch.span("write")]))
+
+
+def _pack(chunk: Chunk) -> pa.Table:
+    packed = {"rows": chunk.rows, "spans": [span._asdict() for span in chunk.spans]}
+    return pa.Table.from_pylist([packed], _CHUNK_SCHEMA)
+
+
+def _unpack(chunk: pa.Table) -> Chunk:
+    (packed,) = chunk.to_pylist()
+    return Chunk(packed["rows"], [Span(**span) for span in packed["spans"]])

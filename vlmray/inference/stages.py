@@ -1,0 +1,276 @@
+"""What happens to a row between a dataset and a result; the same with Ray and without.
+
+    read_chunk -> prepare_rows -> generate_rows -> score_row -> save_rows
+    question,     messages,       prediction,      score         files, Parquet
+    image bytes   checked image   token counts
+
+Rows are plain values under the names of `ROW_SCHEMA`, so they travel between Ray stages as Arrow
+columns; images travel encoded (about 40 KB) and are decoded beside the model. A row whose image is
+broken or whose question is empty gets an `error` here, and later stages pass it on untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from vlmray import metrics
+from vlmray.dataset.prompts import format_data
+from vlmray.dataset.registry import DatasetSpec, sample_id, to_sample
+from vlmray.dataset.sources import Source
+from vlmray.engines.base import Engine
+from vlmray.images.decoding import ImageError, decode_image, encode_jpeg, is_plain_jpeg, read_image_bytes
+from vlmray.schema import Completion, GenerationRequest, Sample
+from vlmray.storage.run_folder import RESULT_SCHEMA, OutputDirectory
+
+Row = dict[str, Any]
+
+ROW_SCHEMA = pa.schema(
+    [
+        *RESULT_SCHEMA,
+        pa.field("image", pa.binary()),
+        pa.field("jpeg", pa.binary()),
+        pa.field("image_url", pa.string()),
+        pa.field("messages", pa.string()),
+    ]
+)
+"""Columns between stages: the result's, and what makes it."""
+
+ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
+
+_NUM_FETCHES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """How questions are asked and scored: everything about a run but its model and its rows."""
+
+    prompt_template: str
+    system_prompt: str | None = None
+    metric: str
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def read_chunk(
+    source: Source, spec: DatasetSpec, split: str, selected: Sequence[int], start: int, stop: int
+) -> list[Row]:
+    """Read the rows of `selected[start:stop]`, moved so that no run of rows with one image is cut.
+
+    A border that falls inside a run moves to the run's end, by one chunk at most. Both neighbours of
+    a border compute the same move from the data alone, so every row is read exactly once.
+    """
+    reach = stop - start
+    begin = _run_end(source, spec, selected, start, reach)
+    end = _run_end(source, spec, selected, stop, reach)
+    return read_rows(source, spec, split, selected[begin:end])
+
+
+def read_rows(source: Source, spec: DatasetSpec, split: str, indices: Sequence[int]) -> list[Row]:
+    """Read rows by index; a row that cannot be read as a sample has an `error`."""
+    return [
+        _read_row(row, source, spec, split, index)
+        for row, index in zip(source.read(indices), indices, strict=True)
+    ]
+
+
+def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border: int, reach: int) -> int:
+    column = spec.image_column
+    if column is None or not 0 < border < len(selected):
+        return min(border, len(selected))
+
+    def image(position: int) -> Any:
+        return source.read([selected[position]])[0][column]
+
+    last = image(border - 1)
+    if last is None:
+        return border  # rows without an image have none in common
+    farthest = min(border + reach, len(selected))
+    return next((at for at in range(border, farthest) if image(at) != last), farthest)
+
+
+def _read_row(row: Row, source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
+    name = sample_id(split, index)
+    try:
+        asked_row = sample_row(to_sample(row, spec, name), source.base_dir)
+    except ValueError as error:
+        without_image = to_sample(row, replace(spec, image_column=None), name)
+        asked_row = {**sample_row(without_image), "error": str(error)}
+    return {"row_index": index, **asked_row}
+
+
+def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
+    """Turn a sample into a row, with its image as encoded bytes or still as a URL in `image_url`.
+
+    A path is read here, on the machine that holds the dataset; a URL is fetched by `prepare_row`.
+    """
+    row: Row = {
+        "sample_id": sample.sample_id,
+        "question": sample.question,
+        "choices": list(sample.choices),
+        "answers": list(sample.answers),
+        "family": sample.family,
+        "error": None,
+    }
+    if isinstance(sample.image, str) and sample.image.startswith(("http://", "https://")):
+        row["image_url"] = sample.image
+    elif sample.image is not None:
+        _fetch(row, sample.image, base_dir)
+    return row
+
+
+def _fetch(row: Row, image: bytes | str, base_dir: str | None = None) -> None:
+    try:
+        row["image"] = read_image_bytes(image, base_dir=base_dir)
+    except ImageError as error:
+        row["error"] = str(error)
+
+
+def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -> list[Row]:
+    """Fetch images that are URLs, see that all images decode, and build the messages.
+
+    Args:
+        rows: Rows as `read_chunk` gives them.
+        task: How questions are asked.
+        keep_images: Encode what `_img.jpg` will hold, here where the image is decoded anyway.
+    """
+    fetch_images(rows)
+    check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
+    for row in rows:
+        if row["error"] is None:
+            _prepare_row(row, task, check)
+    return list(rows)
+
+
+def fetch_images(rows: Sequence[Row]) -> None:
+    """Fetch the images that are still URLs; one that cannot be had becomes the row's `error`."""
+    remote = [row for row in rows if row.get("image_url")]
+    with ThreadPoolExecutor(_NUM_FETCHES) as pool:
+        list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
+
+
+def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:
+    image = row.get("image")
+    sample = Sample(
+        sample_id=row["sample_id"],
+        question=row["question"],
+        choices=tuple(row["choices"]),
+        image=image,
+    )
+    try:
+        messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
+        row["jpeg"] = None if image is None else check_image(image)
+    except ValueError as error:
+        row["error"] = str(error)
+    else:
+        row["messages"] = json.dumps(messages, ensure_ascii=False)
+
+
+def _check_image(data: bytes, *, keep: bool) -> bytes | None:
+    """Decode an image; return it as a JPEG to keep, if one is wanted and can hold it."""
+    image = decode_image(data)
+    if not keep:
+        return None
+    try:
+        return data if is_plain_jpeg(data) else encode_jpeg(image)
+    except OSError:  # more pixels to a side than a JPEG can have
+        return None
+
+
+def generate_rows(
+    rows: Sequence[Row], engine: Engine, task: Task, turn: AbstractContextManager[None] | None = None
+) -> list[Row]:
+    """Answer the rows that have no error with one call of the engine.
+
+    Args:
+        rows: Rows as `prepare_rows` gives them.
+        engine: Answers them.
+        task: How questions are asked.
+        turn: Entered while the model works, for threads that share an engine.
+    """
+    pending = [row for row in rows if row["error"] is None]
+    completions: list[Completion] = []
+    if pending:
+        requests = engine.prepare(make_requests(pending, task))
+        with turn or nullcontext():
+            completions = engine.generate(requests)
+    for row, completion in zip(pending, completions, strict=True):
+        row |= answered(completion)
+    return list(rows)
+
+
+def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
+    """Turn prepared rows into requests; the engine decodes their images while it generates."""
+    return [
+        GenerationRequest(
+            request_id=row["sample_id"],
+            messages=json.loads(row["messages"]),
+            images=[] if row.get("image") is None else [row["image"]],
+            max_new_tokens=task.max_new_tokens,
+            temperature=task.temperature,
+            top_p=task.top_p,
+            seed=task.seed,
+        )
+        for row in rows
+    ]
+
+
+def answered(completion: Completion) -> Row:
+    """Return what a completion adds to a row."""
+    return {
+        "prompt": completion.prompt,
+        "prediction": None if completion.error else completion.text,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_completion_tokens": completion.num_completion_tokens,
+        "finish_reason": completion.finish_reason,
+        "error": completion.error,
+    }
+
+
+def score_row(row: Row, task: Task) -> Row:
+    """Score an answered row that has answers to compare with; mark a failed one."""
+    if row["error"] is not None:
+        row["finish_reason"] = "error"
+    elif row["answers"]:
+        row["metric"] = task.metric
+        row["score"] = metrics.score(task.metric, row["prediction"], row["answers"]).value
+    return row
+
+
+def asked(row: Row) -> Row:
+    """Return what `_in.json` records of a row: the question as it was put to the model."""
+    messages = row.get("messages")
+    return {
+        **{name: row.get(name) for name in ASKED_COLUMNS},
+        "messages": json.loads(messages) if messages else None,
+        "image": f"{row['sample_id']}_img.jpg" if row.get("jpeg") else None,
+    }
+
+
+def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
+    """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
+    results = [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
+    folder.save(results, [asked(row) for row in rows], [row.get("jpeg") for row in rows])
+
+
+def process_single_sample(
+    sample: Sample, engine: Engine, task: Task, folder: OutputDirectory | None = None
+) -> Row:
+    """Answer one sample without Ray: prepare, generate, score, and write it if a folder is given.
+
+    Returns:
+        The result row (`RESULT_SCHEMA` and what the stages carry); `error` says why there is no answer.
+    """
+    row = score_row(generate_rows(prepare_rows([sample_row(sample)], task), engine, task)[0], task)
+    if folder is not None:
+        save_rows([row], folder)
+    return row

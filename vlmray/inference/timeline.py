@@ -1,0 +1,185 @@
+"""When each stage of a pipeline worked, and how much of the work went on behind the model's.
+
+    spans of each chunk -> Timeline -> stage_seconds, overlap, lanes
+
+A span says when a chunk was in a stage, by the clock of the machine it was on: what compares machines is as
+exact as their clocks agree. A span is kept as three numbers, and lanes have a fixed number of bins, whatever
+the size of the run. Drawing is up to `lanes.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmray.reports.lanes import Lane
+
+STAGES = ("read", "prepare", "load", "generate", "write")
+"""In the order in which a chunk goes through them; `load` is the model, once for each replica."""
+
+MODEL_STAGES = ("load", "generate")
+
+NUM_BINS = 300
+"""Bins of a lane: about as many as there are pixels to tell them apart on a phone."""
+
+MAX_REPLICA_LANES = 8
+"""More replicas than this share a lane."""
+
+Floats = NDArray[np.float64]
+
+
+class Span(NamedTuple):
+    """A stage at work on a chunk."""
+
+    stage: str
+    started_s: float
+    """Seconds since the epoch."""
+
+    ended_s: float
+    waited_s: float = 0.0
+    """Seconds of it in which there was nothing to work on yet."""
+
+    replica: str = ""
+    """Which one, in the stages of the model."""
+
+
+class Watch:
+    """Times a stage: a clock says when it began, a counter how long it took, so nobody's clock goes back."""
+
+    def __init__(self) -> None:
+        self._started_s = time.time()
+        self._counter_s = time.perf_counter()
+
+    def span(self, stage: str, **details: Any) -> Span:
+        """Return the span from the making of this watch until now."""
+        return Span(
+            stage, self._started_s, self._started_s + time.perf_counter() - self._counter_s, **details
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """How well the model was kept busy."""
+
+    model_busy_share: float
+    """Time in which replicas worked, of the time from when each was loaded to its last answer."""
+
+    model_waited_s: float
+    """The rest of that time, summed over replicas."""
+
+    cpu_hidden_share: float
+    """Time of the other stages in which some replica was loading or worked, of all their time."""
+
+
+class Timeline:
+    """The spans of a run, collected as its chunks finish."""
+
+    def __init__(self) -> None:
+        self._spans: dict[tuple[str, str], array[float]] = {}
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Add what is known of a chunk."""
+        for span in spans:
+            found = self._spans.setdefault((span.stage, span.replica), array("d"))
+            found.extend((span.started_s, span.ended_s, span.ended_s - span.started_s - span.waited_s))
+
+    @property
+    def replicas(self) -> list[str]:
+        """The replicas that answered, in order of their first answers."""
+        return [replica for stage, replica in self._spans if stage == "generate"]
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the first begin of a stage to the last end; 0 without spans."""
+        spans = self._select(STAGES)
+        return float(spans[:, 1].max() - spans[:, 0].min()) if len(spans) else 0.0
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Sum the seconds that chunks were in each stage; empty without spans."""
+        found = {stage: self._select([stage]) for stage in STAGES}
+        return {stage: _seconds(spans) for stage, spans in found.items() if len(spans)}
+
+    def overlap(self) -> Overlap | None:
+        """Return how busy the model was kept; None where nothing was generated."""
+        if not self.replicas:
+            return None
+        worked_s = float(self._select(["generate"])[:, 2].sum())
+        available_s = sum(map(self._available_s, self.replicas))
+        model_work = _work_until(self._select(MODEL_STAGES))
+        others = self._select([stage for stage in STAGES if stage not in MODEL_STAGES])
+        hidden_s = float((model_work(others[:, 1]) - model_work(others[:, 0])).sum())
+        return Overlap(
+            model_busy_share=_share(worked_s, available_s),
+            model_waited_s=max(0.0, available_s - worked_s),
+            cpu_hidden_share=_share(hidden_s, _seconds(others)),
+        )
+
+    def lanes(self) -> list[Lane]:
+        """Return a lane for each stage, and for each replica unless there are many; none without spans."""
+        begin_s = self._select(STAGES)[:, 0].min(initial=np.inf)
+        edges = begin_s + np.linspace(0, self.elapsed_s, NUM_BINS + 1)
+        lanes: list[Lane] = []
+        for stage in self.stage_seconds():
+            parts = self.replicas if stage == "generate" else [None]
+            levels = [_levels(self._select([stage], part), edges) for part in parts]
+            if len(levels) > MAX_REPLICA_LANES:
+                levels = [np.mean(levels, axis=0)]
+            for number, level in enumerate(levels, start=1):
+                name = stage if len(levels) == 1 else f"{stage} {number}"
+                lanes.append(Lane(name=name, levels=level.tolist(), color=int(stage not in MODEL_STAGES)))
+        return lanes
+
+    def _select(self, stages: Collection[str], replica: str | None = None) -> Floats:
+        """Return begin, end and seconds of work (N, 3) of the spans in some stages, of one replica or all."""
+        spans = [
+            np.frombuffer(found).reshape(-1, 3)
+            for (stage, name), found in self._spans.items()
+            if stage in stages and replica in (None, name)
+        ]
+        return np.concatenate([np.empty((0, 3)), *spans])
+
+    def _available_s(self, replica: str) -> float:
+        """Return the seconds from when a replica was loaded to the end of its last answers."""
+        loads, answers = self._select(["load"], replica), self._select(["generate"], replica)
+        return float(answers[:, 1].max() - loads[:, 1].min(initial=answers[:, 0].min()))
+
+
+def _seconds(spans: Floats) -> float:
+    return float((spans[:, 1] - spans[:, 0]).sum())
+
+
+def _share(part: float, whole: float) -> float:
+    """Return a share of at most 1, whatever the clocks say; of nothing, all."""
+    return min(1.0, part / whole) if whole > 0 else 1.0
+
+
+def _work_until(spans: Floats) -> Callable[[Floats], Floats]:
+    """Return a function of times: the seconds before each in which any of the spans worked.
+
+    Where spans overlap, they count once. What a span waited is spread evenly over it.
+    """
+    if not len(spans):
+        return np.zeros_like
+    spans = spans[np.argsort(spans[:, 0])]
+    latest = np.maximum.accumulate(spans[:, 1])
+    firsts = np.flatnonzero(np.append(True, spans[1:, 0] > latest[:-1]))  # each begins a stretch of work
+    begin, end = spans[firsts, 0], np.maximum.reduceat(spans[:, 1], firsts)
+    work = np.minimum(np.add.reduceat(spans[:, 2], firsts), end - begin)
+    done = np.cumsum(work)
+    edges, values = np.column_stack([begin, end]).ravel(), np.column_stack([done - work, done]).ravel()
+    return lambda times: np.interp(times, edges, values)
+
+
+def _levels(spans: Floats, edges: Floats) -> Floats:
+    """Return the share of each bin in which any of the spans worked."""
+    widths = np.diff(edges)
+    shares = np.divide(
+        np.diff(_work_until(spans)(edges)), widths, out=np.zeros_like(widths), where=widths > 0
+    )
+    return np.clip(shares, 0, 1)

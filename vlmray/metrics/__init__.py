@@ -1,0 +1,37 @@
+"""What an answer is worth, and whether a difference is more than chance."""
+
+from vlmray.metrics.answers import (
+    ANLS_THRESHOLD,
+    BLEU,
+    EVALUATE_PATH,
+    METRICS,
+    Metric,
+    anls,
+    choice_accuracy,
+    corpus_bleu,
+    exact_match,
+    relaxed_accuracy,
+    relaxed_accuracy_normalized,
+    rouge,
+    score,
+    token_f1,
+    vqa_accuracy,
+)
+
+__all__ = [
+    "ANLS_THRESHOLD",
+    "BLEU",
+    "EVALUATE_PATH",
+    "METRICS",
+    "Metric",
+    "anls",
+    "choice_accuracy",
+    "corpus_bleu",
+    "exact_match",
+    "relaxed_accuracy",
+    "relaxed_accuracy_normalized",
+    "rouge",
+    "score",
+    "token_f1",
+    "vqa_accuracy",
+]

@@ -1,0 +1,1 @@
+"""The page kit of all reports: text, tables, plots, galleries, HTML; it knows no job."""

@@ -1,0 +1,435 @@
+"""Ray Serve application: a gateway on CPUs in front of model replicas that batch what they are asked.
+
+    Gateway (HTTP, images, protocol) -> handle -> ModelReplica (batches, adapters, engine) -> pieces back
+
+Started by `serve_app(config)`, by `jobs/serve.py`, by `serve run vlmray.serving:app model_id=builtin`, and by
+a Serve config file with `import_path: vlmray.serving:app` and the options as `args`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import ipaddress
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from vlmray import cluster
+from vlmray.builtin.random_models import resolve_model_id
+from vlmray.config import ServeConfig
+from vlmray.config.parsing import build_config
+from vlmray.engines import build_engine
+from vlmray.engines.base import failed_completion
+from vlmray.models.checks import check_model_folder
+from vlmray.schema import Completion, GenerationRequest
+from vlmray.serving.adapters import AdapterCatalog
+from vlmray.serving.gateway import BusyError, Gateway, Reply, build_app
+
+API_KEY = "VLMRAY_API_KEY"
+"""Environment variable of the key that clients have to send."""
+
+APP_NAME = "vlmray"
+
+_LOG = logging.getLogger(__name__)
+# What glibc does by itself, with many threads and bodies of megabytes, is to keep gigabytes of freed memory.
+_GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
+_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+_MAX_TRIES = 5
+_SHARE_OF_WAITING = 0.05
+"""Of the time of a batch, for clients who had an answer of the last one and ask again."""
+
+
+class _Item:
+    """One request that waits for an engine, and what it got so far; a failure of the engine ends it."""
+
+    def __init__(self, request: GenerationRequest, stream: bool) -> None:
+        self.request = request
+        self.stream = stream
+        self.pieces: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
+        self.held = ""
+        """Text that was not sent yet: a message for every token would cost more than the token."""
+        self.send_at = 0.0
+        """When text is sent again, as `time.monotonic` tells it; the first is sent at once."""
+
+
+class _Adapter:
+    """An adapter in an engine: taken out once Serve has dropped it and nobody uses it any more."""
+
+    def __init__(self, replica: ModelReplica, engine_name: str) -> None:
+        self.engine_name = engine_name
+        self.num_users = 0
+        self._replica: ModelReplica | None = replica
+        self._dropped = False
+
+    def __enter__(self) -> _Adapter:
+        self.num_users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.num_users -= 1
+        self._unload_if_idle()
+
+    def __del__(self) -> None:
+        """Called by Serve too, when the adapter was not asked for longest; requests may still use it."""
+        self._dropped = True
+        self._unload_if_idle()
+
+    def _unload_if_idle(self) -> None:
+        if self._dropped and not self.num_users and self._replica is not None:
+            self._replica.unload(self.engine_name)
+            self._replica = None
+
+
+class ModelReplica:
+    """Holds an engine and gives it batches of the requests that wait.
+
+    Args:
+        config: The server's options.
+        num_threads: CPU threads of torch; None leaves torch's own choice.
+        memory_fraction: Share of the GPU's memory that this replica may take.
+    """
+
+    def __init__(
+        self, config: ServeConfig, num_threads: int | None = None, memory_fraction: float = 1.0
+    ) -> None:
+        self._engine: Any = build_engine(
+            engine=config.engine,
+            model_id=config.model_id,
+            quantization=config.quantization,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            num_threads=num_threads,
+            memory_fraction=memory_fraction,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self._catalog = AdapterCatalog(
+            resolve_model_id(config.model_id), config.adapter_paths(), config.adapter_dir
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # engines are for one thread
+        self._num_adapters = 0
+        self._failure: Exception | None = None
+
+        async def load(name: str) -> _Adapter:
+            return await self._load_adapter(name)
+
+        self._load = serve.multiplexed(load, max_num_models_per_replica=config.max_adapters)
+        self._max_batch_size = config.max_batch_size
+        self._batch_wait_s = config.batch_wait_timeout_s
+        self._stream_interval_s = config.stream_interval_s
+        self._waiting: asyncio.Queue[_Item] = asyncio.Queue()
+        self._batches: asyncio.Task[None] | None = None
+
+    async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Reply]:
+        """Yield pieces of the answer, if `stream`, and last a `Reply`."""
+        async with contextlib.AsyncExitStack() as stack:
+            if request.adapter is not None:
+                try:
+                    adapter = stack.enter_context(await self._load(request.adapter))
+                except (ValueError, OSError) as error:
+                    yield Reply(failed_completion(error), 1)
+                    return
+                request = dataclasses.replace(request, adapter=adapter.engine_name)
+            if self._batches is None:  # here, as the constructor may run outside the event loop
+                self._batches = asyncio.create_task(self._answer_batches())
+            item = _Item(request, stream)
+            self._waiting.put_nowait(item)
+            piece: str | Reply | Exception = ""
+            while not isinstance(piece, Reply):
+                piece = await item.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose engine broke."""
+        if self._failure is not None:
+            raise self._failure
+
+    def unload(self, engine_name: str) -> None:
+        """Take an adapter out of the engine, after what it does now."""
+        with contextlib.suppress(RuntimeError):  # the replica is being stopped
+            self._thread.submit(self._engine.unload_adapter, engine_name)
+
+    async def _answer_batches(self) -> None:
+        """Answer what waits, batch after batch.
+
+        `serve.batch` would close a batch while the one before it is still in the engine, when few requests
+        have come; here all that came meanwhile are in the next.
+        """
+        loop = asyncio.get_running_loop()
+        last_size, last_s = 1, 0.0
+        while True:
+            items = await self._gather(last_size, max(self._batch_wait_s, _SHARE_OF_WAITING * last_s))
+            last_size, started = len(items), time.monotonic()
+            try:
+                await loop.run_in_executor(self._thread, self._run_batch, items, loop)
+            except Exception as error:
+                for item in items:
+                    item.pieces.put_nowait(error)
+            last_s = time.monotonic() - started
+
+    async def _gather(self, expected: int, patience_s: float) -> list[_Item]:
+        """Wait for a request, then, with patience, for as many as expected, and for those close behind."""
+        items = [await self._waiting.get()]
+        patience_ends = time.monotonic() + patience_s
+        while len(items) < self._max_batch_size:
+            left_s = max(0.0, patience_ends - time.monotonic())
+            try:
+                wait_s = left_s if len(items) < expected else min(left_s, self._batch_wait_s)
+                async with asyncio.timeout(wait_s):
+                    items.append(await self._waiting.get())
+            except TimeoutError:
+                break
+        return items
+
+    def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
+        """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
+
+        def put(item: _Item, piece: str | Reply) -> None:
+            loop.call_soon_threadsafe(item.pieces.put_nowait, piece)
+
+        def on_text(index: int, text: str) -> None:
+            item = items[index]
+            item.held += text if item.stream else ""
+            now = time.monotonic()
+            if item.held and now >= item.send_at:
+                put(item, item.held)
+                item.held, item.send_at = "", now + self._stream_interval_s
+
+        def on_end(index: int, completion: Completion) -> None:
+            item = items[index]
+            if item.held:
+                put(item, item.held)
+            put(item, Reply(completion, len(items)))
+
+        streams = any(item.stream for item in items)
+        requests = [item.request for item in items]
+        try:
+            self._engine.generate(requests, on_text=on_text if streams else None, on_end=on_end)
+        except Exception as error:  # only a broken engine raises
+            self._failure = error
+            raise
+
+    async def _load_adapter(self, name: str) -> _Adapter:
+        self._num_adapters += 1
+        # An adapter that is dropped while it is used and asked for again is in the engine twice for a while.
+        engine_name = f"{name}#{self._num_adapters}"
+
+        def load() -> None:
+            self._engine.load_adapter(engine_name, str(self._catalog.fetch(name)))
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        return _Adapter(self, engine_name)
+
+
+class _Replicas:
+    """The model replicas as a `vlmray.serving.gateway.Backend`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[str | Reply]:
+        """Pass a request on; if its replica dies before the answer began, to another one."""
+        handle = self._handle.options(stream=True, multiplexed_model_id=request.adapter or "")
+        for tries_left in reversed(range(_MAX_TRIES)):
+            begun = False
+            try:
+                pieces: Any = handle.answer.remote(request, stream)
+                async for piece in pieces:
+                    begun = True
+                    yield piece
+                return
+            except BackPressureError as error:
+                raise BusyError("too many requests are waiting") from error
+            except DeploymentUnavailableError as error:
+                raise BusyError("no replica can be started; the server's log says why") from error
+            except _LOST as error:
+                if begun or not tries_left:
+                    raise
+                _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
+
+
+@serve.ingress()
+class GatewayReplica:
+    """Takes HTTP requests and asks the model replicas."""
+
+    def __init__(self, config: ServeConfig, key_digest: bytes | None, model: DeploymentHandle) -> None:
+        self._gateway = Gateway(config, _Replicas(model), key_digest)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self._gateway)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no more requests and wait for those in progress; return how many are left."""
+        return await self._gateway.drain(timeout_s)
+
+
+_MODEL: Any = serve.deployment(name="model")(ModelReplica)
+_GATEWAY: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000)(GatewayReplica)
+
+
+def build_application(config: ServeConfig, api_key: str | None = None) -> serve.Application:
+    """Make the Serve application; Ray must be connected.
+
+    Args:
+        config: The server's options.
+        api_key: Key that clients have to send; only its digest reaches the cluster. None: no key.
+
+    Raises:
+        ValueError: The cluster lacks the GPUs, or an adapter was made for another base.
+        FileNotFoundError: A model or adapter is not there or lacks files.
+    """
+    _check_model(config)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
+    if plan.min_replicas != plan.max_replicas:
+        look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": plan.min_replicas,
+                "max_replicas": plan.max_replicas,
+                "target_ongoing_requests": config.target_ongoing_requests or config.max_batch_size,
+                "upscale_delay_s": config.upscale_delay_s,
+                "downscale_delay_s": config.downscale_delay_s,
+                "look_back_period_s": look_back_s,
+                "metrics_interval_s": look_back_s / 3,
+            }
+        }
+    logs = {"log_level": config.log_level, "enable_access_log": False}
+    model = _MODEL.options(
+        max_ongoing_requests=2 * config.max_batch_size,  # a batch in the model, and one that waits for it
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options={
+            "num_gpus": plan.num_gpus,
+            "num_cpus": plan.num_cpus,
+            "runtime_env": plan.runtime_env,
+        },
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        health_check_period_s=5,
+        logging_config=logs,
+        **scaling,
+    ).bind(config, plan.num_threads, plan.memory_fraction)
+    digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
+    gateway = _GATEWAY.options(
+        logging_config=logs,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _GIVE_MEMORY_BACK}},
+    )
+    application: serve.Application = gateway.bind(config, digest, model)
+    return application
+
+
+def _check_model(config: ServeConfig) -> None:
+    """Check what a replica would only find after it started."""
+    if config.engine == "transformers":
+        model_id = resolve_model_id(config.model_id)
+        check_model_folder(model_id)
+        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """Build the application for `serve run` and Serve config files; `args` are options of `ServeConfig`."""
+    return build_application(build_config(ServeConfig, args), os.environ.get(API_KEY))
+
+
+class Server:
+    """A running server; a context manager that stops it.
+
+    Attributes:
+        url: Where it is, without `/v1`.
+    """
+
+    def __init__(self, config: ServeConfig, handle: DeploymentHandle, url: str) -> None:
+        self.config = config
+        self.url = url
+        self._handle = handle
+        self._stopped = False
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> int:
+        """Answer what is in progress, refuse the rest, stop; return how many requests were cut off.
+
+        Calling it twice is harmless.
+        """
+        if self._stopped:
+            return 0
+        self._stopped = True
+        timeout_s = self.config.drain_timeout_s
+        try:
+            return int(self._handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10))
+        finally:
+            serve.shutdown()
+
+
+def serve_app(config: ServeConfig) -> Server:
+    """Start a server on the cluster this process belongs to, or on a Ray of its own; wait until it answers.
+
+    The API key is taken from the environment variable `VLMRAY_API_KEY`.
+
+    Raises:
+        ValueError: An option does not fit, the port is taken, or an address that others reach has no API key.
+        FileNotFoundError: A model or adapter is not there or lacks files.
+        RuntimeError: The replicas do not start.
+    """
+    api_key = os.environ.get(API_KEY)
+    if not api_key and not _is_loopback(config.host):
+        raise ValueError(
+            f"--host {config.host} lets others in; set {API_KEY} to a key that they have to send, or listen "
+            "on 127.0.0.1"
+        )
+    _check_port(config)
+    _check_model(config)  # here too: Ray takes seconds to start
+    cluster.connect(config.log_level)
+    logging.getLogger("ray.serve").setLevel(config.log_level)
+    application = build_application(config, api_key)
+    serve.start(http_options={"host": config.host, "port": config.port})
+    try:
+        handle = serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        serve.shutdown()
+        raise RuntimeError(f"the server does not start: {cluster.root_cause(error)}") from error
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return Server(config, handle, f"http://{host}:{config.port}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_port(config: ServeConfig) -> None:
+    """Refuse a port that is taken: Serve would retry it for a while and say so in a log file only."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ValueError(
+                f"--host {config.host} --port {config.port}: {error.strerror}; pass another port"
+            ) from error

@@ -1,0 +1,256 @@
+"""Training samples: questions and answers about one image, as the chat that the model is to learn.
+
+    rows -> group_turns -> Conversations.read -> open_images -> to_feature -> the collator
+                           messages, image bytes  pixels         PIL image
+
+The questions are worded exactly as inference words them. A sample whose image is broken or whose answer
+is missing gets an `error`, travels on untouched and is counted in the end. No Ray here, and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from vlmray.dataset.prompts import format_data
+from vlmray.dataset.registry import DatasetSpec, to_sample
+from vlmray.dataset.sources import ChartsSource, Source
+from vlmray.images.decoding import decode_image, image_size
+from vlmray.inference import stages
+from vlmray.schema import Sample
+
+Row = dict[str, Any]
+
+Feature = Mapping[str, Any]
+"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`."""
+
+Features = Sequence[Feature | None]
+"""Samples of a batch; None is an empty slot."""
+
+SAMPLE_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "family": pa.string(),
+        "messages": pa.string(),
+        "image": pa.binary(),
+        "image_url": pa.string(),
+        "pixels": pa.binary(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "error": pa.string(),
+    }
+)
+"""Columns of a sample on its way to a training worker; a row without a sample_id is an empty slot."""
+
+_NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
+_ROWS_PER_READ = 256
+_CHARS_PER_TOKEN, _PIXELS_PER_TOKEN = 4, 28 * 28  # Qwen2.5-VL's, and good enough for others
+
+
+class Turns(Sequence[Sequence[int]]):
+    """The rows that each sample asks, in two arrays: millions of them reach a task without being unpacked.
+
+    Args:
+        samples: For each sample its rows.
+    """
+
+    def __init__(self, samples: Iterable[Sequence[int]]) -> None:
+        lengths, rows = array("q"), array("q")
+        for sample in samples:
+            lengths.append(len(sample))
+            rows.extend(sample)
+        self._rows = np.frombuffer(rows, dtype=np.int64)
+        self._ends = np.cumsum(np.frombuffer(lengths, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[int]]: ...
+
+    def __getitem__(self, index: int | slice) -> Sequence[int] | Sequence[Sequence[int]]:
+        if isinstance(index, slice):
+            return Turns(self[at] for at in range(*index.indices(len(self))))
+        at = range(len(self))[index]
+        return self._rows[self._ends[at - 1] if at else 0 : self._ends[at]].tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversations:
+    """Samples of one split, addressed by number."""
+
+    source: Source
+    spec: DatasetSpec
+    split: str
+    system_prompt: str | None = None
+
+    turns: Sequence[Sequence[int]]
+    """For each sample the rows it asks: several only where they are about one image."""
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def read(self, samples: Sequence[int | None]) -> list[Row]:
+        """Read samples, images still encoded; None gives an empty slot."""
+        wanted = [row for sample in samples if sample is not None for row in self.turns[sample]]
+        rows = iter(stages.read_rows(self.source, self.spec, self.split, wanted))
+        return [
+            {} if sample is None else self._join([next(rows) for _ in self.turns[sample]])
+            for sample in samples
+        ]
+
+    def _join(self, rows: Sequence[Row]) -> Row:
+        """Make one sample of rows that ask about one image; the first row names it."""
+        sample = {name: rows[0].get(name) for name in SAMPLE_SCHEMA.names}
+        sample["error"] = next((row["error"] for row in rows if row["error"] is not None), None)
+        if sample["error"] is None:
+            try:
+                messages = [message for turn, row in enumerate(rows) for message in self._turn(row, turn)]
+                sample["messages"] = json.dumps(messages, ensure_ascii=False)
+            except ValueError as error:
+                sample["error"] = str(error)
+        return sample
+
+    def _turn(self, row: Row, turn: int) -> list[dict[str, Any]]:
+        """Word one question and its answer; the image and the system prompt come with the first."""
+        sample = Sample(
+            sample_id=row["sample_id"],
+            question=row["question"],
+            choices=tuple(row["choices"]),
+            answers=tuple(row["answers"]),
+            image=row.get("image") or row.get("image_url"),
+        )
+        return format_data(
+            sample if turn == 0 else replace(sample, image=None),
+            system_prompt=self.system_prompt if turn == 0 else None,
+            prompt_template=self.spec.prompt_template,
+            with_answer=True,
+        )
+
+
+def group_turns(source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int) -> Turns:
+    """Group consecutive rows about one image into samples of at most `max_turns` rows.
+
+    Args:
+        source: Where the rows are.
+        spec: Names the image column.
+        selected: Rows to train on.
+        max_turns: 1 makes every row a sample of its own, and reads nothing.
+    """
+    if max_turns == 1:
+        return Turns((index,) for index in selected)
+    return Turns(_group(source, spec, selected, max_turns))
+
+
+def _group(
+    source: Source, spec: DatasetSpec, selected: Sequence[int], max_turns: int
+) -> Iterator[Sequence[int]]:
+    group: list[int] = []
+    last = None
+    for index, image in zip(selected, _images(source, spec, selected), strict=True):
+        if group and (image in _NO_IMAGE or image != last or len(group) == max_turns):
+            yield group
+            group = []
+        group.append(index)
+        last = image
+    yield group
+
+
+def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:
+    """Yield what tells the image of each row from others."""
+    # The charts say which rows share an image; elsewhere, whatever a column is called, images are compared.
+    column = "image_id" if isinstance(source, ChartsSource) else spec.image_column
+    for start in range(0, len(selected), _ROWS_PER_READ):
+        indices = selected[start : start + _ROWS_PER_READ]
+        if column is None:
+            yield from (None for _ in indices)
+        else:
+            yield from (row[column] for row in source.read(indices, [column]))
+
+
+def estimate_lengths(samples: Conversations, max_pixels: int | None = None) -> Sequence[int]:
+    """Estimate the tokens of all samples by their texts and the sizes of their images, well enough to sort.
+
+    Args:
+        samples: They are read once; images keep encoded, and those given by URL are left where they are.
+        max_pixels: Largest image area after resizing, where one is set.
+    """
+    lengths = array("l")
+    for start in range(0, len(samples), _ROWS_PER_READ):
+        for row in samples.read(range(start, min(start + _ROWS_PER_READ, len(samples)))):
+            area = _area(row) if max_pixels is None else min(_area(row), max_pixels)
+            lengths.append(len(row["messages"] or "") // _CHARS_PER_TOKEN + area // _PIXELS_PER_TOKEN)
+    return lengths
+
+
+def _area(row: Row) -> int:
+    """Return width times height of a sample's image; 0 where there is none, or a broken one."""
+    try:
+        return math.prod(image_size(row["image"])) if row["image"] else 0
+    except ValueError:
+        return 0
+
+
+def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]) -> None:
+    """Check that there is something to learn.
+
+    Raises:
+        ValueError: no answer column is known, or no selected row has an answer in it.
+    """
+    if spec.answer_column is None:
+        raise ValueError(
+            f"--answer_column is needed to train; the columns are {', '.join(source.column_names)}"
+        )
+    answers = DatasetSpec(question_column=spec.answer_column, answer_column=spec.answer_column)
+    for start in range(0, len(selected), _ROWS_PER_READ):
+        rows = source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column])
+        if any(answer.strip() for row in rows for answer in to_sample(row, answers, "").answers):
+            return
+    raise ValueError(
+        f"--answer_column: all {len(selected)} selected rows of split {split!r} have an empty "
+        f"{spec.answer_column!r}; there is nothing to learn from them, or to compare with"
+    )
+
+
+def open_images(rows: Sequence[Row]) -> list[Row]:
+    """Fetch and decode the images of samples: their pixels take the place of the encoded bytes."""
+    asked = [row for row in rows if row.get("sample_id") and row["error"] is None]
+    stages.fetch_images(asked)
+    for row in asked:
+        data = row.pop("image", None)
+        if row["error"] is not None or data is None:
+            continue
+        try:
+            picture = decode_image(data)
+        except ValueError as error:
+            row["error"] = str(error)
+        else:
+            row |= {"pixels": picture.tobytes(), "width": picture.width, "height": picture.height}
+    return list(rows)
+
+
+def to_feature(row: Row) -> Row | None:
+    """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
+    if not row.get("sample_id"):
+        return None
+    feature = {name: row.get(name) for name in ("sample_id", "question", "answers", "family")}
+    if row["error"] is not None:
+        return {**feature, "error": row["error"]}
+    images = []
+    if row.get("pixels") is not None:
+        size = (row["width"], row["height"])
+        images.append(Image.frombuffer("RGB", size, row["pixels"], "raw", "RGB", 0, 1))
+    return {**feature, "messages": json.loads(row["messages"]), "images": images}
