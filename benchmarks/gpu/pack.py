@@ -19,6 +19,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -42,19 +43,16 @@ def main() -> None:
     output = Path(options.output_dir)
     if output.exists() and not (output / "manifest.json").exists():
         sys.exit(f"{output} exists and is no pack; give --output_dir a new folder")
-    scratch = CACHE / "pack"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    if options.dataset_name:
-        copy_rows(Path(options.dataset_name), options.num_rows, scratch / "chartqa" / "data")
-    if options.processor:
-        copy_processor(Path(options.processor), scratch / "processor")
-    sizes = pack_site(options, scratch)
-    total = print_sizes(scratch, sizes)
-    if total > options.max_mib:
-        sys.exit(f"the pack has {total:.1f} MiB, over --max_mib {options.max_mib:g}; try a lower --num_rows")
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.move(scratch, output)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        scratch = Path(folder) / "pack"
+        total = build_pack(options, scratch)
+        if total > options.max_mib:
+            sys.exit(
+                f"the pack has {total:.1f} MiB, over --max_mib {options.max_mib:g}; try a lower --num_rows"
+            )
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.move(scratch, output)
 
 
 def parse_options() -> argparse.Namespace:
@@ -68,6 +66,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--processor", help="a folder with the files of a Qwen2.5-VL")
     parser.add_argument("--max_mib", type=float, default=50)
     return parser.parse_args()
+
+
+def build_pack(options: argparse.Namespace, target: Path) -> float:
+    """Put everything into a new folder and print its sizes; return the total in MiB."""
+    target.mkdir()
+    if options.dataset_name:
+        copy_rows(Path(options.dataset_name), options.num_rows, target / "chartqa" / "data")
+    if options.processor:
+        copy_processor(Path(options.processor), target / "processor")
+    return print_sizes(target, pack_site(options, target))
 
 
 def copy_rows(source: Path, num_rows: int, target: Path) -> None:
