@@ -25,9 +25,9 @@ from typing import Any
 
 from vlmray.config import ServeConfig
 from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.rows import read_rows
 from vlmray.dataset.sources import open_source
 from vlmray.engines import build_engine
-from vlmray.inference.stages import read_rows
 from vlmray.schema import GenerationRequest
 from vlmray.serving.server import serve_app
 

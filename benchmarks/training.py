@@ -32,10 +32,11 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.common.charts import write_charts
 from benchmarks.common.models import RANDOM, build_random_model
 from vlmray import cluster
-from vlmray.builtin.random_models import resolve_model_id
 from vlmray.config import FinetuneConfig
-from vlmray.finetune.job import FinetuneRun, fit, open_training_data
+from vlmray.finetune.job import fit
+from vlmray.finetune.plan import FinetuneRun, open_training_data
 from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.source import resolve_model_id
 from vlmray.storage.run_folder import OutputDirectory
 from vlmray.training.arguments import sft_arguments
 from vlmray.training.run import TRAIN, TrainingData, TrainingRun

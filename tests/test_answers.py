@@ -7,7 +7,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from vlmray.builtin.random_models import BUILTIN_FOLDER
+from vlmray.builtin.models import BUILTIN_FOLDER
 from vlmray.engines.answers import Answer
 
 TEXTS = ["the red bar", "9, 17, 23", "grün und 東京 🙂🙂 é", "a\n\nb  c", "\ufffd"]

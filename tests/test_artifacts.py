@@ -19,11 +19,12 @@ from tuning import curve, make_config, open_data, read_features, train
 from vlmray.config import FinetuneConfig
 from vlmray.engines import build_engine
 from vlmray.finetune.artifacts import training_record, write_artifacts
-from vlmray.finetune.report import Check
-from vlmray.models.loading import generate_text_from_sample, load_processor
+from vlmray.finetune.results import Check
+from vlmray.models.loading import generate_text_from_sample
+from vlmray.models.processors import load_processor
 from vlmray.storage.run_folder import OutputDirectory
 from vlmray.training.run import TrainingRun
-from vlmray.training.trainer import first_question
+from vlmray.training.samples import first_question
 from vlmray.training.worker import Outcome
 
 pytestmark = pytest.mark.usefixtures("spare_time")

@@ -21,9 +21,10 @@ import pytest
 from running import ROOT, wait_until
 
 from vlmray.benchmark.endpoint import Endpoint, EndpointError, Timed
-from vlmray.benchmark.job import plan_benchmark, run_benchmark
-from vlmray.benchmark.report import Results
-from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER
+from vlmray.benchmark.job import run_benchmark
+from vlmray.benchmark.plan import plan_benchmark
+from vlmray.benchmark.results import Results
+from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
 from vlmray.cli import run_job
 from vlmray.config import BenchmarkConfig, ServeConfig
 from vlmray.engines.fake import build_tiny_random_adapter

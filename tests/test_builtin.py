@@ -18,18 +18,21 @@ import yaml
 from running import ROOT
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from vlmray.builtin.charts import FAMILIES
-from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER, SPECIAL_TOKENS, trained_charts
+from vlmray.builtin.charts import ChartsSource
+from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER, trained_charts
+from vlmray.builtin.questions import FAMILIES
+from vlmray.builtin.random_models import SPECIAL_TOKENS
 from vlmray.config import FinetuneConfig
 from vlmray.config.parsing import build_config
 from vlmray.dataset.registry import get_dataset_columns
-from vlmray.dataset.sources import ChartsSource
+from vlmray.dataset.rows import read_rows
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image
 from vlmray.inference import stages
 from vlmray.inference.stages import Task
-from vlmray.models.loading import generate_text_from_sample, load_processor
+from vlmray.models.loading import generate_text_from_sample
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 RECIPE = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text())
@@ -46,7 +49,7 @@ def rows() -> list[dict[str, Any]]:
     )
     source = ChartsSource(charts.name, "test")
     spec = get_dataset_columns("charts", source.column_names)
-    read = stages.read_rows(source, spec, "test", range(len(source)))
+    read = read_rows(source, spec, "test", range(len(source)))
     return stages.prepare_rows(read, TASK)
 
 

@@ -18,17 +18,11 @@ import pytest
 from PIL import Image
 
 from vlmray.builtin import charts
-from vlmray.builtin.charts import (
-    FAMILIES,
-    KINDS,
-    PLAIN,
-    SPLITS,
-    ChartDataset,
-    ChartsConfig,
-    Row,
-    parse_charts_name,
-)
-from vlmray.builtin.drawing import Box, Chart, draw_chart
+from vlmray.builtin.canvas import Box, Chart
+from vlmray.builtin.charts import KINDS, SPLITS, ChartDataset, ChartsConfig, Row, parse_charts_name
+from vlmray.builtin.drawing import draw_chart
+from vlmray.builtin.questions import FAMILIES
+from vlmray.builtin.sampling import PLAIN
 
 
 def dataset(name: str = "charts", split: str = "train") -> ChartDataset:

@@ -17,10 +17,10 @@ from vlmray.models.checks import (
     check_adapter_folder,
     check_model_folder,
     check_model_kind,
-    fingerprint,
-    local_folder,
     read_tensor_shapes,
 )
+from vlmray.models.source import fingerprint
+from vlmray.storage.hub import local_folder
 
 
 @pytest.fixture(scope="module")

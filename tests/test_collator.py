@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlmray.dataset.prompts import format_data
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models.loading import load_processor
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest, Sample
 from vlmray.training import collator
 from vlmray.training.collator import DataCollatorForVLMSFT

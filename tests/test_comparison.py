@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 
-from vlmray.demo.comparison import (
-    ComparisonReport,
-    choose_changed,
-    compare,
-    format_comparison,
-    render_comparison_html,
-)
-from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem
+from vlmray.demo.comparison import choose_changed, compare
+from vlmray.demo.report import ComparisonReport, format_comparison, render_comparison_html
+from vlmray.reports.gallery import GalleryItem
+from vlmray.reports.text import TERMINAL_WIDTH
 
 NAMES = ("base", "base + LoRA")
 

@@ -20,10 +20,12 @@ import pytest
 from PIL import Image
 
 from vlmray.builtin import charts
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns, parse_sample_slices
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.rows import read_rows
+from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
 from vlmray.images.decoding import decode_image
-from vlmray.inference.stages import Task, make_requests, prepare_rows, read_rows
+from vlmray.inference.stages import Task, make_requests, prepare_rows
 from vlmray.training.samples import (
     SAMPLE_SCHEMA,
     Conversations,

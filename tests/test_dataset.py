@@ -12,15 +12,9 @@ import pytest
 
 from vlmray.dataset import registry
 from vlmray.dataset.prompts import check_prompt_template
-from vlmray.dataset.registry import (
-    DATASETS,
-    DatasetSpec,
-    get_dataset_columns,
-    parse_sample_slices,
-    register_dataset,
-    sample_id,
-    to_sample,
-)
+from vlmray.dataset.registry import DATASETS, DatasetSpec, get_dataset_columns, register_dataset
+from vlmray.dataset.samples import to_sample
+from vlmray.dataset.slices import parse_sample_slices, sample_id
 from vlmray.metrics import METRICS, score
 
 CHARTQA_COLUMNS = ("image", "query", "label", "human_or_machine")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from vlmray.builtin.charts import FAMILIES
+from vlmray.builtin.questions import FAMILIES
 from vlmray.config import DemoConfig
 from vlmray.demo.job import run_demo
 

@@ -17,9 +17,12 @@ import pytest
 from running import ROOT, wait_until
 
 from vlmray.config import FinetuneConfig, InferConfig
-from vlmray.finetune.job import open_training_data, plan_finetune, run_finetune
-from vlmray.finetune.report import TrainingReport, format_training_table
-from vlmray.inference.job import plan_inference, run_inference
+from vlmray.finetune.job import run_finetune
+from vlmray.finetune.plan import open_training_data, plan_finetune
+from vlmray.finetune.report import format_training_table
+from vlmray.finetune.results import TrainingReport
+from vlmray.inference.job import run_inference
+from vlmray.inference.plan import plan_inference
 from vlmray.training.run import TrainingRun
 from vlmray.training.worker import train_loop_per_worker
 

@@ -28,7 +28,10 @@ from running import http_server, huge_png
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
-from vlmray.serving.gateway import BusyError, Gateway, Reply, build_app
+from vlmray.serving.backend import Reply
+from vlmray.serving.errors import BusyError
+from vlmray.serving.gateway import Gateway
+from vlmray.serving.http import build_app
 
 KEY = "open sesame"
 MODEL = "fake"

@@ -16,7 +16,7 @@ from running import ROOT, wait_until
 from benchmarks.gpu.__main__ import Turn, format_table, take_steps
 from benchmarks.gpu.setting import SCALES, Setting
 from benchmarks.gpu.steps import AIMS, STEPS, Step
-from vlmray.builtin.random_models import BUILTIN_FOLDER
+from vlmray.builtin.models import BUILTIN_FOLDER
 
 LEFT_OUT_ON_CPUS = {"train-8bit": "needs a GPU", "train-flash": "no flash_attn here", "vllm": "no vllm here"}
 

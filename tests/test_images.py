@@ -17,14 +17,8 @@ import pytest
 from PIL import Image
 from running import huge_png
 
-from vlmray.images.decoding import (
-    FORMATS,
-    ImageError,
-    decode_image,
-    encode_jpeg,
-    load_image_pil,
-    read_image_bytes,
-)
+from vlmray.images.decoding import FORMATS, ImageError, decode_image, encode_jpeg
+from vlmray.images.reading import load_image_pil, read_image_bytes
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -18,9 +18,10 @@ from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.images.decoding import decode_image
-from vlmray.inference.job import InferenceError, plan_inference, run_inference
+from vlmray.inference.job import InferenceError, run_inference
 from vlmray.inference.pipeline import _engine_options, iter_finished
-from vlmray.inference.report import Summary
+from vlmray.inference.plan import plan_inference
+from vlmray.inference.summary import Summary
 from vlmray.inference.timeline import STAGES
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
 from vlmray.schema import GenerationRequest

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BertConfig
 
 from vlmray.models.checks import check_model_folder
-from vlmray.models.loading import load_processor, load_qwen_vl_model_and_processor
+from vlmray.models.loading import load_qwen_vl_model_and_processor
 from vlmray.models.lora import (
     abbreviate_names,
     build_skeleton,
@@ -27,8 +27,9 @@ from vlmray.models.lora import (
     find_lora_targets,
     freeze_vision,
     get_default_lora_config_for_qwen_vl,
-    merge_adapter,
 )
+from vlmray.models.merging import merge_adapter
+from vlmray.models.processors import load_processor
 
 # Configurations that the family's default config needs to be complete.
 PADDED_LLAMA = {"pad_token_id": 0, "text_config": {"model_type": "llama", "pad_token_id": 0}}

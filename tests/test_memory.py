@@ -24,6 +24,7 @@ from vlmray.engines.transformers.memory import (
     limit_memory,
 )
 from vlmray.models.checks import REFUSED_TYPES, check_model_kind
+from vlmray.models.loading import load_qwen_vl_model_and_processor
 
 GB = 2**30
 
@@ -72,7 +73,7 @@ def test_replicas_that_share_a_card_plan_no_more_than_it_has(monkeypatch: pytest
 def test_a_share_of_a_card_is_set_before_the_model_loads(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    load = module.load_qwen_vl_model_and_processor
+    load = load_qwen_vl_model_and_processor
     happened: list[Any] = []
 
     def load_and_note(*args: Any, **kwargs: Any) -> Any:

@@ -136,7 +136,7 @@ TRAIN = "--model_id tiny-random --dataset_name charts?num_rows=40"
 
 def _mistake_in_training(options: str, folder: Path) -> str:
     """Plan a run as the job does, and return what is wrong with it."""
-    from vlmray.finetune.job import plan_finetune
+    from vlmray.finetune.plan import plan_finetune
 
     config = parse_args(FinetuneConfig, ["--output_dir", str(folder / "out"), *shlex.split(options)])
     with pytest.raises((ValueError, FileNotFoundError)) as error_info:
@@ -214,7 +214,7 @@ def test_what_the_cluster_cannot_do(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_an_output_folder_is_for_one_run(tmp_path: Path) -> None:
-    from vlmray.finetune.job import plan_finetune
+    from vlmray.finetune.plan import plan_finetune
 
     message = _mistake_in_training(f"{TRAIN} --resume", tmp_path)
     assert message == f"--output_dir {tmp_path}/out holds no run to go on with; leave out --resume"

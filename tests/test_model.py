@@ -16,13 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models import loading
-from vlmray.models.loading import (
-    attach_adapter,
-    generate_text_from_sample,
-    load_processor,
-    load_qwen_vl_model_and_processor,
-)
+from vlmray.models import loading, processors
+from vlmray.models.adapters import attach_adapter
+from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 REAL_PROCESSOR = Path(__file__).parents[2] / "shared" / "data" / "qwen2_5_vl_7b_processor"
@@ -112,7 +109,7 @@ def test_without_torchvision_the_processor_still_loads_and_saves(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", refuse)
     processor = load_processor(str(tiny_model))
     assert count_visual_tokens(processor, picture(56, 84)) == 6
     processor.save_pretrained(tmp_path)
@@ -128,8 +125,8 @@ def test_a_missing_package_that_is_not_for_video_is_reported(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ImportError("requires the sentencepiece library")
 
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", refuse)
-    monkeypatch.setattr(loading, "PROCESSOR_MAPPING", {})
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(processors, "PROCESSOR_MAPPING", {})
     with pytest.raises(ImportError, match="sentencepiece"):
         load_processor(str(tiny_model))
 
@@ -141,7 +138,7 @@ def test_with_torchvision_images_still_take_the_pil_path(
         image_processor=SimpleNamespace(backend="torchvision"),
         tokenizer=SimpleNamespace(padding_side="right"),
     )
-    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *a, **k: found)
+    monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", lambda *a, **k: found)
     processor = load_processor(str(tiny_model))
     assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
     if importlib.util.find_spec("torchvision") is None:

@@ -20,9 +20,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vlmray.reports import page
+from vlmray.reports.gallery import THUMBNAIL_MAX_BYTES, Gallery, GalleryItem, thumbnail_data_uri, verdict_of
 from vlmray.reports.lanes import Lane, LanePlot
-from vlmray.reports.page import Cell, Column, Fact, Gallery, GalleryItem, Mark, Page, Table
+from vlmray.reports.page import Fact, Page
 from vlmray.reports.plots import Plot, Series
+from vlmray.reports.tables import Cell, Column, Mark, Table
+from vlmray.reports.text import format_duration, format_percent, format_rate
 
 VOID_TAGS = {"meta", "img", "wbr", "br", "link", "rect"}
 
@@ -194,17 +197,17 @@ def test_long_names_may_break_after_underscores_and_slashes() -> None:
 
 
 def test_verdicts() -> None:
-    assert [page.verdict_of(score, None) for score in (0.0, 0.5, 1.0, None)] == [
+    assert [verdict_of(score, None) for score in (0.0, 0.5, 1.0, None)] == [
         "wrong",
         "partial",
         "right",
         "unscored",
     ]
-    assert page.verdict_of(1.0, "E") == "failed"
+    assert verdict_of(1.0, "E") == "failed"
 
 
 def test_full_gallery_of_hard_images_stays_small() -> None:
-    uri = page.thumbnail_data_uri(encode_image((700, 500), noise=True)) or ""
+    uri = thumbnail_data_uri(encode_image((700, 500), noise=True)) or ""
     html = render(*(make_item(index, prediction="x" * 20_000) for index in range(60)))
     # The same thumbnail 60 times, counted without encoding it 60 times.
     assert len(html.encode()) + 60 * len(uri) < 4_000_000
@@ -226,9 +229,9 @@ def test_text_alone_gets_no_empty_image_places() -> None:
     ],
 )
 def test_thumbnails_are_bounded(image: bytes) -> None:
-    uri = page.thumbnail_data_uri(image)
+    uri = thumbnail_data_uri(image)
     assert uri is not None
-    assert len(uri) <= page.THUMBNAIL_MAX_BYTES * 4 / 3 + 40
+    assert len(uri) <= THUMBNAIL_MAX_BYTES * 4 / 3 + 40
     thumbnail = decode_data_uri(uri)
     assert thumbnail.width <= 480
     assert thumbnail.height <= 720
@@ -237,14 +240,14 @@ def test_thumbnails_are_bounded(image: bytes) -> None:
 def test_transparent_pixels_become_white() -> None:
     buffer = io.BytesIO()
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(buffer, "PNG")
-    uri = page.thumbnail_data_uri(buffer.getvalue())
+    uri = thumbnail_data_uri(buffer.getvalue())
     assert uri is not None
     assert decode_data_uri(uri).convert("RGB").getpixel((5, 5)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("image", [b"", b"not an image", encode_image((300, 300), noise=True)[:500]])
 def test_unreadable_images_are_named(image: bytes) -> None:
-    assert page.thumbnail_data_uri(image) is None
+    assert thumbnail_data_uri(image) is None
     assert "The image cannot be read" in Reader(render(make_item(image=image))).text
 
 
@@ -364,7 +367,7 @@ def test_one_table_three_ways() -> None:
     [(0, "0.0 %"), (1e-5, "<0.1 %"), (0.5, "50.0 %"), (0.99999, ">99.9 %"), (1, "100.0 %"), (None, "–")],
 )
 def test_percent_never_rounds_to_all_or_nothing(share: float | None, text: str) -> None:
-    assert page.format_percent(share) == text
+    assert format_percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -379,11 +382,11 @@ def test_percent_never_rounds_to_all_or_nothing(share: float | None, text: str) 
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert page.format_duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("rate", "text"), [(None, "–"), (0.0123, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")]
 )
 def test_rates(rate: float | None, text: str) -> None:
-    assert page.format_rate(rate) == text
+    assert format_rate(rate) == text

@@ -10,7 +10,8 @@ import pytest
 
 from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
 from vlmray.dataset.registry import DATASETS
-from vlmray.dataset.selection import check_model, open_questions
+from vlmray.dataset.selection import open_selection
+from vlmray.models.source import check_model
 
 
 def _config(**options: Any) -> QuestionsConfig:
@@ -18,7 +19,7 @@ def _config(**options: Any) -> QuestionsConfig:
 
 
 def test_a_dataset_is_opened_as_registered() -> None:
-    questions = open_questions(_config(system_prompt="Be brief."), "validation", "[-2:],0")
+    questions = open_selection(_config(system_prompt="Be brief."), "validation", "[-2:],0")
     assert questions.spec == DATASETS["charts"]
     assert list(questions.selected) == [18, 19, 0]
     assert (questions.split, questions.system_prompt) == ("validation", "Be brief.")
@@ -30,7 +31,7 @@ def test_options_win_over_the_registry() -> None:
         question_column="image_id", answer_column="question", family_column="image_id", metric="anls",
         prompt_template="Q: {question}",
     )  # fmt: skip
-    spec = open_questions(config, "train", "[:]").spec
+    spec = open_selection(config, "train", "[:]").spec
     assert (spec.question_column, spec.answer_column, spec.family_column) == (
         "image_id",
         "question",
@@ -41,8 +42,8 @@ def test_options_win_over_the_registry() -> None:
 
 def test_both_jobs_open_the_same_questions() -> None:
     options: dict[str, Any] = {"dataset_name": "charts?num_rows=20&seed=4", "prompt_template": "{question}!"}
-    asked = open_questions(InferConfig(sample_slices="[:5]", **options), "test", "[:5]")
-    trained = open_questions(FinetuneConfig(**options), "test", "[:5]")
+    asked = open_selection(InferConfig(sample_slices="[:5]", **options), "test", "[:5]")
+    trained = open_selection(FinetuneConfig(**options), "test", "[:5]")
     assert asked.spec == trained.spec
     assert asked.source.read(asked.selected) == trained.source.read(trained.selected)
 
@@ -77,7 +78,7 @@ def test_both_jobs_open_the_same_questions() -> None:
 )
 def test_mistakes_name_their_option(options: Any, split: str, slices: str, message: str) -> None:
     with pytest.raises(ValueError, match="--") as error_info:
-        open_questions(_config(**options), split, slices)
+        open_selection(_config(**options), split, slices)
     assert str(error_info.value).startswith(message)
     assert "\n" not in str(error_info.value)
 

@@ -11,8 +11,11 @@ import pytest
 
 from vlmray.inference import report
 from vlmray.inference.report import Report
+from vlmray.inference.summary import choose_gallery, summarize
 from vlmray.inference.timeline import Span, Timeline
-from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem, display_width, verdict_of
+from vlmray.reports.errors import NO_FAMILY, group_errors
+from vlmray.reports.gallery import GalleryItem, verdict_of
+from vlmray.reports.text import TERMINAL_WIDTH, display_width
 
 
 def make_row(
@@ -43,9 +46,9 @@ def mixed_rows(num_rows: int = 90) -> list[dict[str, Any]]:
 
 
 def make_report(rows: list[dict[str, Any]], **values: Any) -> Report:
-    summary = report.summarize(rows, metric=values.pop("metric", "relaxed_accuracy"), elapsed_s=10.0)
-    gallery = tuple(GalleryItem.from_row(row) for row in report.choose_gallery(rows))
-    defaults: dict[str, Any] = {"errors": report.group_errors(rows), "gallery": gallery}
+    summary = summarize(rows, metric=values.pop("metric", "relaxed_accuracy"), elapsed_s=10.0)
+    gallery = tuple(GalleryItem.from_row(row) for row in choose_gallery(rows))
+    defaults: dict[str, Any] = {"errors": group_errors(rows), "gallery": gallery}
     return Report(title="tiny on charts", summary=summary, **(defaults | values))
 
 
@@ -66,11 +69,11 @@ def read_text(built: Report) -> str:
 
 
 def test_summary_counts_every_row_once() -> None:
-    summary = report.summarize(mixed_rows(), metric="relaxed_accuracy", elapsed_s=10.0)
+    summary = summarize(mixed_rows(), metric="relaxed_accuracy", elapsed_s=10.0)
     assert (summary.num_rows, summary.num_answered, summary.num_failed) == (90, 60, 30)
     assert summary.score == 0.5
     assert summary.score_with_failures == pytest.approx(1 / 3)
-    assert [family.name for family in summary.families] == ["augmented", "human", report.NO_FAMILY]
+    assert [family.name for family in summary.families] == ["augmented", "human", NO_FAMILY]
     for name in ("num_rows", "num_answered", "num_failed", "num_scored"):
         assert sum(getattr(family, name) for family in summary.families) == getattr(summary, name)
 
@@ -78,14 +81,14 @@ def test_summary_counts_every_row_once() -> None:
 def test_summary_does_not_depend_on_row_order() -> None:
     rows = mixed_rows()
     shuffled = random.Random(0).sample(rows, len(rows))
-    summary = report.summarize(rows, metric="m", elapsed_s=1.0)
-    assert report.summarize(shuffled, metric="m", elapsed_s=1.0) == summary
+    summary = summarize(rows, metric="m", elapsed_s=1.0)
+    assert summarize(shuffled, metric="m", elapsed_s=1.0) == summary
 
 
 def test_rates_leave_out_earlier_runs_and_failed_rows() -> None:
     rows = [make_row(index) for index in range(10)] + [make_row(10, error="ValueError: empty question")]
     resumed = {row["sample_id"] for row in rows[:6]}
-    summary = report.summarize(rows, metric="m", elapsed_s=2.0, resumed_ids=resumed)
+    summary = summarize(rows, metric="m", elapsed_s=2.0, resumed_ids=resumed)
     assert (summary.num_resumed, summary.num_answered) == (6, 10)
     assert summary.samples_per_s == 2.0
     assert summary.tokens_per_s == 10.0
@@ -95,21 +98,21 @@ def test_rates_leave_out_earlier_runs_and_failed_rows() -> None:
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_rows_without_a_score_are_left_out_of_the_mean(missing: float | None) -> None:
     rows = [make_row(0, score=1.0), make_row(1, score=0.0), make_row(2, score=missing, answers=[])]
-    summary = report.summarize(rows, metric="m", elapsed_s=1.0)
+    summary = summarize(rows, metric="m", elapsed_s=1.0)
     assert (summary.score, summary.num_scored, summary.num_answered) == (0.5, 2, 3)
     assert "1 answered without a score" in report.format_table(summary)
 
 
 def test_a_failed_row_without_answers_is_no_wrong_answer() -> None:
     rows = [make_row(0), make_row(1, error="E", answers=[]), make_row(2, error="E")]
-    assert report.summarize(rows, metric="m", elapsed_s=1.0).score_with_failures == 0.5
+    assert summarize(rows, metric="m", elapsed_s=1.0).score_with_failures == 0.5
 
 
 @pytest.mark.parametrize("rows", [[], [make_row(0, error="E")], [make_row(0, score=None)]])
 @pytest.mark.parametrize("metric", ["relaxed_accuracy", None])
 @pytest.mark.parametrize("elapsed_s", [0.0, 3.0])
 def test_nothing_to_divide_by(rows: list[dict[str, Any]], metric: str | None, elapsed_s: float) -> None:
-    summary = report.summarize(rows, metric=metric, elapsed_s=elapsed_s)
+    summary = summarize(rows, metric=metric, elapsed_s=elapsed_s)
     assert summary.score is None
     assert "rows in" in report.format_table(summary)
     built = make_report(rows, metric=metric, timeline=make_timeline(), options={})
@@ -117,9 +120,9 @@ def test_nothing_to_divide_by(rows: list[dict[str, Any]], metric: str | None, el
 
 
 def test_no_families_no_family_table() -> None:
-    summary = report.summarize([make_row(0, family=None)], metric="m", elapsed_s=1.0)
+    summary = summarize([make_row(0, family=None)], metric="m", elapsed_s=1.0)
     assert summary.families == ()
-    assert report.NO_FAMILY not in report.format_table(summary)
+    assert NO_FAMILY not in report.format_table(summary)
 
 
 # Errors
@@ -133,7 +136,7 @@ def test_errors_group_by_cause_and_add_up() -> None:
     ]
     rows += [make_row(7, error=traceback), make_row(8, error="TimeoutError: none after 20 s"), make_row(9)]
     rows += [make_row(6, error=" \n")]
-    groups = report.group_errors(reversed(rows))
+    groups = group_errors(reversed(rows))
     assert [group.cause for group in groups] == [
         "ImageError: …: no image …",
         "TimeoutError: none after … s",
@@ -144,7 +147,7 @@ def test_errors_group_by_cause_and_add_up() -> None:
 
 
 def test_one_message_is_shown_as_it_is() -> None:
-    (group,) = report.group_errors([make_row(0, error="ImageError: no image 'a.png'")])
+    (group,) = group_errors([make_row(0, error="ImageError: no image 'a.png'")])
     assert group.cause == "ImageError: no image 'a.png'"
 
 
@@ -153,18 +156,18 @@ def test_one_message_is_shown_as_it_is() -> None:
 
 def test_gallery_order_and_spread() -> None:
     rows = mixed_rows()
-    chosen = report.choose_gallery(random.Random(3).sample(rows, len(rows)), limit=30)
+    chosen = choose_gallery(random.Random(3).sample(rows, len(rows)), limit=30)
     verdicts = [verdict_of(row["score"], row["error"]) for row in chosen]
     assert verdicts == ["wrong"] * 15 + ["failed"] * 6 + ["right"] * 9
     for families in ([row["family"] for row in chosen[:15]], [row["family"] for row in chosen[15:21]]):
         assert len({families.count(name) for name in ("human", "augmented", None)}) == 1
-    assert chosen == report.choose_gallery(rows, limit=30)
+    assert chosen == choose_gallery(rows, limit=30)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 60, 500])
 def test_gallery_fills_its_places(limit: int) -> None:
     for rows in (mixed_rows(), [make_row(index) for index in range(90)]):
-        chosen = report.choose_gallery(rows, limit=limit)
+        chosen = choose_gallery(rows, limit=limit)
         assert len(chosen) == min(limit, 90)
         assert len({row["sample_id"] for row in chosen}) == len(chosen)
 
@@ -209,7 +212,7 @@ def test_page_says_what_happened() -> None:
 @pytest.mark.parametrize("metric", ["m", "an_extremely_long_name_of_a_metric_that_someone_made_up", None])
 def test_closing_table_fits_the_terminal(name: str, metric: str | None) -> None:
     rows = [make_row(index, family=name) for index in range(1200)] + [make_row(1200, family="b", error="E")]
-    table = report.format_table(report.summarize(rows, metric=metric, elapsed_s=12345.6))
+    table = report.format_table(summarize(rows, metric=metric, elapsed_s=12345.6))
     lines = table.splitlines()
     assert max(map(display_width, lines)) <= TERMINAL_WIDTH
     assert lines[4].split()[:4] == ["all", "1,201", "1,200", "1"]
@@ -218,7 +221,7 @@ def test_closing_table_fits_the_terminal(name: str, metric: str | None) -> None:
 
 def test_page_says_whose_work_the_overlap_is() -> None:
     rows = [make_row(index) for index in range(9)]
-    resumed = report.summarize(rows, metric="m", elapsed_s=1.0, resumed_ids={"test-000000", "test-000004"})
+    resumed = summarize(rows, metric="m", elapsed_s=1.0, resumed_ids={"test-000000", "test-000004"})
     spans = [Span("generate", 0.0, 1.0, replica=str(number)) for number in range(12)]
     built = Report(title="T", summary=resumed, timeline=make_timeline(*spans))
     assert "the 12 replicas worked 100.0 % of the time and waited 0.0 % (0.00 s in all)" in read_text(built)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vlmray.benchmark.scoreboard import SampleFacts, answer_type, score_models
+from vlmray.benchmark.samples import SampleFacts
+from vlmray.benchmark.scoreboard import answer_type, score_models
 
 
 def sample(index: int, **facts: Any) -> SampleFacts:

@@ -31,15 +31,17 @@ from ray import serve
 from running import ROOT, http_server, huge_png
 
 from vlmray import cluster
-from vlmray.builtin.random_models import BUILTIN, BUILTIN_FOLDER
+from vlmray.builtin.charts import ChartsSource
+from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
 from vlmray.config import InferConfig, ServeConfig
-from vlmray.dataset.sources import ChartsSource
 from vlmray.engines import build_engine
 from vlmray.engines.fake import build_tiny_random_adapter
-from vlmray.inference.job import plan_inference, run_inference
+from vlmray.inference.job import run_inference
+from vlmray.inference.plan import plan_inference
 from vlmray.schema import GenerationRequest
 from vlmray.serving import server as serving
-from vlmray.serving.server import API_KEY, APP_NAME, ModelReplica, Server, app, serve_app
+from vlmray.serving.replica import ModelReplica
+from vlmray.serving.server import API_KEY, APP_NAME, Server, app, build_application, serve_app
 
 CHARTS = "charts?num_rows=48&kind=bar&style=plain&seed=91&questions_per_image=4"
 NUM_REQUESTS = 500
@@ -382,7 +384,7 @@ def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(serving, "_MODEL", SimpleNamespace(options=lambda **options: deployment))
     for name in ("_most", "_present"):
         monkeypatch.setattr(cluster, name, lambda resource: 1.0)
-    serving.build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
+    build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
     arguments = inspect.signature(ModelReplica).bind(*bound).arguments
     assert (arguments["num_threads"], arguments["memory_fraction"]) == (None, 0.5)
 

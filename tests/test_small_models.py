@@ -11,13 +11,8 @@ from typing import Any
 import pytest
 
 from vlmray.builtin.charts import ChartDataset, parse_charts_name
-from vlmray.builtin.random_models import (
-    SPECIAL_TOKENS,
-    build_tiny_random_model,
-    build_untrained_model,
-    is_built_in,
-    resolve_model_id,
-)
+from vlmray.builtin.random_models import SPECIAL_TOKENS, build_tiny_random_model, build_untrained_model
+from vlmray.models.source import is_built_in, resolve_model_id
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -106,9 +101,7 @@ def test_names_of_built_in_models() -> None:
 def test_tiny_random_is_built_once_and_the_same_by_processes_that_race(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = (
-        "from vlmray.builtin.random_models import resolve_model_id; print(resolve_model_id('tiny-random'))"
-    )
+    script = "from vlmray.models.source import resolve_model_id; print(resolve_model_id('tiny-random'))"
     monkeypatch.setenv("VLMRAY_CACHE", str(tmp_path))
     started = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)

@@ -25,9 +25,13 @@ import pytest
 from PIL import Image
 
 from vlmray.builtin import charts
-from vlmray.dataset.registry import DATASETS, get_dataset_columns, sample_id, to_sample
-from vlmray.dataset.sources import ParquetSource, Source, open_source
-from vlmray.images.decoding import load_image_pil
+from vlmray.builtin.drawing import draw_chart
+from vlmray.dataset.parquet import ParquetSource
+from vlmray.dataset.registry import DATASETS, get_dataset_columns
+from vlmray.dataset.samples import to_sample
+from vlmray.dataset.slices import sample_id
+from vlmray.dataset.sources import Source, open_source
+from vlmray.images.reading import load_image_pil
 from vlmray.storage import hub
 
 CHARTQA = Path(__file__).parents[2] / "shared/data/chartqa"
@@ -342,7 +346,7 @@ def test_columns_are_kept_apart_between_reads(parquet_parts: Path) -> None:
 
 def test_a_chart_is_drawn_only_for_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    draw = charts.draw_chart
+    draw = draw_chart
     monkeypatch.setattr(charts, "draw_chart", lambda chart: drawn.append(chart) or draw(chart))
     source = open_source("charts?num_rows=12", "test")
     source.read(range(12), ["image_id", "question", "answers", "family"])

@@ -16,19 +16,17 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns, parse_sample_slices
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.rows import fetch_images, read_chunk, read_rows, sample_row
+from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import open_source
 from vlmray.engines.fake import FakeEngine
 from vlmray.inference.stages import (
     ROW_SCHEMA,
     Task,
-    fetch_images,
     generate_rows,
     prepare_rows,
     process_single_sample,
-    read_chunk,
-    read_rows,
-    sample_row,
     save_rows,
     score_row,
 )

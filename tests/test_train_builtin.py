@@ -18,15 +18,16 @@ from running import ROOT, wait_until
 
 from benchmarks.quality.train_batches import ChartBatches, load, see_images
 from benchmarks.quality.train_builtin import TRAINED, WEIGHTS, Clock, main, scale_of, scratch_folder
-from vlmray.builtin.charts import FAMILIES, KINDS, ChartsConfig, parse_charts_name
-from vlmray.builtin.random_models import BUILTIN_FOLDER, UNTRAINED, resolve_model_id
+from vlmray.builtin.charts import KINDS, ChartsConfig, ChartsSource, parse_charts_name
+from vlmray.builtin.models import BUILTIN_FOLDER, UNTRAINED
+from vlmray.builtin.questions import FAMILIES
 from vlmray.config import FinetuneConfig
 from vlmray.config.parsing import build_config
 from vlmray.dataset.registry import get_dataset_columns
-from vlmray.dataset.sources import ChartsSource
 from vlmray.engines import build_engine
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.samples import Conversations, open_images, to_feature

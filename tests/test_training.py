@@ -28,11 +28,11 @@ from tuning import (
 
 from vlmray import metrics
 from vlmray.engines import build_engine
-from vlmray.models.loading import load_processor
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
+from vlmray.models.processors import load_processor
 from vlmray.training.arguments import parse_sft_config
 from vlmray.training.run import TrainingRun
-from vlmray.training.trainer import first_question
+from vlmray.training.samples import first_question
 from vlmray.training.worker import LocalWorker, Outcome, TrainingMistake, WorkerSession
 
 pytestmark = pytest.mark.usefixtures("spare_time")

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from vlmray.finetune import report
-from vlmray.finetune.report import Check, TrainingReport, format_training_table, render_training_html
-from vlmray.inference.report import group_errors
-from vlmray.reports.page import TERMINAL_WIDTH, GalleryItem, display_width
+from vlmray.finetune.report import format_training_table, render_training_html
+from vlmray.finetune.results import Check, TrainingReport
+from vlmray.reports.errors import group_errors
+from vlmray.reports.gallery import GalleryItem
+from vlmray.reports.text import TERMINAL_WIDTH, display_width
 
 
 def make_history(num_steps: int = 100, every: int = 5, evaluate_every: int = 50) -> list[dict[str, Any]]:

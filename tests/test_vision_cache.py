@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from tuning import curve, make_config, train
 
-from vlmray.models.loading import load_processor
+from vlmray.models.processors import load_processor
 from vlmray.training import vision_cache
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.vision_cache import VisionCache

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vlmray.config import FinetuneConfig
-from vlmray.dataset.selection import open_questions
+from vlmray.dataset.selection import open_selection
 from vlmray.training.run import TrainingData, TrainingRun
 from vlmray.training.samples import Conversations, group_turns, open_images, to_feature
 from vlmray.training.worker import LocalWorker, Outcome, train_loop_per_worker
@@ -62,7 +62,7 @@ def open_conversations(
     rows: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Conversations:
     """Open samples as a run does, some rows overwritten."""
-    asked = open_questions(config, split, slices)
+    asked = open_selection(config, split, slices)
     return Conversations(
         source=Overwritten(asked.source, rows or {}),
         spec=asked.spec,

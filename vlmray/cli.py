@@ -44,7 +44,8 @@ class Job(Generic[C]):
 def infer(config: InferConfig) -> int:
     """Answer a dataset and print the closing table; return the exit code."""
     # Imported here: `--help` and mistyped options must not wait for Ray.
-    from vlmray.inference.job import plan_inference, run_inference
+    from vlmray.inference.job import run_inference
+    from vlmray.inference.plan import plan_inference
     from vlmray.inference.report import format_table
 
     run = plan_inference(config)
@@ -57,7 +58,8 @@ def finetune(config: FinetuneConfig) -> int:
     """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
     # A lost worker is told in one line beside the bar; the raylet would add a paragraph.
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
-    from vlmray.finetune.job import plan_finetune, run_finetune
+    from vlmray.finetune.job import run_finetune
+    from vlmray.finetune.plan import plan_finetune
     from vlmray.finetune.report import format_training_table
 
     run = plan_finetune(config)
@@ -86,7 +88,8 @@ def serve(config: ServeConfig) -> int:
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Compare models and print what came of it; return the exit code: 1 where nothing was answered."""
-    from vlmray.benchmark.job import plan_benchmark, run_benchmark
+    from vlmray.benchmark.job import run_benchmark
+    from vlmray.benchmark.plan import plan_benchmark
     from vlmray.benchmark.report import format_results
 
     results = run_benchmark(plan_benchmark(config))
@@ -97,8 +100,8 @@ def benchmark(config: BenchmarkConfig) -> int:
 def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
-    from vlmray.demo.comparison import format_comparison
     from vlmray.demo.job import run_demo
+    from vlmray.demo.report import format_comparison
 
     report = run_demo(config)
     print(f"\n{format_comparison(report.comparison)}\n\nreport: {config.output_dir}/report.html")

@@ -95,3 +95,7 @@ class Score:
 
     metric: str
     value: float
+
+
+Row = dict[str, Any]
+"""A row of a dataset on its way to a result: plain values under the names of the result's columns."""

@@ -41,11 +41,12 @@ import torch
 
 from benchmarks.common.limit import measure_products
 from benchmarks.common.models import RANDOM, build_random_model
-from vlmray.builtin.random_models import resolve_model_id
 from vlmray.config import InferConfig
-from vlmray.dataset.selection import open_questions
+from vlmray.dataset.rows import read_rows
+from vlmray.dataset.selection import open_selection
 from vlmray.inference import stages
-from vlmray.models.loading import load_processor
+from vlmray.models.processors import load_processor
+from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +176,7 @@ def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
 
     from benchmarks.pipeline.overhead import measure_pipeline
     from vlmray import cluster
-    from vlmray.inference.job import plan_inference
+    from vlmray.inference.plan import plan_inference
 
     cluster.connect("ERROR")
     try:
@@ -188,12 +189,12 @@ def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
 def write_work(options: argparse.Namespace, folder: Path) -> Path:
     """Write what the ways have to do."""
     config = infer_config(options, f"{folder}/unused")
-    asked = open_questions(config, config.dataset_split, config.sample_slices)
+    asked = open_selection(config, config.dataset_split, config.sample_slices)
     task = stages.Task(
         prompt_template=asked.spec.prompt_template, metric=asked.spec.metric,
         max_new_tokens=config.max_new_tokens,
     )  # fmt: skip
-    rows = stages.read_rows(asked.source, asked.spec, asked.split, asked.selected)
+    rows = read_rows(asked.source, asked.spec, asked.split, asked.selected)
     rows = stages.prepare_rows(rows, task)
     processor = load_processor(resolve_model_id(options.model_id))
     requests = make_requests(options, processor.tokenizer, rows, task)

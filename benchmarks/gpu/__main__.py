@@ -38,7 +38,7 @@ from typing import Any
 
 from benchmarks.gpu.setting import SCALES, Setting
 from benchmarks.gpu.steps import AIMS, STEPS, Step
-from vlmray.builtin.random_models import BUILTIN_FOLDER
+from vlmray.builtin.models import BUILTIN_FOLDER
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / ".gpu"

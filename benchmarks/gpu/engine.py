@@ -18,7 +18,7 @@ from benchmarks.engine.ways import Question, answer_plainly, vllm_way
 from benchmarks.gpu.setting import Figures, Setting
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models.loading import embed_patches_by_matmul
+from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
 from vlmray.schema import GenerationRequest
 
 BATCH_SIZE = 64

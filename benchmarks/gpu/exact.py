@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Figures, Setting
-from vlmray.builtin.random_models import BUILTIN, resolve_model_id
+from vlmray.builtin.models import BUILTIN
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.images.decoding import decode_image
+from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]

@@ -21,11 +21,11 @@ from benchmarks.gpu.setting import Figures, Setting
 from benchmarks.pipeline.overhead import measure_engine, measure_pipeline, read_requests
 from benchmarks.serving import measure_clients, read_samples
 from vlmray import cluster
-from vlmray.builtin.random_models import BUILTIN_FOLDER
+from vlmray.builtin.models import BUILTIN_FOLDER
 from vlmray.config import InferConfig
 from vlmray.engines import build_engine
 from vlmray.engines.fake import build_tiny_random_adapter
-from vlmray.inference.job import plan_inference
+from vlmray.inference.plan import plan_inference
 
 ROOT = Path(__file__).parents[2]
 CHARTS = "charts?kind=bar&style=plain&num_rows=64&questions_per_image=4&seed=3"

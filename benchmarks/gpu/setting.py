@@ -13,11 +13,12 @@ import torch
 
 from benchmarks.common.models import build_random_model
 from vlmray.config import InferConfig
-from vlmray.dataset.selection import open_questions
+from vlmray.dataset.rows import read_rows
+from vlmray.dataset.selection import open_selection
 from vlmray.inference import stages
-from vlmray.models.checks import make_once
-from vlmray.models.loading import load_processor
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
+from vlmray.storage.cache import make_once
 
 Figures = Iterator[tuple[str, Any]]
 """What a step found, each as soon as it is known: a name with its unit, and a plain value."""
@@ -109,11 +110,11 @@ class Setting:
             model_id="builtin", dataset_name=self.dataset_name, dataset_split="test",
             sample_slices=f"[:{num_rows}]", max_new_tokens=16,
         )  # fmt: skip
-        asked = open_questions(config, config.dataset_split, config.sample_slices)
+        asked = open_selection(config, config.dataset_split, config.sample_slices)
         task = stages.Task(
             prompt_template=asked.spec.prompt_template, metric=asked.spec.metric, max_new_tokens=16
         )
-        rows = stages.read_rows(asked.source, asked.spec, asked.split, asked.selected)
+        rows = read_rows(asked.source, asked.spec, asked.split, asked.selected)
         rows = stages.prepare_rows(rows, task)
         requests = stages.make_requests(rows, task)
         if not forced:

@@ -14,7 +14,7 @@ from benchmarks.gpu.setting import Figures, Setting
 from benchmarks.training import EPOCHS, rates_of, train_alone, train_plainly
 from vlmray.config import FinetuneConfig
 from vlmray.engines.transformers.memory import empty_cache
-from vlmray.finetune.job import open_training_data
+from vlmray.finetune.plan import open_training_data
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.run import TrainingData, TrainingRun
 from vlmray.training.samples import open_images, to_feature

@@ -17,7 +17,8 @@ import tempfile
 import time
 
 from vlmray.config import InferConfig
-from vlmray.inference.job import plan_inference, run_inference
+from vlmray.inference.job import run_inference
+from vlmray.inference.plan import plan_inference
 
 MIB_PER_KIB = 1 / 1024  # ru_maxrss counts KiB on Linux
 

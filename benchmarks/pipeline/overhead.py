@@ -21,11 +21,12 @@ from pathlib import Path
 from benchmarks.common.charts import write_charts
 from vlmray import cluster
 from vlmray.config import InferConfig
+from vlmray.dataset.rows import read_chunk
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
 from vlmray.inference import stages
-from vlmray.inference.job import plan_inference
-from vlmray.inference.pipeline import InferenceRun, iter_finished
+from vlmray.inference.pipeline import iter_finished
+from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.schema import GenerationRequest
 
 ROWS_PER_CALL = 64
@@ -73,7 +74,7 @@ def plan_run(options: argparse.Namespace, data: str, output_dir: str) -> Inferen
 
 
 def read_requests(run: InferenceRun) -> list[GenerationRequest]:
-    rows = stages.read_chunk(run.source, run.spec, "test", run.pending, 0, len(run.pending))
+    rows = read_chunk(run.source, run.spec, "test", run.pending, 0, len(run.pending))
     return stages.make_requests(stages.prepare_rows(rows, run.task), run.task)
 
 

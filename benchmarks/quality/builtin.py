@@ -18,10 +18,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlmray.builtin.charts import FAMILIES, KINDS, STYLES, ChartsConfig
-from vlmray.builtin.random_models import BUILTIN, trained_charts
+from vlmray.builtin.charts import KINDS, ChartsConfig, ChartsSource
+from vlmray.builtin.models import BUILTIN, trained_charts
+from vlmray.builtin.questions import FAMILIES
+from vlmray.builtin.sampling import STYLES
 from vlmray.dataset.registry import get_dataset_columns
-from vlmray.dataset.sources import ChartsSource
+from vlmray.dataset.rows import read_rows
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
 from vlmray.inference import stages
@@ -103,7 +105,7 @@ def answer(source: ChartsSource, engine: Engine) -> Iterator[dict[str, Any]]:
     task = Task(prompt_template=spec.prompt_template, metric=spec.metric, max_new_tokens=48)
     for start in range(0, len(source), ROWS_PER_CALL):
         indices = range(start, min(start + ROWS_PER_CALL, len(source)))
-        rows = stages.prepare_rows(stages.read_rows(source, spec, "test", indices), task)
+        rows = stages.prepare_rows(read_rows(source, spec, "test", indices), task)
         yield from (stages.score_row(row, task) for row in stages.generate_rows(rows, engine, task))
 
 

@@ -23,13 +23,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.vision_utils import get_vision_position_ids
 
-from vlmray.builtin.charts import ChartDataset, ChartsConfig
+from vlmray.builtin.charts import ChartDataset, ChartsConfig, ChartsSource
 from vlmray.builtin.drawing import draw_chart
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import get_dataset_columns
-from vlmray.dataset.sources import ChartsSource
-from vlmray.models.loading import load_processor
 from vlmray.models.lora import build_skeleton
+from vlmray.models.processors import load_processor
 from vlmray.models.vision import replace_pixels
 from vlmray.schema import Sample
 from vlmray.training.collator import DataCollatorForVLMSFT

@@ -39,12 +39,15 @@ from transformers.utils import logging
 from benchmarks.quality.builtin import ALL_TRAINED, every_family, score, tabulate
 from benchmarks.quality.train_batches import Batch, ChartBatches, TimedLoader, load, on_device, see_images
 from benchmarks.quality.train_card import TrainedModel
-from vlmray.builtin.charts import FAMILIES, KINDS, STYLES, ChartsConfig
-from vlmray.builtin.random_models import UNTRAINED, resolve_model_id
+from vlmray.builtin.charts import KINDS, ChartsConfig
+from vlmray.builtin.models import UNTRAINED
+from vlmray.builtin.questions import FAMILIES
+from vlmray.builtin.sampling import STYLES
 from vlmray.engines import build_engine
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.source import resolve_model_id
 from vlmray.training.optimizers import muon_factory
 
 TAUGHT_LATER = ("count_above", "naming", "comparison", "difference")

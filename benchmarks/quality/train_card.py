@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.builtin import ALL_TRAINED
-from vlmray.builtin.charts import FAMILIES, ChartsConfig
+from vlmray.builtin.charts import ChartsConfig
+from vlmray.builtin.questions import FAMILIES
 
 Table = Mapping[str, Mapping[str, float]]
 """Number of questions and accuracy by family, as `benchmarks.quality.builtin` makes it."""

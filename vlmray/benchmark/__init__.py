@@ -8,8 +8,8 @@ from vlmray._lazy import offer
 __getattr__, __dir__ = offer(
     __name__,
     {
-        "BenchmarkError": "job",
-        "plan_benchmark": "job",
+        "BenchmarkError": "plan",
+        "plan_benchmark": "plan",
         "run_benchmark": "job",
     },
 )

@@ -1,150 +1,23 @@
 """A benchmark as a closing table, Markdown, JSON and an HTML page; measures nothing.
 
-Scoreboard, SpeedPoint -> Results -> format_results, format_markdown, render_benchmark_html
+Results -> format_results, format_markdown, render_benchmark_html
 """
 
 from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
+from vlmray.benchmark.results import Results, format_p, format_range, verdicts
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
-from vlmray.inference.report import ErrorGroup, error_table, option_table
-from vlmray.metrics.significance import ALPHA, Difference, Interval
-from vlmray.reports.page import (
-    TERMINAL_WIDTH,
-    Cell,
-    Column,
-    Fact,
-    Gallery,
-    GalleryItem,
-    Page,
-    Section,
-    Table,
-    format_duration,
-    format_percent,
-    format_points,
-    format_rate,
-    render_page,
-)
+from vlmray.benchmark.speed import Percentiles
+from vlmray.metrics.significance import ALPHA, Interval
+from vlmray.reports.errors import error_table, option_table
+from vlmray.reports.gallery import Gallery
+from vlmray.reports.page import Fact, Page, Section, render_page
 from vlmray.reports.plots import Plot, Series
-
-Percentiles = tuple[float, float, float]
-
-EARLIER = "it was in the earlier run"
-"""What a model is compared with by `--baseline`, in a sentence."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedPoint:
-    """One model under one load."""
-
-    model: str
-    load: float
-    kind: str
-    """What the load counts: requests in flight, or requests per second offered."""
-
-    num_requests: int
-    num_failed: int
-    requests_per_s: float
-    tokens_per_s: float
-    ttft_ms: Percentiles | None
-    """p50, p90 and p99 of the time to the first text; None where no answer had any."""
-
-    latency_ms: Percentiles | None
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SpeedPoint:
-        """Read one back."""
-        percentiles = {
-            name: tuple(values[name]) if values[name] else None for name in ("ttft_ms", "latency_ms")
-        }
-        return cls(**{**values, **percentiles})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """A benchmark as the renderers need it."""
-
-    title: str
-    models: Mapping[str, str]
-    """What each name stands for."""
-
-    board: Scoreboard | None
-    """None where speed alone was measured."""
-
-    against_baseline: Mapping[str, GroupDifference]
-    """Each model against the one that had its name in the earlier run."""
-
-    speed: tuple[SpeedPoint, ...]
-    price_per_hour: float | None
-    errors: Mapping[str, tuple[ErrorGroup, ...]]
-    num_samples: int
-    galleries: Mapping[str, tuple[int, Sequence[GalleryItem]]]
-    """Number of samples and some of them, by what became of them."""
-
-    elapsed_s: float
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_answered(self) -> int:
-        """Answers of all models; where speed alone was measured, requests."""
-        if self.board is None:
-            return sum(point.num_requests - point.num_failed for point in self.speed)
-        failed = sum(group.num_rows for groups in self.errors.values() for group in groups)
-        return self.num_samples * len(self.models) - failed
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all figures as JSON values."""
-        board = self.board
-        bleu = board.bleu if board else {}
-        return {
-            "models": dict(self.models),
-            "verdicts": verdicts(self),
-            "scores": [dataclasses.asdict(score) for score in board.scores] if board else [],
-            "differences": [
-                {**dataclasses.asdict(difference), "verdict": difference.verdict}
-                for difference in (board.differences if board else ())
-            ],
-            "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
-            "against_baseline": {
-                name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()
-            },
-            "speed": [dataclasses.asdict(point) for point in self.speed],
-            "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
-            "elapsed_s": self.elapsed_s,
-        }
-
-
-def verdicts(results: Results) -> list[str]:
-    """Say in plain sentences whether each model is better than the first, and than it was."""
-    board = results.board
-    if board is None:
-        return []
-    metric = board.metrics[0]
-    found = [_sentence(board.difference(model, metric)) for model in board.models[1:]]
-    return found + [_sentence(difference) for difference in results.against_baseline.values()]
-
-
-def _sentence(found: GroupDifference) -> str:
-    difference = found.difference
-    sign = "" if found.p_corrected < 0.001 else "= "
-    details = (
-        f"{format_points(difference.mean)} points of {found.metric}, 95 % interval {_range(difference)}, "
-        f"p {sign}{_p(found.p_corrected)} "
-        f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
-    )
-    if found.verdict != "no significant change":
-        return f"{found.model} is {found.verdict} than {found.base}: {details}"
-    text = f"{found.model} against {found.base}: no significant change: {details}"
-    if difference.smallest is None:
-        return f"{text} No answer scores differently."
-    smallest = f"{100 * difference.smallest:.1f}"
-    return f"{text} A difference of {smallest} points would have shown in 4 of 5 such samples."
-
+from vlmray.reports.tables import Cell, Column, Table
+from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent, format_points, format_rate
 
 # ---------------------------------------------------------------------------------------------
 # Terminal and Markdown
@@ -281,9 +154,9 @@ def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
         name,
         found.verdict,
         format_points(difference.mean),
-        _range(difference),
-        _p(found.p_corrected),
-        "–" if difference.mcnemar_p is None else _p(difference.mcnemar_p),
+        format_range(difference),
+        format_p(found.p_corrected),
+        "–" if difference.mcnemar_p is None else format_p(difference.mcnemar_p),
         f"{difference.num_gained:,}",
         f"{difference.num_lost:,}",
     )
@@ -332,7 +205,7 @@ def _breakdown_table(board: Scoreboard, kind: str) -> Table:
             if model != base:
                 found = board.difference(model, metric, kind, group)
                 rows.append(
-                    (*row, format_points(found.difference.mean), _p(found.p_corrected), found.verdict)
+                    (*row, format_points(found.difference.mean), format_p(found.p_corrected), found.verdict)
                 )
             else:
                 rows.append((*row, "", "", "") if others else row)
@@ -414,11 +287,3 @@ def _model_table(results: Results) -> Table:
         rows=tuple(results.models.items()),
         collapsed=True,
     )
-
-
-def _range(difference: Difference) -> str:
-    return f"{format_points(difference.low)} to {format_points(difference.high)}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

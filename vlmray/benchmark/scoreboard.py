@@ -15,8 +15,9 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from vlmray import metrics
-from vlmray.inference.report import NO_FAMILY
+from vlmray.benchmark.samples import SampleFacts
 from vlmray.metrics.significance import ALPHA, Difference, Interval, holm, mean_interval, paired_difference
+from vlmray.reports.errors import NO_FAMILY
 
 Row = Mapping[str, Any]
 Verdict = Literal["better", "worse", "no significant change"]
@@ -24,25 +25,6 @@ Verdict = Literal["better", "worse", "no significant change"]
 _NUMBER = re.compile(r"[-+]?[$€£]?\s*\d[\d,.]*\s*%?")
 _SIZES = (0.0, 0.25e6, 1e6, float("inf"))
 _SIZE_NAMES = ("below 0.25 megapixels", "0.25 to 1 megapixels", "above 1 megapixel")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleFacts:
-    """What a sample is about, whatever a model says to it."""
-
-    sample_id: str
-    question: str
-    answers: tuple[str, ...]
-    family: str | None = None
-    image: str | None = None
-    """What tells its image from others; None: it has none."""
-
-    num_pixels: int | None = None
-
-    @property
-    def image_key(self) -> str:
-        """What its scores are tied together by."""
-        return self.image or self.sample_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@
 
 Nothing is stored or downloaded. A row is a pure function of the config, the split and its index: any
 row can be read alone, in any order, by any worker, and is the same on each. `num_rows` only says
-where a split ends. Pictures are drawn in `chart_drawing.py`.
+where a split ends. Charts are chosen in `sampling.py`,
+drawn in `drawing.py` and asked about in `questions.py`.
 
 Question families, all of which apply to every kind of chart:
 
@@ -32,273 +33,24 @@ import functools
 import hashlib
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations, pairwise, permutations
-from typing import NamedTuple, TypedDict
+from typing import Any, TypedDict
 from urllib.parse import parse_qsl, urlencode
 
-from vlmray.builtin.drawing import (
-    COLOURS,
-    DRAWERS,
-    MARKERS,
-    PALETTES,
-    THEMES,
-    Chart,
-    Kind,
-    Scale,
-    Style,
-    draw_chart,
-)
+from vlmray.builtin.canvas import Chart, Kind
+from vlmray.builtin.drawing import DRAWERS, draw_chart
+from vlmray.builtin.questions import FAMILIES, QUESTIONS, Question
+from vlmray.builtin.sampling import STYLES, sample_chart
 
 SPLITS = ("train", "validation", "test")
 KINDS: tuple[Kind, ...] = tuple(DRAWERS)
-
-
-# ---------------------------------------------------------------------------------------------
-# Questions: a family is one function from a chart to every question of that family it permits
-# ---------------------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """A question and its only answer."""
-
-    text: str
-    answer: str
-
-
-class Words(NamedTuple):
-    """How questions speak about one kind of chart."""
-
-    mark: str
-    largest: str
-    smallest: str
-    after: str
-    """Where the next mark in reading order lies."""
-
-    ends: tuple[str, str] | None
-    """Names of the first and the last mark; None where the marks go round."""
-
-    order: str
-    """How all marks are listed; `{first}` is the colour of the one that begins."""
-
-    value_of: str = "What is the value of"
-    value: str = "value"
-    unit: str = ""
-
-
-_ACROSS = "from left to right"
-WORDS: dict[Kind, Words] = {
-    "bar": Words("bar", "tallest", "shortest", "right of", ("leftmost", "rightmost"), _ACROSS),
-    "hbar": Words("bar", "longest", "shortest", "below", ("top", "bottom"), "from top to bottom"),
-    "line": Words("point", "highest", "lowest", "right of", ("leftmost", "rightmost"), _ACROSS),
-    "pie": Words(
-        "slice", "largest", "smallest", "clockwise from", None, "clockwise from {first}",
-        "What percent is", "percent", " percent",
-    ),
-}  # fmt: skip
-
-
-def _namings(chart: Chart) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the two ways to name every mark: by its colour and by its label."""
-    mark = WORDS[chart.kind].mark
-    return tuple(f"the {colour} {mark}" for colour in chart.colours), chart.labels
-
-
-def _count(chart: Chart) -> Iterator[Question]:
-    yield Question(f"How many {WORDS[chart.kind].mark}s are there?", str(len(chart.values)))
-
-
-def _count_above(chart: Chart) -> Iterator[Question]:
-    words, scale = WORDS[chart.kind], chart.scale
-    # A mark exactly at the threshold is hard to judge by eye, so thresholds avoid all values.
-    free = [value for value in range(scale.step, scale.top, scale.step) if value not in chart.values]
-    telling = [value for value in free if min(chart.values) < value < max(chart.values)]
-    for threshold in telling or free:
-        number = sum(value > threshold for value in chart.values)
-        yield Question(f"How many {words.mark}s are above {threshold}{words.unit}?", str(number))
-
-
-def _position(chart: Chart) -> Iterator[Question]:
-    words, colours = WORDS[chart.kind], chart.colours
-    following = list(pairwise(colours))
-    if words.ends:
-        yield Question(f"What colour is the {words.ends[0]} {words.mark}?", colours[0])
-        yield Question(f"What colour is the {words.ends[1]} {words.mark}?", colours[-1])
-    else:
-        following.append((colours[-1], colours[0]))
-    for colour, answer in following:
-        yield Question(f"What colour is the {words.mark} just {words.after} {colour}?", answer)
-
-
-def _naming(chart: Chart) -> Iterator[Question]:
-    mark = WORDS[chart.kind].mark
-    for colour, label in zip(chart.colours, chart.labels, strict=True):
-        yield Question(f"Which label has the {colour} {mark}?", label)
-        yield Question(f"What colour is the {mark} of {label}?", colour)
-
-
-def _extreme(chart: Chart) -> Iterator[Question]:
-    words = WORDS[chart.kind]
-    for adjective, value in ((words.largest, max(chart.values)), (words.smallest, min(chart.values))):
-        index = chart.values.index(value)
-        yield Question(f"What colour is the {adjective} {words.mark}?", chart.colours[index])
-        yield Question(f"Which label has the {adjective} {words.mark}?", chart.labels[index])
-
-
-def _highest(chart: Chart) -> Iterator[Question]:
-    yield Question(f"What is the highest {WORDS[chart.kind].value}?", str(max(chart.values)))
-
-
-def _lowest(chart: Chart) -> Iterator[Question]:
-    yield Question(f"What is the lowest {WORDS[chart.kind].value}?", str(min(chart.values)))
-
-
-def _values_of(chart: Chart, names: tuple[str, ...]) -> Iterator[Question]:
-    for name, value in zip(names, chart.values, strict=True):
-        yield Question(f"{WORDS[chart.kind].value_of} {name}?", str(value))
-
-
-def _value_by_colour(chart: Chart) -> Iterator[Question]:
-    return _values_of(chart, _namings(chart)[0])
-
-
-def _value_by_label(chart: Chart) -> Iterator[Question]:
-    return _values_of(chart, _namings(chart)[1])
-
-
-def _comparison(chart: Chart) -> Iterator[Question]:
-    for names in _namings(chart):
-        # Both orders of every pair, so that yes and no are equally common.
-        for (one, value), (other, other_value) in permutations(zip(names, chart.values, strict=True), 2):
-            yield Question(f"Is {one} larger than {other}?", "yes" if value > other_value else "no")
-
-
-def _difference(chart: Chart) -> Iterator[Question]:
-    for names in _namings(chart):
-        for (one, value), (other, other_value) in combinations(zip(names, chart.values, strict=True), 2):
-            yield Question(
-                f"What is the difference between {one} and {other}?", str(abs(value - other_value))
-            )
-
-
-def _list(chart: Chart) -> Iterator[Question]:
-    words = WORDS[chart.kind]
-    # Where marks go round any of them can begin; elsewhere the first one does.
-    for start in range(1 if words.ends else len(chart.values)):
-        order = words.order.format(first=chart.colours[start])
-        for name, listed in (
-            ("colours", chart.colours), ("labels", chart.labels), ("values", chart.values)
-        ):  # fmt: skip
-            answer = ", ".join(map(str, listed[start:] + listed[:start]))
-            yield Question(f"List the {name} of the {words.mark}s {order}.", answer)
-
-
-_QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
-    "count": _count,
-    "count_above": _count_above,
-    "position": _position,
-    "naming": _naming,
-    "extreme": _extreme,
-    "highest": _highest,
-    "lowest": _lowest,
-    "value_by_colour": _value_by_colour,
-    "value_by_label": _value_by_label,
-    "comparison": _comparison,
-    "difference": _difference,
-    "list": _list,
-}
-
-FAMILIES: tuple[str, ...] = tuple(_QUESTIONS)
-"""Names of the question families, described in the module's docstring."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Charts: what a picture says and how it looks, chosen by a seeded generator
-# ---------------------------------------------------------------------------------------------
-
-TITLES = ("Sales", "Votes", "Points", "Hours", "Visits", "Orders")
-LABELS = (
-    ("A", "B", "C", "D", "E", "F", "G", "H"),
-    ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"),
-    ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul"),
-    ("Ann", "Ben", "Eve", "Ida", "Leo", "Max", "Tom", "Zoe"),
-    ("Ant", "Bee", "Cat", "Cow", "Dog", "Fox", "Hen", "Owl", "Pig"),
-)
-SIZES = ((168, 140), (196, 140), (196, 168), (224, 168))  # multiples of 28 pixels
-NUM_MARKS = (3, 4, 5, 6)
-STYLES = ("varied", "plain")
-PLAIN = Style(
-    size=SIZES[0], theme="white", palette="vivid", font_size=10, legend="none", print_values=False,
-    axis_numbers=True, grid=True, outline=False, bar_width=0.65, marker="circle", hole=0.0, rotation=0,
-)  # fmt: skip
-
-# Ten levels can be told apart against gridlines; finer values are only used where they are printed.
-COARSE_SCALES = (Scale(10, 1, 2), Scale(20, 2, 4), Scale(50, 5, 10), Scale(100, 10, 20))
-FINE_SCALES = (Scale(20, 1, 5), Scale(100, 5, 20))
-PIE_SCALE = Scale(100, 5, 20)
-SMALLEST_SHARE, SHARE_GAP = 9, 2  # per cent: room for the printed number, and shares that look different
 
 
 def _rng(*parts: object) -> random.Random:
     """Return a generator seeded by the parts alone; `hash()` would differ between processes."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "big"))
-
-
-def _sample_chart(rng: random.Random, kinds: tuple[Kind, ...], *, plain: bool) -> Chart:
-    kind, count = rng.choice(kinds), rng.choice(NUM_MARKS)
-    style = PLAIN if plain else _sample_style(rng)
-    if kind == "pie":
-        scale, values = PIE_SCALE, _sample_shares(rng, count)
-    else:
-        scale = rng.choice(COARSE_SCALES + FINE_SCALES if style.print_values else COARSE_SCALES)
-        values = rng.sample(range(scale.step, scale.top + 1, scale.step), count)
-    pool = LABELS[0] if plain else rng.choice(LABELS)
-    return Chart(
-        kind=kind,
-        title="" if plain else rng.choice(("", *TITLES)),
-        labels=tuple(pool[index] for index in sorted(rng.sample(range(len(pool)), count))),
-        colours=tuple(rng.sample(COLOURS, count)),
-        values=tuple(values),
-        scale=scale,
-        style=style,
-    )
-
-
-def _sample_style(rng: random.Random) -> Style:
-    theme = rng.choice(tuple(THEMES))
-    print_values = rng.random() < 0.5
-    # A value must be readable: where it is not printed, axis numbers and gridlines are.
-    axis_numbers = not print_values or rng.random() < 0.6
-    return Style(
-        size=rng.choice(SIZES),
-        theme=theme,
-        # The deep palette's blue and brown would sink into a dark background.
-        palette=rng.choice([name for name in PALETTES if (theme, name) != ("dark", "deep")]),
-        font_size=rng.choice((10, 11)),
-        legend=rng.choice(("none", "none", "right", "bottom")),
-        print_values=print_values,
-        axis_numbers=axis_numbers,
-        grid=not print_values or (axis_numbers and rng.random() < 0.6),
-        outline=rng.random() < 0.3,
-        bar_width=rng.choice((0.5, 0.65, 0.8)),
-        marker=rng.choice(tuple(MARKERS)),
-        hole=rng.choice((0.0, 0.0, 0.42)),
-        rotation=rng.randrange(0, 360, 15),
-    )
-
-
-def _sample_shares(rng: random.Random, count: int) -> list[int]:
-    """Draw whole percentages that sum to 100, the closest two `SHARE_GAP` apart, in random order."""
-    shares = [SMALLEST_SHARE + SHARE_GAP * rank for rank in range(count)]
-    # Raising a share and all larger ones together keeps the gaps; the last alone can take any rest.
-    while left := 100 - sum(shares):
-        rank = rng.choice([rank for rank in range(count) if count - rank <= left])
-        rise = rng.randint(1, left // (count - rank))
-        shares[rank:] = [share + rise for share in shares[rank:]]
-    rng.shuffle(shares)
-    return shares
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,7 +223,7 @@ class ChartDataset:
 
     def _sample(self, image_index: int) -> Chart:
         rng = _rng("chart", self.split, self.config.seed, image_index)
-        return _sample_chart(rng, self.config.kinds, plain=self.config.style == "plain")
+        return sample_chart(rng, self.config.kinds, plain=self.config.style == "plain")
 
     def _draw(self, image_index: int) -> bytes:
         buffer = io.BytesIO()
@@ -491,6 +243,34 @@ class ChartDataset:
         _rng("families", self.split, seed, image_index // count).shuffle(families)
         turns = [families[(image_index + turn) % count] for turn in range(slot + 1)]
         family = turns[-1]
-        questions = list(_QUESTIONS[family](chart))
+        questions = list(QUESTIONS[family](chart))
         _rng("question", self.split, seed, image_index, family).shuffle(questions)
         return family, questions[(turns.count(family) - 1) % len(questions)]
+
+
+class ChartsSource:
+    """The built-in charts: drawn where they are read, so they lie nowhere."""
+
+    column_names = ("image", "image_id", "question", "answers", "family")
+    on_driver = False
+    base_dir = None
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            self._charts = ChartDataset(parse_charts_name(name), split)
+        except ValueError as error:
+            option = "--dataset_split" if "split" in str(error) else "--dataset_name"
+            raise ValueError(f"{option}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._charts)
+
+    def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        charts = self._charts
+        if columns is None or "image" in columns:
+            rows = [dict(charts[index]) for index in indices]
+        elif list(columns) == ["image_id"]:
+            rows = [{"image_id": charts.image_id(index)} for index in indices]
+        else:  # nothing has to be drawn
+            rows = [{"image_id": charts.image_id(index), **charts.ask(index)} for index in indices]
+        return [{name: row[name] for name in columns or row} for row in rows]

@@ -1,14 +1,7 @@
-"""Small Qwen2.5-VL models that need no network, and the names by which they are asked for.
-
-| `--model_id` | what it is |
-| --- | --- |
-| `builtin` | reads the built-in charts; ships in `vlmray/builtin`, see the model card there |
-| `builtin-untrained` | what training of `builtin` began from: the same architecture, random weights |
-| `tiny-random` | the smallest model of that kind, with random weights: answers without meaning |
+"""Small Qwen2.5-VL models with random weights, built from a seed.
 
 All are complete checkpoint folders that plain transformers loads: weights, a tokenizer of their own with
-Qwen's special tokens and chat template, processor files. Those with random weights are built on first use,
-from a seed.
+Qwen's special tokens and chat template, processor files.
 
 torch and transformers are imported inside the functions, so that importing this module costs nothing.
 """
@@ -19,22 +12,15 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmray.builtin.charts import LABELS, TITLES, ChartDataset, ChartsConfig, parse_charts_name
-from vlmray.models.checks import cache_folder, make_once
+from vlmray.builtin.charts import ChartDataset, ChartsConfig
+from vlmray.builtin.sampling import LABELS, TITLES
 
 if TYPE_CHECKING:
     import torch
-
-BUILTIN = "builtin"
-UNTRAINED = "builtin-untrained"
-TINY_RANDOM = "tiny-random"
-
-BUILTIN_FOLDER = Path(__file__).parent / "checkpoint"
-"""Where the trained model lies in the package."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -84,40 +70,6 @@ _PREPROCESSOR_CONFIG = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Names
-# ---------------------------------------------------------------------------------------------
-
-
-def is_built_in(model_id: str) -> bool:
-    """Tell whether a model id is one of this module's names."""
-    return model_id == BUILTIN or model_id in _BUILDS
-
-
-def resolve_model_id(model_id: str) -> str:
-    """Return the folder of a built-in model for its name, and any other id unchanged.
-
-    Models with random weights are built on first use under `$VLMRAY_CACHE`, or `~/.cache/vlmray`. A folder
-    appears by one rename, so processes that start together may all ask for it.
-    """
-    if model_id == BUILTIN:
-        return str(BUILTIN_FOLDER)
-    if model_id not in _BUILDS:
-        return model_id
-    build, version = _BUILDS[model_id]
-    folder = cache_folder() / f"{model_id}-{version}"
-    make_once(folder, build)
-    return str(folder)
-
-
-def trained_charts() -> ChartsConfig:
-    """Return what the built-in model was trained on, as its recipe has it."""
-    import yaml
-
-    recipe = yaml.safe_load((BUILTIN_FOLDER / "recipe.yaml").read_text(encoding="utf-8"))
-    return parse_charts_name(recipe["dataset_name"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,13 +158,6 @@ def build_tiny_random_model(
     _draw_weights(model, torch.Generator().manual_seed(seed))
     _shape_answers(model, tokenizer, vocab_size)
     return _save(path, model, tokenizer)
-
-
-# The last part of each folder's name: raise it whenever the built files change.
-_BUILDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    TINY_RANDOM: (build_tiny_random_model, "v2"),
-    UNTRAINED: (build_untrained_model, "v1"),
-}
 
 
 @contextlib.contextmanager

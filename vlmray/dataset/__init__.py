@@ -10,9 +10,9 @@ __getattr__, __dir__ = offer(
         "format_data": "prompts",
         "format_qwen_vl_messages": "prompts",
         "get_dataset_columns": "registry",
-        "load_hf_dataset": "sources",
+        "load_hf_dataset": "huggingface",
         "open_source": "sources",
-        "parse_sample_slices": "registry",
+        "parse_sample_slices": "slices",
         "register_dataset": "registry",
     },
 )

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmray.builtin.random_models import is_built_in
 from vlmray.config import QuestionsConfig
 from vlmray.dataset.prompts import check_prompt_template
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns, parse_sample_slices
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
 from vlmray.metrics import METRICS
-from vlmray.models import checks
-from vlmray.storage import hub
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Questions:
+class Selection:
     """Rows of one split that were asked for."""
 
     source: Source
@@ -28,9 +26,9 @@ class Questions:
     system_prompt: str | None = None
 
 
-def open_questions(
+def open_selection(
     config: QuestionsConfig, split: str, slices: str, *, random_access: bool = False
-) -> Questions:
+) -> Selection:
     """Open a split and check every option that is about the dataset.
 
     Args:
@@ -61,19 +59,6 @@ def open_questions(
         check_prompt_template(spec.prompt_template)
     except ValueError as error:
         raise ValueError(f"--prompt_template: {error}") from error
-    return Questions(
+    return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
-
-
-def check_model(model_id: str) -> None:
-    """Check on the driver what a worker would only find after it started.
-
-    Raises:
-        ValueError: not a model, or the hub does not answer.
-        FileNotFoundError: a folder that is not there or lacks weights.
-    """
-    if not is_built_in(model_id):
-        checks.check_model_folder(model_id)
-        if checks.local_folder(model_id) is None:
-            hub.check_reachable(model_id, "model", option="--model_id")

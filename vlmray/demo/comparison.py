@@ -1,7 +1,6 @@
-"""Two runs over the same rows side by side, as a table and an HTML page; measures nothing.
+"""Two runs over the same rows side by side.
 
-    result rows before, result rows after -> compare -> Comparison -> format_comparison
-                                                                   -> render_comparison_html
+    result rows before, result rows after -> compare -> Comparison
 
 Rows are those that inference writes. A failed row counts as wrong in both columns: a run does not get
 better by failing where it would have been wrong.
@@ -10,27 +9,12 @@ better by failing where it would have been wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from vlmray.inference.report import NO_FAMILY, option_table
-from vlmray.reports.page import (
-    Cell,
-    Column,
-    Fact,
-    Gallery,
-    GalleryItem,
-    Page,
-    Row,
-    Section,
-    Table,
-    format_percent,
-    format_points,
-    read_number,
-    render_page,
-    shorten,
-)
+from vlmray.reports.errors import NO_FAMILY
+from vlmray.reports.gallery import Row
+from vlmray.reports.text import read_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,54 +97,6 @@ def _gain(name: str, pairs: Sequence[tuple[float, float]]) -> Gain:
     )
 
 
-def format_comparison(comparison: Comparison) -> str:
-    """Format the closing table: plain text, at most 80 columns wide."""
-    return _gain_table(comparison, with_total=True).to_text()
-
-
-def _gain_table(comparison: Comparison, *, with_total: bool = False) -> Table:
-    rows = [*comparison.families, *([comparison.total] if with_total else [])]
-    return Table(
-        title=f"{comparison.metric} by family",
-        columns=(
-            Column("family"),
-            Column("rows", True),
-            Column(shorten(comparison.before, 16), True),
-            Column(shorten(comparison.after, 16), True),
-            Column("gain", True),
-            Column("got right", True),
-            Column("lost", True),
-        ),
-        rows=tuple(
-            (
-                gain.name,
-                f"{gain.num_rows:,}",
-                Cell(format_percent(gain.before), gain.before),
-                Cell(format_percent(gain.after), gain.after),
-                format_points(gain.after - gain.before),
-                f"{gain.num_gained:,}",
-                f"{gain.num_lost:,}",
-            )
-            for gain in rows
-        ),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonReport:
-    """Two runs as the page shows them."""
-
-    title: str
-    comparison: Comparison
-    focus: str
-    """Family that the headline is about."""
-
-    facts: tuple[Fact, ...] = ()
-    plots: tuple[Section, ...] = ()
-    gallery: tuple[GalleryItem, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
 def choose_changed(before: Iterable[Row], after: Iterable[Row], focus: str, limit: int = 60) -> list[Row]:
     """Choose rows of the second run to show: where the score changed first, half of them of one family."""
     earlier = {row["sample_id"]: row for row in before}
@@ -171,29 +107,3 @@ def choose_changed(before: Iterable[Row], after: Iterable[Row], focus: str, limi
     rows = sorted(after, key=order)
     chosen = [row for row in rows if row.get("family") == focus][: limit // 2]
     return chosen + [row for row in rows if row.get("family") != focus][: limit - len(chosen)]
-
-
-def render_comparison_html(report: ComparisonReport) -> str:
-    """Render the comparison as one HTML page that needs nothing but itself."""
-    comparison, focus = report.comparison, report.comparison.of(report.focus)
-    sections: list[Section] = [_gain_table(comparison, with_total=True), *report.plots]
-    if report.gallery:
-        note = (
-            f"{len(report.gallery):,} of {comparison.total.num_rows:,} rows, changed ones first: "
-            "their mix is not the score."
-        )
-        sections.append(Gallery(title="Samples", items=report.gallery, note=note))
-    if report.options:
-        sections.append(option_table(report.options))
-    label = (
-        f"{comparison.metric} on {focus.name}, from {format_percent(focus.before)} "
-        f"with {comparison.before}, over {focus.num_rows:,} held-out rows"
-    )
-    return render_page(
-        Page(
-            title=report.title,
-            headline=Fact(label, format_percent(focus.after)),
-            facts=report.facts,
-            sections=tuple(sections),
-        )
-    )

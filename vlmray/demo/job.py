@@ -16,16 +16,22 @@ from typing import Any
 
 import torch
 
-from vlmray.builtin.charts import FAMILIES, ChartsConfig
-from vlmray.builtin.random_models import BUILTIN, trained_charts
+from vlmray.builtin.charts import ChartsConfig, ChartsSource
+from vlmray.builtin.models import BUILTIN, trained_charts
+from vlmray.builtin.questions import FAMILIES
 from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
-from vlmray.dataset.sources import ChartsSource
-from vlmray.demo.comparison import ComparisonReport, choose_changed, compare, render_comparison_html
-from vlmray.finetune.job import plan_finetune, run_finetune
-from vlmray.finetune.report import TrainingReport, plot_curves
-from vlmray.inference.job import plan_inference, run_inference
-from vlmray.inference.report import group_errors
-from vlmray.reports.page import Fact, GalleryItem, Row, format_duration
+from vlmray.demo.comparison import choose_changed, compare
+from vlmray.demo.report import ComparisonReport, render_comparison_html
+from vlmray.finetune.job import run_finetune
+from vlmray.finetune.plan import plan_finetune
+from vlmray.finetune.report import plot_curves
+from vlmray.finetune.results import TrainingReport
+from vlmray.inference.job import run_inference
+from vlmray.inference.plan import plan_inference
+from vlmray.reports.errors import group_errors
+from vlmray.reports.gallery import GalleryItem, Row
+from vlmray.reports.page import Fact
+from vlmray.reports.text import format_duration
 from vlmray.storage.run_folder import OutputDirectory
 
 _TRAINED = trained_charts()

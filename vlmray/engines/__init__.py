@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlmray.builtin.random_models import resolve_model_id
 from vlmray.engines.base import Engine
+from vlmray.models.source import resolve_model_id
 
 __all__ = ["ENGINES", "Engine", "build_engine"]
 

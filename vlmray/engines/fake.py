@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
-from vlmray.images.decoding import load_image_pil
+from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.schema import Completion, GenerationRequest
 

@@ -8,8 +8,8 @@ from vlmray._lazy import offer
 __getattr__, __dir__ = offer(
     __name__,
     {
-        "FinetuneError": "job",
-        "plan_finetune": "job",
+        "FinetuneError": "plan",
+        "plan_finetune": "plan",
         "run_finetune": "job",
     },
 )

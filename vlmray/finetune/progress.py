@@ -10,7 +10,7 @@ from ray.train import UserCallback
 from tqdm import tqdm
 
 from vlmray import cluster
-from vlmray.reports.page import shorten
+from vlmray.reports.text import shorten
 
 
 class Board:

@@ -9,16 +9,24 @@ worker asks first, so that no two runs would train the same batches.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.train
 
 from vlmray import cluster
 from vlmray.training.batch_plan import BatchPlan
+from vlmray.training.run import TrainingRun
 from vlmray.training.samples import SAMPLE_SCHEMA, Conversations, Features, open_images, to_feature
+from vlmray.training.worker import TrainingMistake, train_loop_per_worker
 
 _SAMPLES_PER_TASK = 16
 _TASKS_AHEAD = 3
@@ -86,3 +94,47 @@ def _batches_of(table: ray.ObjectRef, batch_size: int) -> Iterator[Features]:
     features = [to_feature(row) for row in ray.get(table).to_pylist()]
     for start in range(0, len(features), batch_size):
         yield features[start : start + batch_size]
+
+
+def train_on_ray(config: dict[Any, Any]) -> dict[str, Any]:
+    """Train as a worker of Ray Train; return the outcome as plain values.
+
+    They pass through Ray's controller, which for anything else would import all of torch.
+    """
+    try:
+        outcome = train_loop_per_worker(config, RayWorker(config["run"], config["shards"], config["board"]))
+    except TrainingMistake as mistake:
+        return {"mistake": str(mistake)}  # raised, it would be tried again and again
+    return dataclasses.asdict(outcome)
+
+
+class RayWorker:
+    """A worker of Ray Train: samples come from shards, checkpoints go to the run's storage."""
+
+    def __init__(self, run: TrainingRun, shards: Mapping[str, Shard], board: Any) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self._run = run
+        self._shards = shards
+        self._board = board
+
+    def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
+        return self._shards[name].read(self._run.plan(name, self.world_size), self.rank, start, stop)
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        last = ray.train.get_checkpoint()
+        if last is None:
+            yield None
+        else:
+            with last.as_directory() as folder:
+                yield Path(folder)
+
+    def save(self, metrics: Mapping[str, float], folder: Path) -> None:
+        ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        shutil.rmtree(folder)
+
+    def tell(self, **progress: Any) -> None:
+        if self.rank == 0:
+            self._board.tell.remote(progress)

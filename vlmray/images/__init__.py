@@ -6,6 +6,6 @@ __getattr__, __dir__ = offer(
     __name__,
     {
         "ImageError": "decoding",
-        "load_image_pil": "decoding",
+        "load_image_pil": "reading",
     },
 )

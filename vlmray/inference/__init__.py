@@ -10,7 +10,7 @@ __getattr__, __dir__ = offer(
     {
         "InferenceError": "job",
         "Task": "stages",
-        "plan_inference": "job",
+        "plan_inference": "plan",
         "process_single_sample": "stages",
         "run_inference": "job",
     },

@@ -13,70 +13,27 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
 
 import ray
 from tqdm import tqdm
 
 from vlmray import __version__, cluster
-from vlmray.builtin.random_models import resolve_model_id
-from vlmray.config import InferConfig
-from vlmray.dataset.registry import DatasetSpec, sample_id
-from vlmray.dataset.selection import check_model, open_questions
-from vlmray.inference import stages
-from vlmray.inference.pipeline import InferenceRun, iter_finished
-from vlmray.inference.report import Report, Summary, choose_gallery, group_errors, render_html, summarize
-from vlmray.inference.stages import Row, Task
+from vlmray.dataset.rows import read_rows
+from vlmray.dataset.slices import sample_id
+from vlmray.inference.pipeline import iter_finished
+from vlmray.inference.plan import InferenceRun
+from vlmray.inference.report import Report, render_html
+from vlmray.inference.summary import Summary, choose_gallery, summarize
 from vlmray.inference.timeline import Timeline
-from vlmray.models import checks
-from vlmray.reports.page import GalleryItem
-from vlmray.storage.run_folder import prepare_output_directory
-
-# What an answer depends on. The rest of the options says how fast it comes, or where it goes.
-_ANSWER_OPTIONS = (
-    "model_id", "adapter", "quantization", "dtype", "engine", "dataset_name", "dataset_config",
-    "dataset_split", "max_new_tokens", "temperature", "top_p", "seed", "system_prompt", "min_pixels",
-    "max_pixels", "output_format",
-)  # fmt: skip
+from vlmray.reports.errors import group_errors
+from vlmray.reports.gallery import GalleryItem
+from vlmray.schema import Row
 
 _SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
 
 
 class InferenceError(RuntimeError):
     """A run that could not go on; everything finished is in the output folder."""
-
-
-def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
-    """Open dataset and output folder, find what is left to do, and check all options against them.
-
-    Args:
-        config: The run's options.
-        endpoint: A server that will answer, where `model_id` is a name it knows; nothing here can check it.
-
-    Raises:
-        ValueError: an option does not fit the dataset, the model or the output folder.
-        FileNotFoundError: the model or adapter is not there.
-    """
-    if endpoint is None:
-        _check_model(config)
-    questions = open_questions(config, config.dataset_split, config.sample_slices)
-    source, spec, selected = questions.source, questions.spec, questions.selected
-    task = _task(config, spec)
-    folder = prepare_output_directory(
-        config.output_dir,
-        {**_answer_options(config, spec), "endpoint": endpoint},
-        output_format=config.output_format,
-        overwrite=config.overwrite,
-    )
-    finished = folder.finished()
-    names = {index: sample_id(config.dataset_split, index) for index in selected}
-    pending = [index for index in selected if not finished.get(names[index], False)]
-    if pending:
-        folder.reopen()
-        folder.discard({names[index] for index in pending} & finished.keys())
-    return InferenceRun(
-        config=config, source=source, spec=spec, task=task, folder=folder, selected=selected, pending=pending
-    )
 
 
 def run_inference(run: InferenceRun) -> Summary:
@@ -93,35 +50,6 @@ def run_inference(run: InferenceRun) -> Summary:
         replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
         _consume(run, replicas, timeline)
     return _conclude(run, time.perf_counter() - started, timeline)
-
-
-def _check_model(config: InferConfig) -> None:
-    """Check on the driver what a replica would only find after it started."""
-    if config.engine == "fake":
-        return
-    check_model(config.model_id)
-    if config.adapter:
-        checks.check_adapter_folder(config.adapter, resolve_model_id(config.model_id))
-
-
-def _task(config: InferConfig, spec: DatasetSpec) -> Task:
-    return Task(
-        prompt_template=spec.prompt_template,
-        system_prompt=config.system_prompt,
-        metric=spec.metric,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-
-
-def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
-    options = {name: getattr(config, name) for name in _ANSWER_OPTIONS}
-    checkpoint = {"model_fingerprint": checks.fingerprint(config.model_id)}
-    if config.adapter:
-        checkpoint["adapter_fingerprint"] = checks.fingerprint(config.adapter)
-    return {**options, **checkpoint, **dataclasses.asdict(spec)}
 
 
 def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> None:
@@ -213,5 +141,5 @@ def _image_of(run: InferenceRun, row: Row) -> bytes | None:
     if image is not None or run.folder.output_format != "parquet" or row["error"]:
         return image
     index = row["row_index"]
-    (source_row,) = stages.read_rows(run.source, run.spec, run.config.dataset_split, [index])
+    (source_row,) = read_rows(run.source, run.spec, run.config.dataset_split, [index])
     return source_row.get("image")

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -29,11 +28,13 @@ from ray.data.datasource import Datasource, ReadTask
 from vlmray import cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.sources import Source
+from vlmray.dataset.rows import read_chunk
 from vlmray.engines import build_engine
 from vlmray.inference import stages
-from vlmray.inference.stages import ROW_SCHEMA, Row, Task
+from vlmray.inference.plan import InferenceRun
+from vlmray.inference.stages import ROW_SCHEMA, Task
 from vlmray.inference.timeline import Span, Watch
+from vlmray.schema import Row
 from vlmray.storage.run_folder import OutputDirectory
 
 _ENGINE_OPTIONS = (
@@ -66,23 +67,6 @@ _CHUNK_SCHEMA = pa.schema(
     {"rows": pa.list_(pa.struct(list(ROW_SCHEMA))), "spans": pa.list_(pa.struct(list(_SPAN_SCHEMA)))}
 )
 _PROGRESS_COLUMNS = ("sample_id", "error")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceRun:
-    """A run before it starts: everything checked, nothing loaded."""
-
-    config: InferConfig
-    source: Source
-    spec: DatasetSpec
-    task: Task
-    folder: OutputDirectory
-
-    selected: Sequence[int]
-    """Row indices of the selection."""
-
-    pending: Sequence[int]
-    """Row indices still to answer."""
 
 
 class Chunk(NamedTuple):
@@ -188,7 +172,7 @@ def _read(
 ) -> Iterator[pa.Table]:
     found = ray.get(source)
     watch = Watch()
-    rows = stages.read_chunk(found, spec, split, selected, start, start + size)
+    rows = read_chunk(found, spec, split, selected, start, start + size)
     if rows:
         yield _pack(Chunk(rows, [watch.span("read")]))
 

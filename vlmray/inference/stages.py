@@ -14,23 +14,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from vlmray import metrics
 from vlmray.dataset.prompts import format_data
-from vlmray.dataset.registry import DatasetSpec, sample_id, to_sample
-from vlmray.dataset.sources import Source
+from vlmray.dataset.rows import fetch_images, sample_row
 from vlmray.engines.base import Engine
-from vlmray.images.decoding import ImageError, decode_image, encode_jpeg, is_plain_jpeg, read_image_bytes
-from vlmray.schema import Completion, GenerationRequest, Sample
+from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
+from vlmray.schema import Completion, GenerationRequest, Row, Sample
 from vlmray.storage.run_folder import RESULT_SCHEMA, OutputDirectory
-
-Row = dict[str, Any]
 
 ROW_SCHEMA = pa.schema(
     [
@@ -45,8 +40,6 @@ ROW_SCHEMA = pa.schema(
 
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
 
-_NUM_FETCHES = 16
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -59,80 +52,6 @@ class Task:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-def read_chunk(
-    source: Source, spec: DatasetSpec, split: str, selected: Sequence[int], start: int, stop: int
-) -> list[Row]:
-    """Read the rows of `selected[start:stop]`, moved so that no run of rows with one image is cut.
-
-    A border that falls inside a run moves to the run's end, by one chunk at most. Both neighbours of
-    a border compute the same move from the data alone, so every row is read exactly once.
-    """
-    reach = stop - start
-    begin = _run_end(source, spec, selected, start, reach)
-    end = _run_end(source, spec, selected, stop, reach)
-    return read_rows(source, spec, split, selected[begin:end])
-
-
-def read_rows(source: Source, spec: DatasetSpec, split: str, indices: Sequence[int]) -> list[Row]:
-    """Read rows by index; a row that cannot be read as a sample has an `error`."""
-    return [
-        _read_row(row, source, spec, split, index)
-        for row, index in zip(source.read(indices), indices, strict=True)
-    ]
-
-
-def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border: int, reach: int) -> int:
-    column = spec.image_column
-    if column is None or not 0 < border < len(selected):
-        return min(border, len(selected))
-
-    def image(position: int) -> Any:
-        return source.read([selected[position]])[0][column]
-
-    last = image(border - 1)
-    if last is None:
-        return border  # rows without an image have none in common
-    farthest = min(border + reach, len(selected))
-    return next((at for at in range(border, farthest) if image(at) != last), farthest)
-
-
-def _read_row(row: Row, source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
-    name = sample_id(split, index)
-    try:
-        asked_row = sample_row(to_sample(row, spec, name), source.base_dir)
-    except ValueError as error:
-        without_image = to_sample(row, replace(spec, image_column=None), name)
-        asked_row = {**sample_row(without_image), "error": str(error)}
-    return {"row_index": index, **asked_row}
-
-
-def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
-    """Turn a sample into a row, with its image as encoded bytes or still as a URL in `image_url`.
-
-    A path is read here, on the machine that holds the dataset; a URL is fetched by `prepare_row`.
-    """
-    row: Row = {
-        "sample_id": sample.sample_id,
-        "question": sample.question,
-        "choices": list(sample.choices),
-        "answers": list(sample.answers),
-        "family": sample.family,
-        "error": None,
-    }
-    if isinstance(sample.image, str) and sample.image.startswith(("http://", "https://")):
-        row["image_url"] = sample.image
-    elif sample.image is not None:
-        _fetch(row, sample.image, base_dir)
-    return row
-
-
-def _fetch(row: Row, image: bytes | str, base_dir: str | None = None) -> None:
-    try:
-        row["image"] = read_image_bytes(image, base_dir=base_dir)
-    except ImageError as error:
-        row["error"] = str(error)
 
 
 def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -> list[Row]:
@@ -149,13 +68,6 @@ def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -
         if row["error"] is None:
             _prepare_row(row, task, check)
     return list(rows)
-
-
-def fetch_images(rows: Sequence[Row]) -> None:
-    """Fetch the images that are still URLs; one that cannot be had becomes the row's `error`."""
-    remote = [row for row in rows if row.get("image_url")]
-    with ThreadPoolExecutor(_NUM_FETCHES) as pool:
-        list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
 
 
 def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:

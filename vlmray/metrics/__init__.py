@@ -2,13 +2,11 @@
 
 from vlmray.metrics.answers import (
     ANLS_THRESHOLD,
-    BLEU,
     EVALUATE_PATH,
     METRICS,
     Metric,
     anls,
     choice_accuracy,
-    corpus_bleu,
     exact_match,
     relaxed_accuracy,
     relaxed_accuracy_normalized,
@@ -17,6 +15,7 @@ from vlmray.metrics.answers import (
     token_f1,
     vqa_accuracy,
 )
+from vlmray.metrics.corpus import BLEU, corpus_bleu
 
 __all__ = [
     "ANLS_THRESHOLD",

@@ -1,7 +1,6 @@
 """Metrics: pure functions of a prediction and its accepted answers, from 0 to 1.
 
-    (prediction, answers)              -> METRICS[name] -> Score
-    all predictions with their answers -> corpus_bleu   -> score and signature
+    (prediction, answers) -> METRICS[name] -> Score
 
 Each metric says where its definition comes from and how it deviates. Cases that fix its behaviour are
 data: `tests/golden/*.json`. Predictions are scored as given; extracting an answer from a long text is
@@ -26,7 +25,6 @@ from vlmray.schema import Score
 Metric = Callable[[str, Sequence[str]], float]
 
 ANLS_THRESHOLD = 0.5
-BLEU = "bleu"
 EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
 """What `evaluate.load` takes, with the name of a metric; it needs no network."""
 
@@ -158,29 +156,6 @@ def rouge(prediction: str, answer: str) -> float:
     return float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
 
 
-def corpus_bleu(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """Score BLEU of a whole corpus, 0 to 1, which is not a mean over samples.
-
-    Source: sacrebleu, with its defaults.
-
-    Returns:
-        The score, and sacrebleu's signature, without which BLEU scores cannot be compared.
-
-    Raises:
-        ValueError: There are no predictions, or not as many as lists of answers.
-    """
-    if not predictions or len(predictions) != len(answers):
-        raise ValueError(f"{len(predictions)} predictions and {len(answers)} lists of answers")
-    from sacrebleu.metrics import BLEU as SacreBLEU
-
-    for accepted in answers:
-        _check_answers(accepted)
-    most = max(map(len, answers))
-    streams = [[texts[i] if i < len(texts) else None for texts in answers] for i in range(most)]
-    bleu: Any = SacreBLEU()
-    return bleu.corpus_score(list(predictions), streams).score / 100, str(bleu.get_signature())
-
-
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Score min(1, matches / 3), averaged over leaving out one human answer at a time.
 
@@ -196,7 +171,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     >>> [round(vqa_accuracy("two", ["2"] * n + ["3"] * (10 - n)), 6) for n in range(5)]
     [0.0, 0.3, 0.6, 0.9, 1.0]
     """
-    _check_answers(answers)
+    check_answers(answers)
     predicted = _vqa_normalize(prediction)
     num_answers = len(answers)
     num_matches = sum(_vqa_normalize(answer) == predicted for answer in answers)
@@ -241,14 +216,14 @@ def _best_of(metric: Callable[[str, str], float]) -> Metric:
     """Make a metric of one answer a metric of several: the best one counts."""
 
     def best(prediction: str, answers: Sequence[str]) -> float:
-        _check_answers(answers)
+        check_answers(answers)
         return max(metric(prediction, answer) for answer in answers)
 
     best.__name__, best.__doc__ = metric.__name__, metric.__doc__
     return best
 
 
-def _check_answers(answers: Sequence[str]) -> None:
+def check_answers(answers: Sequence[str]) -> None:
     if isinstance(answers, str):  # A sequence too: its letters would be taken for answers.
         raise TypeError(f"answers must be a sequence of strings, got the string {answers!r}")
     if not answers:

@@ -6,8 +6,8 @@ __getattr__, __dir__ = offer(
     __name__,
     {
         "get_default_lora_config_for_qwen_vl": "lora",
-        "load_processor": "loading",
+        "load_processor": "processors",
         "load_qwen_vl_model_and_processor": "loading",
-        "merge_adapter": "lora",
+        "merge_adapter": "merging",
     },
 )

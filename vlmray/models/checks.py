@@ -7,15 +7,13 @@ headers (eight bytes of length, then JSON); no weight is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vlmray.storage.hub import local_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -116,72 +114,6 @@ def check_adapter_folder(adapter: str, model_id: str) -> None:
             f"--adapter {adapter} was made for {config.get('base_model_name_or_path')!r} and does not fit "
             f"--model_id {model_id}: {problem}; pass the adapter's own base, or fine-tune one for this model"
         )
-
-
-def fingerprint(path: str) -> str:
-    """Return 16 hex digits that change when a checkpoint does.
-
-    An adapter folder is hashed in full (config and weights), so retraining in place shows. A model
-    folder is hashed by its config and by the names and sizes of its weight files, which takes no time
-    on 15 GB. Anything else, a hub id, is hashed by name.
-    """
-    digest = hashlib.sha256()
-    folder = Path(path).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if (folder / name).is_file():
-                with (folder / name).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-    elif folder.is_dir():
-        if (folder / "config.json").is_file():
-            digest.update((folder / "config.json").read_bytes())
-        for file_path in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{file_path.name} {file_path.stat().st_size}\n".encode())
-    else:
-        digest.update(path.encode())
-    return digest.hexdigest()[:16]
-
-
-def local_folder(model_id: str) -> Path | None:
-    """Return where a model's files lie on this machine: its folder or its hub cache snapshot, else None."""
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        return folder
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    repository = hub / f"models--{model_id.replace('/', '--')}"
-    reference = repository / "refs" / "main"
-    if not reference.is_file():
-        return None
-    snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
-    return snapshot if (snapshot / "config.json").is_file() else None
-
-
-def cache_folder() -> Path:
-    """Return where vlmray keeps what it can make again: `$VLMRAY_CACHE`, or `~/.cache/vlmray`."""
-    return Path(os.environ.get("VLMRAY_CACHE") or Path.home() / ".cache" / "vlmray")
-
-
-def make_once(folder: Path, make: Callable[[Path], object]) -> None:
-    """Have a folder made if it is not there; it appears by one rename, so processes may ask for it together.
-
-    Args:
-        folder: What is wanted.
-        make: Fills the folder that it is given.
-    """
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        make(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes folders that only their owner reads
-        scratch.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was faster, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

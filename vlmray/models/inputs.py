@@ -29,7 +29,7 @@ def encode_text(
     """Turn formatted text with one placeholder an image into a row.
 
     Args:
-        processor: As `vlmray.models.loading.load_processor` gives it.
+        processor: As `vlmray.models.processors.load_processor` gives it.
         text: What the chat template wrote.
         images: RGB images, in the order of their placeholders.
         **options: Passed to the processor. Inference passes none, and so does the prompt in training.

@@ -1,10 +1,8 @@
-"""Load a vision-language model, its processor and its adapters; the plain way to generate."""
+"""Load a vision-language model with its processor and adapter; the plain way to generate."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,18 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    PROCESSOR_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedConfig,
 )
 
-from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind, local_folder
+from vlmray.models.adapters import attach_adapter
+from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
+from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
+from vlmray.storage.hub import local_folder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("none", "8bit", "4bit")
@@ -126,99 +124,6 @@ def resolve_dtype(dtype: str) -> Any:
     return _DTYPES[dtype]
 
 
-def load_processor(
-    model_id: str,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Load a model's processor with left padding and images by way of PIL.
-
-    torchvision is not needed, and where it is installed images still take the PIL path, so that the
-    same image gives the same pixels on every machine. Without torchvision the processor has no video
-    part.
-
-    Args:
-        model_id: Local checkpoint folder or hub id.
-        min_pixels: Smallest image area in pixels after resizing; None keeps the checkpoint's.
-        max_pixels: Largest image area in pixels after resizing; None keeps the checkpoint's.
-        trust_remote_code: Run processor code that comes with the checkpoint.
-
-    Raises:
-        ValueError: Pixel limits that contradict each other, or that this image processor does not have.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        processor = _load_processor_without_video(model_id, error, trust_remote_code=trust_remote_code)
-    if getattr(processor.image_processor, "backend", "pil") != "pil":
-        processor.image_processor = AutoImageProcessor.from_pretrained(
-            model_id, backend="pil", trust_remote_code=trust_remote_code
-        )
-    processor.tokenizer.padding_side = "left"
-    _set_pixel_limits(processor.image_processor, min_pixels, max_pixels)
-    return processor
-
-
-def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
-    """Load a LoRA adapter into a model under a name, and refuse one that would not take full effect.
-
-    Args:
-        model: The base, or a `PeftModel` that already has other adapters.
-        adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
-        name: The adapter's name in the model; letters, digits and underscores.
-
-    Returns:
-        The `PeftModel`: the same object if `model` was one. A first adapter becomes the active one.
-
-    Raises:
-        ValueError: Weights that the model has no place for, places left without weights (both happen
-            when layer names changed between versions), or other shapes.
-    """
-    try:
-        if not is_peft_model(model):
-            from peft import PeftModel  # imports bitsandbytes, which takes seconds: only when needed
-
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-                model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
-        # For the adapter just made this only reads the file again; it is the call that reports the keys.
-        result = model.load_adapter(adapter, adapter_name=name, torch_device=str(model.device))
-    except (RuntimeError, ValueError) as error:
-        _drop_adapter(model, name)
-        first_lines = " ".join(str(error).split())[:300]
-        raise ValueError(f"--adapter {adapter} does not fit the model: {first_lines}") from error
-    missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    if missing or unexpected:
-        _drop_adapter(model, name)
-        raise ValueError(
-            f"--adapter {adapter} does not fit the model: {len(unexpected)} of its weights have no place "
-            f"({', '.join(unexpected[:1]) or 'none'}), {len(missing)} places got no weight "
-            f"({', '.join(missing[:1]) or 'none'}); train it again with the installed versions"
-        )
-    return model.eval()
-
-
-def detach_adapter(model: Any, name: str) -> Any:
-    """Take an adapter out of a `PeftModel`; return the bare base once there is no other."""
-    if len(model.peft_config) == 1:
-        return model.unload()
-    model.delete_adapter(name)
-    return model
-
-
-def is_peft_model(model: Any) -> bool:
-    """Tell whether a model is wrapped by PEFT, without importing PEFT."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def adapts_language_alone(model: Any) -> bool:
-    """Tell whether all adapters of a `PeftModel` are on layers of its language model."""
-    adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if ".lora_A" in name}
-    return all(".language_model." in name or name.endswith(".lm_head") for name in adapted)
-
-
 def generate_text_from_sample(
     model: Any,
     processor: Any,
@@ -297,73 +202,3 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
         )
     embed_patches_by_matmul(model)
     return model.eval()
-
-
-def embed_patches_by_matmul(model: Any) -> None:
-    """Let vision towers of Qwen's kind embed patches with a matrix product.
-
-    Their patches come cut out and flattened, and the convolution over each has the size of the patch: it is
-    a linear layer. Called as a convolution it is many times slower, above all backwards.
-    """
-    for module in model.modules():
-        projection = getattr(module, "proj", None)
-        if type(module).__name__.endswith("VisionPatchEmbed") and _covers_its_input(module, projection):
-            module.forward = functools.partial(_embed_patches, module)
-
-
-def _covers_its_input(module: Any, projection: Any) -> bool:
-    if not isinstance(projection, torch.nn.Conv3d) or projection.groups != 1:
-        return False
-    if hasattr(module, "_hf_hook") or hasattr(projection, "_hf_hook"):
-        return False  # accelerate moves its weights when it is called
-    patch = (module.temporal_patch_size, module.patch_size, module.patch_size)
-    return projection.kernel_size == projection.stride == patch and projection.padding == (0, 0, 0)
-
-
-def _embed_patches(module: Any, patches: torch.Tensor) -> torch.Tensor:
-    """Embed flattened patches (P, channels x time x height x width); return (P, hidden)."""
-    projection = module.proj
-    if type(projection) is not torch.nn.Conv3d:  # an adapter was put around it since
-        return type(module).forward(module, patches)
-    weight = projection.weight.flatten(1)
-    return torch.nn.functional.linear(patches.view(-1, weight.shape[1]).to(weight), weight, projection.bias)
-
-
-def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_remote_code: bool) -> Any:
-    """Load a processor whose video part cannot be imported, without that part.
-
-    transformers has video processors for torchvision only, and AutoProcessor gives up where it is not
-    installed even if no video is ever shown. A processor class that does not list the video part as an
-    attribute is loaded without it, and its `__init__` takes None for it.
-    """
-    config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    base: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if base is None or "video_processor" not in base.get_attributes():
-        raise cause
-    attributes = [name for name in base.get_attributes() if name != "video_processor"]
-    # The name is kept because save_pretrained writes it, for AutoProcessor to find elsewhere.
-    members = {"get_attributes": classmethod(lambda cls: list(attributes))}
-    without_video: Any = type(base.__name__, (base,), members)
-    return without_video.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-
-
-def _set_pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    if min_pixels is None and max_pixels is None:
-        return
-    size = image_processor.size
-    smallest = min_pixels if min_pixels is not None else getattr(size, "shortest_edge", None)
-    largest = max_pixels if max_pixels is not None else getattr(size, "longest_edge", None)
-    if smallest is None or largest is None or not hasattr(image_processor, "merge_size"):
-        raise ValueError(
-            f"--min_pixels and --max_pixels do not apply to {type(image_processor).__name__}, which resizes "
-            f"to {size}; leave them out"
-        )
-    if not 0 < smallest <= largest:
-        raise ValueError(f"--min_pixels {smallest} must be above 0 and not above --max_pixels {largest}")
-    image_processor.size = type(size)(shortest_edge=smallest, longest_edge=largest)
-
-
-def _drop_adapter(model: Any, name: str) -> None:
-    """Leave a model that served other adapters as it was before the failed load."""
-    if is_peft_model(model) and name in model.peft_config and len(model.peft_config) > 1:
-        model.delete_adapter(name)

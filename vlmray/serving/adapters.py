@@ -12,7 +12,8 @@ from pathlib import Path
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from vlmray.config import NAME
-from vlmray.models.checks import cache_folder, check_adapter_folder, make_once
+from vlmray.models.checks import check_adapter_folder
+from vlmray.storage.cache import cache_folder, make_once
 from vlmray.storage.run_folder import open_filesystem
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,8 +1,6 @@
-"""The HTTP side of a server: checks, images, the protocol, streams, errors and metrics. No Ray, no model.
+"""A request from its protocol to its answer: checks, images, streams. No Ray, no model.
 
-    HTTP -> key, size, JSON -> ChatRequest -> images -> GenerationRequest -> Backend -> answer or stream
-
-Whoever holds the models implements `Backend`; `vlmray.serving` does it with Ray Serve.
+http.py: key, size, JSON -> ChatRequest -> images -> GenerationRequest -> Backend -> answer or stream
 """
 
 from __future__ import annotations
@@ -16,31 +14,20 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from typing import Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Request, Security
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPBearer
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-)
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from vlmray import __version__
 from vlmray.config import ServeConfig
-from vlmray.images.decoding import ImageError, decode_image, read_image_bytes
+from vlmray.images.decoding import ImageError, decode_image
+from vlmray.images.reading import read_image_bytes
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
+from vlmray.serving.backend import Backend, Reply
+from vlmray.serving.errors import ApiError, BusyError
+from vlmray.serving.monitoring import Metrics
 from vlmray.serving.protocol import (
     AnswerMessage,
     ChatCompletion,
@@ -48,7 +35,6 @@ from vlmray.serving.protocol import (
     Choice,
     Chunks,
     ErrorBody,
-    ErrorDetail,
     ModelCard,
     ModelList,
     Usage,
@@ -63,153 +49,6 @@ _LOG = logging.getLogger(__name__)
 _CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
 _NUM_FETCHES = 64  # downloads at a time; they wait for other machines
 _NUM_DECODES = 4  # images decoded at a time; each may take max_image_pixels * 3 bytes
-_OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # all others need the key
-_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "Not JSON, an image that cannot be read, or something that is not supported.",
-        401: "No API key, or a wrong one.",
-        404: "No such model.",
-        413: "Body too large.",
-        422: "A field is missing or has a value it cannot take.",
-        503: "Too many requests are waiting, or the server is stopping; try again after Retry-After seconds.",
-    }.items()
-}
-_EVENT = {"data": {"type": "string", "description": "a chunk as JSON, or [DONE]"}}
-_STREAM = {"text/event-stream": {"schema": {"type": "object", "properties": _EVENT}}}
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The end of an answer."""
-
-    completion: Completion
-    batch_size: int
-    """Requests that shared its forward pass."""
-
-
-class BusyError(Exception):
-    """There is no room for the request now."""
-
-
-class Backend(Protocol):
-    """Whoever answers."""
-
-    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[str | Reply]:
-        """Yield pieces of text, if `stream`, and last a `Reply` with all of it.
-
-        Raises:
-            BusyError: before the first piece.
-        """
-        ...
-
-
-class ApiError(Exception):
-    """An answer that is an error."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_s: int = 0,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.detail = ErrorDetail(
-            message=message, type=_TYPES.get(status, "invalid_request_error"), param=param, code=code
-        )
-        self.headers = {"Retry-After": str(retry_s)} if retry_s else {}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-
-    def response(self) -> Response:
-        """Write it as OpenAI does."""
-        body = ErrorBody(error=self.detail).model_dump()
-        return JSONResponse(body, status_code=self.status, headers=self.headers)
-
-
-class Metrics:
-    """What Prometheus is told, by model."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        make = functools.partial(self._make, labels=("model",))
-        seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-        self.requests = self._make(Counter, "requests", "Chat requests by status", labels=("model", "status"))
-        self.in_flight = self._make(Gauge, "requests_in_flight", "Chat requests in progress", labels=())
-        self.queued = make(Gauge, "requests_queued", "Of those, the ones whose answer has not begun")
-        self.latency = make(Histogram, "request_seconds", "Time to the whole answer", buckets=seconds)
-        self.first_token = make(
-            Histogram, "time_to_first_token_seconds", "Time to the first text of a stream", buckets=seconds
-        )
-        self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens read, visual ones included")
-        self.completion_tokens = make(Counter, "completion_tokens", "Tokens written")
-        self.batch_size = make(
-            Histogram,
-            "batch_size",
-            "Requests in the forward pass of an answer",
-            buckets=(1, 2, 4, 8, 16, 32, 64),
-        )
-
-    def _make(self, kind: Any, name: str, text: str, labels: tuple[str, ...], **options: Any) -> Any:
-        return kind(f"vlmray_{name}", text, labels, registry=self.registry, **options)
-
-    def count(self, model: str, reply: Reply) -> None:
-        """Count one answer."""
-        self.prompt_tokens.labels(model).inc(reply.completion.num_prompt_tokens)
-        self.completion_tokens.labels(model).inc(reply.completion.num_completion_tokens)
-        self.batch_size.labels(model).observe(reply.batch_size)
-
-
-class Guard:
-    """ASGI middleware that refuses requests without the key, and bodies larger than they may be.
-
-    Both happen before anything of the body is parsed.
-    """
-
-    def __init__(self, app: Any, gateway: Gateway) -> None:
-        self.app = app
-        self.gateway = gateway
-        self.max_bytes = gateway.config.max_body_bytes
-
-    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        """Pass everything else on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if scope["path"] not in _OPEN_PATHS and not self.gateway.admits(headers.get(b"authorization", b"")):
-            refusal = ApiError(401, "wrong or missing API key; send it as 'Authorization: Bearer KEY'")
-            await refusal.response()(scope, receive, send)
-            return
-        error = ApiError(413, f"the body is larger than {self.max_bytes} bytes")
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.max_bytes:
-            await error.response()(scope, receive, send)
-            return
-        num_bytes, started = 0, False
-
-        async def counted() -> Any:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
-                raise error
-            return message
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            if started or num_bytes <= self.max_bytes:  # else it is what the application made of the error
-                started = True
-                await send(message)
-
-        await self.app(scope, counted, watched)
-        if num_bytes > self.max_bytes and not started:
-            await error.response()(scope, receive, send)
 
 
 class Gateway:
@@ -454,88 +293,6 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answer.finish(_CLIENT_LEFT)
-
-
-def build_app(gateway: Gateway) -> FastAPI:
-    """Make the ASGI application of a gateway."""
-    app = FastAPI(
-        title="vlmray",
-        version=__version__,
-        description="Vision-language models behind OpenAI's chat protocol.",
-        redoc_url=None,
-    )
-    app.add_middleware(Guard, gateway=gateway)
-    _add_error_handlers(app)
-    with_key = [Security(HTTPBearer(auto_error=False, description="The API key; `Guard` checks it."))]
-
-    @app.post(
-        "/v1/chat/completions", dependencies=with_key, response_model=ChatCompletion,
-        responses={200: {"content": _STREAM}, **_ERRORS},
-    )  # fmt: skip
-    async def chat_completions(chat: ChatRequest) -> Response:
-        """Answer a conversation that may hold images."""
-        return await gateway.chat(chat)
-
-    @app.get("/v1/models", dependencies=with_key, responses={401: _ERRORS[401]})
-    async def models() -> ModelList:
-        """List the models that can be asked: the base and its adapters."""
-        return await gateway.models()
-
-    @app.get("/metrics", dependencies=with_key, response_class=Response, responses={401: _ERRORS[401]})
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        metrics = gateway.metrics
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/health", responses={503: _ERRORS[503]})
-    async def health() -> dict[str, str]:
-        """Tell whether requests are taken."""
-        if gateway.draining:
-            raise ApiError(503, "the server is stopping", retry_s=5)
-        return {"status": "ok"}
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        """A page to try the models on."""
-        return HTMLResponse(_read_page(), headers={"Content-Security-Policy": _PAGE_POLICY})
-
-    return app
-
-
-_PAGE_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-
-
-@functools.cache
-def _read_page() -> str:
-    return (Path(__file__).parent / "chat.html").read_text(encoding="utf-8")
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        if first["type"] == "json_invalid":
-            return ApiError(400, "the body is not JSON").response()
-        message = f"{place or 'body'}: {first['msg']}"[:500]
-        return ApiError(422, message, param=place and place[:200]).response()
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> Response:
-        found = ApiError(error.status_code, str(error.detail))
-        found.headers.update(error.headers or {})
-        return found.response()
-
-    @app.exception_handler(Exception)
-    async def on_failure(request: Request, error: Exception) -> Response:
-        return ApiError(500, "the server failed; its log says why").response()
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ instead of a minute of retries.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -57,3 +58,18 @@ def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> None:
     else:
         return
     raise HubUnavailableError(f"{option} {repo_id!r} {problem}; {_HINT[repo_type]}")
+
+
+def local_folder(model_id: str) -> Path | None:
+    """Return where a model's files lie on this machine: its folder or its hub cache snapshot, else None."""
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = hub / f"models--{model_id.replace('/', '--')}"
+    reference = repository / "refs" / "main"
+    if not reference.is_file():
+        return None
+    snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
+    return snapshot if (snapshot / "config.json").is_file() else None

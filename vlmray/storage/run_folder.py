@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
-Row = dict[str, Any]
+from vlmray.schema import Row
 
 RESULT_SCHEMA = pa.schema(
     {

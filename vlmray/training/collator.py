@@ -73,7 +73,7 @@ class DataCollatorForVLMSFT:
     {'train-000001': 'no such file'}
 
     Args:
-        processor: Of the model to train, as `vlmray.models.loading.load_processor` gives it.
+        processor: Of the model to train, as `vlmray.models.processors.load_processor` gives it.
         max_length: Most tokens of a row, visual ones included; None sets no limit.
         vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
             which is then one for `VisionCache.encode`. None: pixels of all images.

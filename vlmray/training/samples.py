@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from vlmray.builtin.charts import ChartsSource
 from vlmray.dataset.prompts import format_data
-from vlmray.dataset.registry import DatasetSpec, to_sample
-from vlmray.dataset.sources import ChartsSource, Source
+from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.rows import fetch_images, read_rows
+from vlmray.dataset.samples import to_sample
+from vlmray.dataset.sources import Source
 from vlmray.images.decoding import decode_image, image_size
-from vlmray.inference import stages
-from vlmray.schema import Sample
-
-Row = dict[str, Any]
+from vlmray.schema import GenerationRequest, Row, Sample
 
 Feature = Mapping[str, Any]
 """A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`."""
@@ -106,7 +106,7 @@ class Conversations:
     def read(self, samples: Sequence[int | None]) -> list[Row]:
         """Read samples, images still encoded; None gives an empty slot."""
         wanted = [row for sample in samples if sample is not None for row in self.turns[sample]]
-        rows = iter(stages.read_rows(self.source, self.spec, self.split, wanted))
+        rows = iter(read_rows(self.source, self.spec, self.split, wanted))
         return [
             {} if sample is None else self._join([next(rows) for _ in self.turns[sample]])
             for sample in samples
@@ -228,7 +228,7 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
 def open_images(rows: Sequence[Row]) -> list[Row]:
     """Fetch and decode the images of samples: their pixels take the place of the encoded bytes."""
     asked = [row for row in rows if row.get("sample_id") and row["error"] is None]
-    stages.fetch_images(asked)
+    fetch_images(asked)
     for row in asked:
         data = row.pop("image", None)
         if row["error"] is not None or data is None:
@@ -254,3 +254,15 @@ def to_feature(row: Row) -> Row | None:
         size = (row["width"], row["height"])
         images.append(Image.frombuffer("RGB", size, row["pixels"], "raw", "RGB", 0, 1))
     return {**feature, "messages": json.loads(row["messages"]), "images": images}
+
+
+def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:
+    """Make the request that asks the first question of a sample."""
+    messages = feature["messages"]
+    end = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+    return GenerationRequest(
+        request_id=feature["sample_id"],
+        messages=messages[:end],
+        images=list(feature["images"]),
+        max_new_tokens=max_new_tokens,
+    )

@@ -34,10 +34,9 @@ from trl import SFTTrainer
 
 from vlmray import metrics
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models.loading import is_peft_model
-from vlmray.schema import GenerationRequest
+from vlmray.models.adapters import is_peft_model
 from vlmray.training.collator import DataCollatorForVLMSFT
-from vlmray.training.samples import Feature, Features
+from vlmray.training.samples import Feature, Features, first_question
 from vlmray.training.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
@@ -274,18 +273,6 @@ def _scoring_labels_alone() -> Iterator[None]:
         trl.trainer.utils._use_triton = decide
 
 
-def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:
-    """Make the request that asks the first question of a sample."""
-    messages = feature["messages"]
-    end = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
-    return GenerationRequest(
-        request_id=feature["sample_id"],
-        messages=messages[:end],
-        images=list(feature["images"]),
-        max_new_tokens=max_new_tokens,
-    )
-
-
 def _score(metric: str, prediction: str, answers: Sequence[str]) -> float:
     return metrics.score(metric, prediction, answers).value
 
@@ -302,7 +289,7 @@ class RunCallback(TrainerCallback):
     """Tells the run's worker how far training is, and hands it every checkpoint.
 
     Args:
-        worker: See `vlmray.training.Worker`.
+        worker: See `vlmray.training.worker.Worker`.
         collator: Knows which samples could not be trained on.
         max_errors: Stop once more samples than this have failed, over all workers.
     """

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from vlmray.models.adapters import is_peft_model
 from vlmray.models.inputs import check_placeholders, encode_text
-from vlmray.models.loading import is_peft_model
 from vlmray.models.vision import encode_images, replace_pixels
 
 logger = logging.getLogger(__name__)

@@ -31,10 +31,10 @@ from PIL.Image import Image
 from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
-from vlmray.builtin.random_models import resolve_model_id
 from vlmray.config import FinetuneConfig
 from vlmray.models import lora
 from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.source import resolve_model_id
 from vlmray.training.arguments import optimizer_of, sft_arguments
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.run import EVALUATION, TRAIN, TrainingData, TrainingRun

@@ -20,8 +20,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 
@@ -35,6 +34,7 @@ from vlmray.engines.answers import Answer
 from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.cache import make_cache
+from vlmray.engines.transformers.in_flight import Heads, InFlight, Listener, Prepared, end_ids, read_token
 from vlmray.engines.transformers.linear import use_faster_kernels
 from vlmray.engines.transformers.memory import (
     cached_share,
@@ -46,15 +46,10 @@ from vlmray.engines.transformers.memory import (
 )
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.images.decoding import decode_image, image_size
+from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter, is_peft_model
 from vlmray.models.checks import check_adapter_folder
-from vlmray.models.inputs import chain_segments, encode_text, join_rows, row_signature
-from vlmray.models.loading import (
-    adapts_language_alone,
-    attach_adapter,
-    detach_adapter,
-    is_peft_model,
-    load_qwen_vl_model_and_processor,
-)
+from vlmray.models.inputs import encode_text, join_rows, row_signature
+from vlmray.models.loading import load_qwen_vl_model_and_processor
 from vlmray.models.vision import encode_images, replace_pixels
 from vlmray.schema import Completion, GenerationRequest
 
@@ -68,72 +63,6 @@ _ROOM = 64  # answer tokens that the cache has room for, before it has to be cop
 _PIXELS_PER_TOKEN = 28 * 28  # a guess for ordering rows, where the image processor does not tell
 
 
-@dataclass(slots=True)
-class _Row:
-    """A request on its way through the engine."""
-
-    index: int
-    request: GenerationRequest
-    prompt: str = ""
-    num_tokens: int = 0
-    """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
-
-    head: tuple[Any, ...] | None = None
-    """What it begins with: adapter, text up to the last image, and the images; None where that is not
-    shared with other rows."""
-
-    tail: str = ""
-    """The rest of the prompt."""
-
-    num_tail_tokens: int = 0
-
-    encoded_head: Future[dict[str, torch.Tensor]] | None = None
-    encoded: Future[dict[str, torch.Tensor]] | None = None
-    """The rest of the row; all of it, where there is no head."""
-
-    answer: Answer | None = None
-    completion: Completion | None = None
-    num_prompt_tokens: int = 0
-    num_sent: int = 0
-    """Characters that were streamed; a batch that is tried again does not send them twice."""
-
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """The encoded row, copied together where it has a head; raises what encoding raised."""
-        return chain_segments(self.segments) if self.encoded_head is not None else self.tail_inputs
-
-    @property
-    def segments(self) -> list[dict[str, torch.Tensor]]:
-        """What the encoded row consists of, as it is; raises what encoding raised."""
-        return [self.tail_inputs] if self.encoded_head is None else [self.head_inputs, self.tail_inputs]
-
-    @property
-    def head_inputs(self) -> dict[str, torch.Tensor]:
-        """The encoded beginning."""
-        assert self.encoded_head is not None
-        return self.encoded_head.result()
-
-    @property
-    def tail_inputs(self) -> dict[str, torch.Tensor]:
-        """The encoded rest."""
-        assert self.encoded is not None
-        return self.encoded.result()
-
-
-_Heads = dict[Any, Future[dict[str, torch.Tensor]]]
-"""Encoded beginnings, or those to come, of rows that share them."""
-
-
-class _Prepared(list[GenerationRequest]):
-    """Requests, and how far the engine is with them."""
-
-    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
-        super().__init__(requests)
-        self.rows = [_Row(index, request) for index, request in enumerate(requests)]
-        self.queue: deque[_Row] = deque()
-        self.heads: _Heads = {}
-
-
 class TransformersEngine:
     """Answers requests with a transformers model; see `vlmray.engines.base.Engine` for what it promises.
 
@@ -142,7 +71,7 @@ class TransformersEngine:
 
     Args:
         model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
-        processor: Its processor, as `vlmray.models.loading.load_processor` gives it.
+        processor: Its processor, as `vlmray.models.processors.load_processor` gives it.
         batch_size: Most rows in one forward pass.
         max_batch_tokens: Most prompt tokens in one forward pass, padding included; a longer row goes alone.
             A beginning that rows share counts once, and for each of the others what its copy takes.
@@ -252,8 +181,8 @@ class TransformersEngine:
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Word requests, put them in order, and begin to encode the first batch."""
-        prepared = _Prepared(requests)
-        good: list[_Row] = []
+        prepared = Prepared(requests)
+        good: list[InFlight] = []
         for row in prepared.rows:
             try:
                 self._open(row)
@@ -275,10 +204,10 @@ class TransformersEngine:
         on_end: OnEnd | None = None,
     ) -> list[Completion]:
         """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
-        listener = _Listener(on_text, on_end)
+        listener = Listener(on_text, on_end)
         with self._model_waits():
-            prepared = requests if isinstance(requests, _Prepared) else self.prepare(requests)
-            assert isinstance(prepared, _Prepared)
+            prepared = requests if isinstance(requests, Prepared) else self.prepare(requests)
+            assert isinstance(prepared, Prepared)
         for row in prepared.rows:
             if row.completion is not None:
                 listener.end(row, row.completion)
@@ -291,7 +220,7 @@ class TransformersEngine:
         self.model = None
         empty_cache()
 
-    def _open(self, row: _Row) -> None:
+    def _open(self, row: InFlight) -> None:
         """Check a request and format its prompt; whatever is wrong with it is raised."""
         request = row.request
         check_request(request)
@@ -308,16 +237,16 @@ class TransformersEngine:
             row.head = (self._adapters[request.adapter], head + token, *images)
             row.num_tail_tokens = len(self.processor.tokenizer(row.tail)["input_ids"])
 
-    def _sort(self, rows: list[_Row]) -> None:
+    def _sort(self, rows: list[InFlight]) -> None:
         """Put the longest first, next to those with the same beginning.
 
         The largest batch comes while memory is least fragmented, and fails early.
         """
-        first: dict[Any, _Row] = {}  # the longest of each beginning
+        first: dict[Any, InFlight] = {}  # the longest of each beginning
         for row in sorted(rows, key=lambda row: -row.num_tokens):
             first.setdefault(row.head or row.index, row)
 
-        def place(row: _Row) -> tuple[str, int, int, int]:
+        def place(row: InFlight) -> tuple[str, int, int, int]:
             leader = first[row.head or row.index]
             return self._group(row), -leader.num_tokens, leader.index, -row.num_tokens
 
@@ -331,7 +260,7 @@ class TransformersEngine:
         patches = image_processor.get_number_of_image_patches(height, width, {})
         return int(patches) // image_processor.merge_size**2
 
-    def _answer(self, queue: deque[_Row], heads: _Heads, listener: _Listener) -> None:
+    def _answer(self, queue: deque[InFlight], heads: Heads, listener: Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
         while queue:
             batch = self._take_batch(queue)
@@ -340,7 +269,7 @@ class TransformersEngine:
             self._start_encoding(near, heads)
             with self._model_waits():
                 wait({part for row in batch for part in (row.encoded_head, row.encoded) if part is not None})
-            ready: dict[Any, list[_Row]] = {}
+            ready: dict[Any, list[InFlight]] = {}
             for row in batch:
                 try:
                     signatures = tuple(map(row_signature, row.segments))
@@ -359,7 +288,7 @@ class TransformersEngine:
         finally:
             self.waited_s += time.perf_counter() - started
 
-    def _take_batch(self, queue: deque[_Row]) -> list[_Row]:
+    def _take_batch(self, queue: deque[InFlight]) -> list[InFlight]:
         """Pop the next rows: at least one, as many as rows and tokens of a batch allow."""
         batch = [queue.popleft()]
         while queue and len(batch) < self.batch_size:
@@ -368,14 +297,14 @@ class TransformersEngine:
             batch.append(queue.popleft())
         return batch
 
-    def _count_tokens(self, rows: Sequence[_Row]) -> int:
+    def _count_tokens(self, rows: Sequence[InFlight]) -> int:
         """Count the prompt tokens of a batch, padding included; copies of a beginning by what they take."""
         longest = max(row.num_tokens for row in rows)
         num_first = len({row.head for row in rows}) if self._has_common_heads(rows) else len(rows)
         copy = self._cached_share * longest + max(row.num_tail_tokens for row in rows)
         return longest * num_first + int(copy * (len(rows) - num_first))
 
-    def _start_encoding(self, rows: Sequence[_Row], heads: _Heads) -> None:
+    def _start_encoding(self, rows: Sequence[InFlight], heads: Heads) -> None:
         """Encode rows on the threads; what several begin with, once."""
         for row in rows:
             if row.encoded is not None:
@@ -393,7 +322,7 @@ class TransformersEngine:
         decoded = [self._decode(image) if isinstance(image, bytes) else image for image in images]
         return encode_text(self.processor, text, decoded)
 
-    def _run_or_halve(self, rows: list[_Row], listener: _Listener) -> None:
+    def _run_or_halve(self, rows: list[InFlight], listener: Listener) -> None:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
         try:
             self._run(rows, listener)
@@ -418,19 +347,17 @@ class TransformersEngine:
             if part:
                 self._run_or_halve(part, listener)
 
-    def _run(self, rows: list[_Row], listener: _Listener) -> None:
+    def _run(self, rows: list[InFlight], listener: Listener) -> None:
         """Generate for rows that share a forward pass; those that have ended leave it."""
         config = copy.deepcopy(self.model.generation_config)
         penalty = config.repetition_penalty or 1.0
         # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
         # takes for "unset", where a value would make it warn that greedy ignores it.
         config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
-        end_ids = _end_ids(config)
+        ends = end_ids(config)
         for row in rows:
             row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
-            row.answer = Answer(
-                self.processor.tokenizer, row.request.max_new_tokens, end_ids, row.request.stop
-            )
+            row.answer = Answer(self.processor.tokenizer, row.request.max_new_tokens, ends, row.request.stop)
         with torch.inference_mode():
             inputs = self._begin(rows)
             while rows:
@@ -440,7 +367,7 @@ class TransformersEngine:
                 self._select(inputs, left)
 
     def _generate_some(
-        self, rows: list[_Row], inputs: dict[str, Any], config: Any, penalty: float, listener: _Listener
+        self, rows: list[InFlight], inputs: dict[str, Any], config: Any, penalty: float, listener: Listener
     ) -> None:
         """Generate until half the rows have ended, or all where none can leave; update the inputs."""
         answers = [row.answer for row in rows if row.answer is not None]
@@ -453,7 +380,7 @@ class TransformersEngine:
         )
         stop = RowwiseStoppingCriteria(
             len(rows),
-            functools.partial(_read_token, rows, listener),
+            functools.partial(read_token, rows, listener),
             num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
         )
         with self._use_adapters(rows) as options:
@@ -480,7 +407,7 @@ class TransformersEngine:
         inputs.clear()  # pixels are in the cache by now
         inputs.update(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
-    def _begin(self, rows: list[_Row]) -> dict[str, Any]:
+    def _begin(self, rows: list[InFlight]) -> dict[str, Any]:
         """Return what `generate` starts from."""
         if not self._copies_rows:
             return self._join(rows)
@@ -491,7 +418,9 @@ class TransformersEngine:
                 return {**self._encode_images(self._join(rows)), "past_key_values": cache}
         return self._prefill(rows, cache)
 
-    def _join(self, rows: list[_Row], part: Callable[[_Row], Any] = lambda row: row.inputs) -> dict[str, Any]:
+    def _join(
+        self, rows: list[InFlight], part: Callable[[InFlight], Any] = lambda row: row.inputs
+    ) -> dict[str, Any]:
         """Pad rows, or a part of each, on the left, and put them on the model's device."""
         pad_id = self.processor.tokenizer.pad_token_id
         inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
@@ -504,11 +433,11 @@ class TransformersEngine:
         features = encode_images(self._base, inputs["pixel_values"], inputs["image_grid_thw"])
         return replace_pixels(inputs, features)
 
-    def _has_common_heads(self, rows: Sequence[_Row]) -> bool:
+    def _has_common_heads(self, rows: Sequence[InFlight]) -> bool:
         heads = {row.head for row in rows}
         return None not in heads and len(heads) < len(rows)
 
-    def _prefill(self, rows: list[_Row], cache: Cache) -> dict[str, Any]:
+    def _prefill(self, rows: list[InFlight], cache: Cache) -> dict[str, Any]:
         """Run what rows begin with through the model, once each; return what `generate` goes on from.
 
         Every row is its beginning, padded on the left, and its rest, padded in between: attention skips
@@ -528,7 +457,7 @@ class TransformersEngine:
         return inputs
 
     @contextlib.contextmanager
-    def _use_adapters(self, rows: list[_Row]) -> Iterator[dict[str, Any]]:
+    def _use_adapters(self, rows: list[InFlight]) -> Iterator[dict[str, Any]]:
         """Let each row meet its own adapter; yield what `generate` has to be told for that."""
         adapters = [self._adapters[row.request.adapter] for row in rows]
         if not is_peft_model(self.model):
@@ -546,57 +475,9 @@ class TransformersEngine:
     def _base(self) -> Any:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
-    def _group(self, row: _Row) -> str:
+    def _group(self, row: InFlight) -> str:
         """Name what rows must have in common to share a forward pass, as far as adapters go."""
         return "" if self._may_mix else self._adapters[row.request.adapter] or ""
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
-
-
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    """Whoever wants to hear of answers before all are there."""
-
-    on_text: OnText | None
-    on_end: OnEnd | None
-
-    def text(self, row: _Row, text: str) -> None:
-        """Send what is new in a row's text."""
-        if self.on_text is not None and len(text) > row.num_sent:
-            self.on_text(row.index, text[row.num_sent :])
-            row.num_sent = len(text)
-
-    def end(self, row: _Row, completion: Completion) -> None:
-        """Close a row."""
-        row.encoded = row.encoded_head = None  # pixels are large and needed no more
-        row.completion = completion
-        if self.on_end is not None:
-            self.on_end(row.index, completion)
-
-
-def _read_token(rows: list[_Row], listener: _Listener, index: int, token_id: int) -> bool:
-    """Add a row's next token to its answer and tell whether it ends there."""
-    row = rows[index]
-    answer = row.answer
-    assert answer is not None
-    ended = answer.push(token_id)
-    if listener.on_text is not None:
-        listener.text(row, answer.settled)
-    if ended:
-        listener.end(
-            row,
-            Completion(
-                text=answer.text,
-                prompt=row.prompt,
-                num_prompt_tokens=row.num_prompt_tokens,
-                num_completion_tokens=answer.num_tokens,
-                finish_reason=answer.finish_reason or "stop",
-            ),
-        )
-    return ended
-
-
-def _end_ids(config: Any) -> set[int]:
-    ids = config.eos_token_id
-    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}

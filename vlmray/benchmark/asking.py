@@ -1,0 +1,94 @@
+"""Ask models through a server, until every sample has its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vlmray.benchmark.endpoint import Endpoint
+from vlmray.benchmark.plan import Benchmark, shared_options
+from vlmray.benchmark.samples import CHUNK, read_requests
+from vlmray.config import ServeConfig
+from vlmray.inference import stages
+from vlmray.inference.job import check_errors, progress_bar
+from vlmray.schema import GenerationRequest
+from vlmray.serving.server import serve_app
+
+
+@contextlib.contextmanager
+def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Iterator[str]:
+    """Start a server for a base and its adapters, or take the one that was named; yield its address."""
+    config = benchmark.config
+    if config.endpoint:
+        yield config.endpoint
+        return
+    group = [candidate for candidate in benchmark.candidates if candidate.name in names]
+    adapters = [f"{candidate.name}={candidate.adapter}" for candidate in group if candidate.adapter]
+    plain = [candidate.name for candidate in group if not candidate.adapter]
+    options = shared_options(config, ServeConfig) | {
+        "model_id": base,
+        "served_model_name": plain[0] if plain else None,
+        "port": _free_port(),
+        "adapters": ",".join(adapters) or None,
+        "max_adapters": max(1, len(adapters)),
+        "max_batch_size": config.batch_size,
+        "max_queued_requests": 10 * max(config.most_in_flight, 64),
+        "max_new_tokens_limit": max(4096, config.max_new_tokens),
+        "drain_timeout_s": 5,
+        "log_level": "WARNING",
+    }
+    server = serve_app(ServeConfig(**options))
+    with server:
+        yield server.url
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def served_name(benchmark: Benchmark, name: str) -> str:
+    if not benchmark.config.endpoint:
+        return name
+    return next(candidate.model_id for candidate in benchmark.candidates if candidate.name == name)
+
+
+async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, served: str) -> None:
+    """Ask one model what it was not asked yet, and write the answers as they come."""
+    run = benchmark.runs[name]
+    finished: list[dict[str, Any]] = []
+    num_failed = 0
+    flying: list[dict[str, Any] | None] = []
+
+    def requests() -> Iterator[GenerationRequest]:
+        for row, request in read_requests(run, run.pending):
+            if request is None:
+                finished.append(stages.score_row(row, run.task))
+            else:
+                flying.append(row)
+                yield request
+
+    def save() -> None:
+        nonlocal num_failed
+        bar.update(len(finished))
+        num_failed += sum(row["error"] is not None for row in finished)
+        bar.set_postfix(failed=num_failed, refresh=False)
+        if finished:
+            stages.save_rows(finished, run.folder)
+        finished.clear()
+        check_errors(num_failed, run.config.max_errors)
+
+    with progress_bar(run, name) as bar:
+        try:
+            async for timed in endpoint.keep_asking(served, requests(), benchmark.config.most_in_flight):
+                row = flying[timed.index]
+                assert row is not None
+                flying[timed.index] = None  # its image is needed no more
+                finished.append(stages.score_row(row | stages.answered(timed.completion), run.task))
+                if len(finished) >= CHUNK:
+                    save()
+        finally:
+            save()

@@ -1,0 +1,181 @@
+"""From answers to results: scores, differences, galleries, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlmray import __version__, metrics
+from vlmray.benchmark.baseline import EARLIER, PREDICTIONS
+from vlmray.benchmark.plan import RESULTS, Benchmark, BenchmarkError
+from vlmray.benchmark.report import format_markdown, render_benchmark_html
+from vlmray.benchmark.results import Results
+from vlmray.benchmark.samples import SampleFacts, describe_samples
+from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard, answer_type, score_answer, score_models
+from vlmray.benchmark.speed import SpeedPoint
+from vlmray.dataset.rows import read_rows
+from vlmray.inference.plan import InferenceRun
+from vlmray.metrics.significance import paired_difference
+from vlmray.reports.errors import group_errors
+from vlmray.reports.gallery import GalleryItem
+
+_GALLERY_SIZE = 24
+
+
+# ---------------------------------------------------------------------------------------------
+# What came of it
+# ---------------------------------------------------------------------------------------------
+
+
+def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float) -> Results:
+    """Read the answers back, compare them, and write report and files."""
+    config = benchmark.config
+    rows = _read_rows(benchmark) if benchmark.metrics else {}
+    board = score_models(benchmark.samples, rows, benchmark.metrics) if benchmark.metrics else None
+    first = benchmark.runs[benchmark.candidates[0].name]
+    results = Results(
+        title=f"{', '.join(rows or benchmark.runs)} on {config.dataset_name}",
+        models={
+            candidate.name: candidate.model_id + (f" + {candidate.adapter}" if candidate.adapter else "")
+            for candidate in benchmark.candidates
+        },
+        board=board,
+        against_baseline=_against_baseline(benchmark, rows, board),
+        speed=tuple(speed),
+        price_per_hour=config.price_per_hour,
+        errors={name: group_errors(found.values()) for name, found in rows.items()},
+        num_samples=len(benchmark.samples),
+        galleries=_galleries(benchmark, rows, board) if board else {},
+        elapsed_s=elapsed_s,
+        options=dataclasses.asdict(config),
+    )
+    written = {
+        "vlmray": __version__,
+        **describe_samples(config, first, benchmark.samples),
+        **results.to_json(),
+        "options": dataclasses.asdict(config),
+    }
+    folder = benchmark.folder
+    if rows:
+        folder.write_bytes(PREDICTIONS, _predictions(benchmark, rows))
+    folder.write_text("report.md", format_markdown(results) + "\n")
+    folder.write_text("report.html", render_benchmark_html(results))
+    folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def _read_rows(benchmark: Benchmark) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the result rows by model and sample id."""
+    names = [sample.sample_id for sample in benchmark.samples]
+    rows = {}
+    for name, run in benchmark.runs.items():
+        found = run.folder.read_results(sample_ids=names).to_pylist()
+        rows[name] = {row["sample_id"]: row for row in found}
+        if len(rows[name]) != len(names):
+            raise BenchmarkError(f"{name}: {len(names)} rows in, {len(rows[name])} answers")
+    return rows
+
+
+def _predictions(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """Write what every model said to every sample, with all scores, as Parquet."""
+    names = [name for name in benchmark.metrics if name != metrics.BLEU]
+    table = []
+    for model, found in rows.items():
+        for sample in benchmark.samples:
+            row = found[sample.sample_id]
+            scored = row["error"] is None and sample.answers
+            table.append(
+                {
+                    "model": model,
+                    "sample_id": sample.sample_id,
+                    "question": sample.question,
+                    "answers": list(sample.answers),
+                    "family": sample.family,
+                    "image": sample.image,
+                    "num_pixels": sample.num_pixels,
+                    "prediction": row["prediction"],
+                    "error": row["error"],
+                    "num_completion_tokens": row["num_completion_tokens"],
+                    **{name: score_answer(name, row, sample) if scored else None for name in names},
+                }
+            )
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(table), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _against_baseline(
+    benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard | None
+) -> dict[str, GroupDifference]:
+    """Compare each model with the one of its name in the earlier run, by the deciding metric."""
+    if board is None or benchmark.baseline is None:
+        return {}
+    metric = board.metrics[0]
+    samples = [sample for sample in benchmark.samples if sample.answers]
+    found = {}
+    for name in board.models:
+        if name in benchmark.baseline:
+            before, after = (
+                [score_answer(metric, answers[sample.sample_id], sample) for sample in samples]
+                for answers in (benchmark.baseline[name], rows[name])
+            )
+            difference = paired_difference(before, after, [sample.image_key for sample in samples])
+            found[name] = GroupDifference(
+                model=name, base=EARLIER, metric=metric, kind="all", group="all", difference=difference,
+                p_corrected=difference.p_value,
+            )  # fmt: skip
+    return found
+
+
+def _galleries(benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard) -> dict[str, Any]:
+    """Choose samples that the first model and the second answer differently, or both wrong."""
+    metric = board.metrics[0]
+    base, *others = board.models
+    other = others[0] if others else base
+    chosen: dict[str, list[SampleFacts]] = {"fixed": [], "broken": [], "both wrong": []}
+    for sample in benchmark.samples:
+        if not sample.answers:
+            continue
+        before, after = (
+            score_answer(metric, rows[model][sample.sample_id], sample) for model in (base, other)
+        )
+        kind = "fixed" if after > before else "broken" if after < before else "both wrong"
+        if kind != "both wrong" or after < 1:
+            chosen[kind].append(sample)
+    if not others:
+        chosen = {"wrong": chosen["both wrong"]}
+    run = benchmark.runs[base]
+    return {
+        kind: (len(found), [_card(run, sample, rows, board, other) for sample in _spread(found)])
+        for kind, found in chosen.items()
+    }
+
+
+def _spread(samples: Sequence[SampleFacts]) -> list[SampleFacts]:
+    """Take evenly spaced ones, so that all parts of the dataset are seen."""
+    step = max(1.0, len(samples) / _GALLERY_SIZE)
+    return [samples[int(place * step)] for place in range(min(len(samples), _GALLERY_SIZE))]
+
+
+def _card(
+    run: InferenceRun, sample: SampleFacts, rows: Mapping[str, Any], board: Scoreboard, shown: str
+) -> GalleryItem:
+    row = rows[shown][sample.sample_id]
+    (source_row,) = read_rows(run.source, run.spec, run.config.dataset_split, [row["row_index"]])
+    others = [name for name in board.models if name != shown]
+    return GalleryItem(
+        sample_id=sample.sample_id,
+        question=sample.question,
+        answers=sample.answers,
+        prediction=row["prediction"],
+        score=None if row["error"] else score_answer(board.metrics[0], row, sample),
+        error=row["error"],
+        family=sample.family or answer_type(sample.answers),
+        image=source_row.get("image"),
+        beside=tuple((name, rows[name][sample.sample_id]["prediction"] or "(failed)") for name in others),
+    )

@@ -1,0 +1,112 @@
+"""A comparison before it starts: every mistake is found here, nothing is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmray import metrics
+from vlmray.benchmark.baseline import read_baseline
+from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
+from vlmray.config import BenchmarkConfig, Candidate, InferConfig
+from vlmray.inference.plan import InferenceRun, plan_inference
+from vlmray.storage.run_folder import OutputDirectory
+
+DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
+SPEED = "speed.json"
+RESULTS = "results.json"
+
+
+class BenchmarkError(RuntimeError):
+    """A run that could not go on; everything answered is in the output folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A run before it starts: everything checked that can be checked without asking a model."""
+
+    config: BenchmarkConfig
+    candidates: tuple[Candidate, ...]
+    metrics: tuple[str, ...]
+    """Names of the metrics, the deciding one first; empty where speed alone is measured."""
+
+    runs: Mapping[str, InferenceRun]
+    """What each model is asked and where its answers go, by its name."""
+
+    folder: OutputDirectory
+    samples: tuple[SampleFacts, ...]
+    baseline: Mapping[str, Mapping[str, Any]] | None
+    """Rows of the earlier run by model and sample id."""
+
+
+def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
+    """Open the dataset, the folders and the earlier run, and check all options against them.
+
+    Raises:
+        ValueError: an option does not fit the dataset, the models, the folder or the earlier run.
+        FileNotFoundError: a model or adapter is not there.
+    """
+    candidates = config.candidates()
+    runs = {candidate.name: _plan(config, candidate) for candidate in candidates}
+    first = runs[candidates[0].name]
+    names = _metric_names(config, first.spec.metric)
+    folder = OutputDirectory.create(config.output_dir, "parquet")
+    samples = tuple(read_facts(first))
+    if names and not any(sample.answers for sample in samples):
+        raise ValueError(
+            f"--dataset_name {config.dataset_name} has no answers to compare with in split "
+            f"{config.dataset_split!r}; pass --metrics none to measure speed alone"
+        )
+    if config.overwrite:
+        (Path(folder.uri) / SPEED).unlink(missing_ok=True)
+    baseline = (
+        read_baseline(config.baseline, describe_samples(config, first, samples)) if config.baseline else None
+    )
+    return Benchmark(
+        config=config, candidates=candidates, metrics=names, runs=runs, folder=folder, samples=samples,
+        baseline=baseline,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked
+# ---------------------------------------------------------------------------------------------
+
+
+def _plan(config: BenchmarkConfig, candidate: Candidate) -> InferenceRun:
+    options = shared_options(config, InferConfig)
+    primary = _metric_names(config, None)[:1]
+    options |= {
+        "model_id": candidate.model_id,
+        "adapter": candidate.adapter,
+        "output_dir": f"{config.output_dir}/{candidate.name}",
+        "output_format": "parquet",
+        "metric": primary[0] if primary else None,
+    }
+    return plan_inference(InferConfig(**options), endpoint=config.endpoint)
+
+
+def shared_options(config: BenchmarkConfig, config_class: type) -> dict[str, Any]:
+    """Return the options that another job has too."""
+    theirs = {field.name for field in dataclasses.fields(config_class)}
+    mine = {field.name for field in dataclasses.fields(config) if field.init}
+    return {name: getattr(config, name) for name in mine & theirs}
+
+
+def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:
+    """Return the metrics asked for; `own` is the dataset's, which decides where none was asked for."""
+    if config.metrics == "none":
+        return ()
+    if config.metrics is None:
+        return tuple(dict.fromkeys([own, *DEFAULT_METRICS])) if own else ()
+    names = tuple(dict.fromkeys(name.strip() for name in config.metrics.split(",")))
+    known = (*metrics.METRICS, metrics.BLEU)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--metrics: {name!r} is unknown; known: {', '.join(known)}")
+    if names[0] == metrics.BLEU:
+        raise ValueError("--metrics: the first one decides, and BLEU says nothing of single answers")
+    return names

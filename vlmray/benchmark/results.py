@@ -1,0 +1,104 @@
+"""What a comparison found, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.benchmark.speed import SpeedPoint
+from vlmray.metrics.significance import Difference
+from vlmray.reports.errors import ErrorGroup
+from vlmray.reports.gallery import GalleryItem
+from vlmray.reports.text import format_points
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A benchmark as the renderers need it."""
+
+    title: str
+    models: Mapping[str, str]
+    """What each name stands for."""
+
+    board: Scoreboard | None
+    """None where speed alone was measured."""
+
+    against_baseline: Mapping[str, GroupDifference]
+    """Each model against the one that had its name in the earlier run."""
+
+    speed: tuple[SpeedPoint, ...]
+    price_per_hour: float | None
+    errors: Mapping[str, tuple[ErrorGroup, ...]]
+    num_samples: int
+    galleries: Mapping[str, tuple[int, Sequence[GalleryItem]]]
+    """Number of samples and some of them, by what became of them."""
+
+    elapsed_s: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_answered(self) -> int:
+        """Answers of all models; where speed alone was measured, requests."""
+        if self.board is None:
+            return sum(point.num_requests - point.num_failed for point in self.speed)
+        failed = sum(group.num_rows for groups in self.errors.values() for group in groups)
+        return self.num_samples * len(self.models) - failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures as JSON values."""
+        board = self.board
+        bleu = board.bleu if board else {}
+        return {
+            "models": dict(self.models),
+            "verdicts": verdicts(self),
+            "scores": [dataclasses.asdict(score) for score in board.scores] if board else [],
+            "differences": [
+                {**dataclasses.asdict(difference), "verdict": difference.verdict}
+                for difference in (board.differences if board else ())
+            ],
+            "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
+            "against_baseline": {
+                name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()
+            },
+            "speed": [dataclasses.asdict(point) for point in self.speed],
+            "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
+            "elapsed_s": self.elapsed_s,
+        }
+
+
+def verdicts(results: Results) -> list[str]:
+    """Say in plain sentences whether each model is better than the first, and than it was."""
+    board = results.board
+    if board is None:
+        return []
+    metric = board.metrics[0]
+    found = [_sentence(board.difference(model, metric)) for model in board.models[1:]]
+    return found + [_sentence(difference) for difference in results.against_baseline.values()]
+
+
+def _sentence(found: GroupDifference) -> str:
+    difference = found.difference
+    sign = "" if found.p_corrected < 0.001 else "= "
+    details = (
+        f"{format_points(difference.mean)} points of {found.metric}, 95 % interval "
+        f"{format_range(difference)}, p {sign}{format_p(found.p_corrected)} "
+        f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
+    )
+    if found.verdict != "no significant change":
+        return f"{found.model} is {found.verdict} than {found.base}: {details}"
+    text = f"{found.model} against {found.base}: no significant change: {details}"
+    if difference.smallest is None:
+        return f"{text} No answer scores differently."
+    smallest = f"{100 * difference.smallest:.1f}"
+    return f"{text} A difference of {smallest} points would have shown in 4 of 5 such samples."
+
+
+def format_range(difference: Difference) -> str:
+    return f"{format_points(difference.low)} to {format_points(difference.high)}"
+
+
+def format_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

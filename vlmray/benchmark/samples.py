@@ -1,0 +1,88 @@
+"""The samples that models are compared on: what is known of them, and as requests."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmray.config import BenchmarkConfig
+from vlmray.dataset.rows import read_rows
+from vlmray.images.decoding import ImageError, image_size
+from vlmray.inference import stages
+from vlmray.inference.plan import InferenceRun
+
+CHUNK = 32  # rows read, and written, at a time
+
+
+def read_facts(run: InferenceRun) -> Iterator[SampleFacts]:
+    """Read what each sample is about; images that are alike byte for byte are one image."""
+    split = run.config.dataset_split
+    for start in range(0, len(run.selected), CHUNK):
+        for row in read_rows(run.source, run.spec, split, run.selected[start : start + CHUNK]):
+            data = row.get("image")
+            yield SampleFacts(
+                sample_id=row["sample_id"],
+                question=row["question"],
+                answers=tuple(row["answers"]),
+                family=row["family"],
+                image=hashlib.sha256(data).hexdigest()[:16] if data else row.get("image_url"),
+                num_pixels=_num_pixels(data),
+            )
+
+
+def _num_pixels(image: bytes | None) -> int | None:
+    try:
+        return None if image is None else math.prod(image_size(image))
+    except ImageError:
+        return None  # its row says why
+
+
+def read_requests(run: InferenceRun, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Read and prepare rows; yield each with its request, or None where it cannot be asked."""
+    for start in range(0, len(indices), CHUNK):
+        chunk = indices[start : start + CHUNK]
+        rows = read_rows(run.source, run.spec, run.config.dataset_split, chunk)
+        for row in stages.prepare_rows(rows, run.task, keep_images=False):
+            asked = row["error"] is None
+            yield row, stages.make_requests([row], run.task)[0] if asked else None
+
+
+def describe_samples(
+    config: BenchmarkConfig, run: InferenceRun, samples: Sequence[SampleFacts]
+) -> dict[str, Any]:
+    """Say what was asked: two runs that say the same can be compared."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.sample_id}\0{sample.question}\0{sample.answers}\0{sample.image}\n".encode())
+    return {
+        "dataset": {
+            "dataset_name": config.dataset_name, "dataset_split": config.dataset_split,
+            "num_samples": len(samples), "samples_sha256": digest.hexdigest(),
+        },
+        "prompt": {
+            "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
+            "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+        },
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFacts:
+    """What a sample is about, whatever a model says to it."""
+
+    sample_id: str
+    question: str
+    answers: tuple[str, ...]
+    family: str | None = None
+    image: str | None = None
+    """What tells its image from others; None: it has none."""
+
+    num_pixels: int | None = None
+
+    @property
+    def image_key(self) -> str:
+        """What its scores are tied together by."""
+        return self.image or self.sample_id

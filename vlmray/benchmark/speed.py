@@ -1,0 +1,135 @@
+"""How fast a model answers under a load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmray.benchmark.endpoint import Endpoint, Timed
+from vlmray.benchmark.plan import SPEED, Benchmark, BenchmarkError
+from vlmray.benchmark.samples import read_requests
+from vlmray.config import BenchmarkConfig
+from vlmray.schema import GenerationRequest
+
+
+async def measure_speed(
+    benchmark: Benchmark, endpoint: Endpoint, name: str, served: str, load: float
+) -> SpeedPoint:
+    """Measure one model under one load, with streams; the first ones warm up and do not count."""
+    config, run = benchmark.config, benchmark.runs[name]
+    asked = [request for _, request in read_requests(run, run.selected[: config.speed_samples]) if request]
+    if not asked:
+        raise ValueError("--speed_samples: none of the first samples can be asked; see their errors")
+    repeats = -(-config.speed_samples // len(asked))
+    requests = (asked * repeats)[: config.speed_samples]
+    is_rate = config.request_rate is not None
+
+    def ask(requests: Sequence[GenerationRequest]) -> AsyncIterator[Timed]:
+        if is_rate:
+            return endpoint.ask_at_rate(served, requests, load, seed=config.seed)
+        return endpoint.keep_asking(served, requests, int(load), stream=True)
+
+    warm_up = config.most_in_flight if is_rate else int(load)
+    async for _ in endpoint.keep_asking(served, (requests * warm_up)[:warm_up], warm_up, stream=True):
+        pass
+    timed = [answer async for answer in ask(requests)]
+    answers = [answer for answer in timed if answer.completion.error is None]
+    if not answers:
+        raise BenchmarkError(f"{name} answers nothing: {timed[0].completion.error}")
+    end = max(answer.started_s + answer.latency_s for answer in timed)
+    elapsed_s = end - min(answer.started_s for answer in timed)
+    ttft_ms = [1000 * answer.ttft_s for answer in answers if answer.ttft_s is not None]
+    latency_ms = [1000 * answer.latency_s for answer in answers]
+    num_tokens = sum(answer.completion.num_completion_tokens for answer in answers)
+    return SpeedPoint(
+        model=name,
+        load=load,
+        kind="requests/s offered" if is_rate else "requests in flight",
+        num_requests=len(timed),
+        num_failed=len(timed) - len(answers),
+        requests_per_s=len(answers) / elapsed_s,
+        tokens_per_s=num_tokens / elapsed_s,
+        ttft_ms=_percentiles(ttft_ms),
+        latency_ms=_percentiles(latency_ms),
+    )
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Return p50, p90 and p99."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return (values[0],) * 3
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[89], cuts[98]
+
+
+def to_measure(
+    benchmark: Benchmark, names: Sequence[str], speed: Sequence[SpeedPoint]
+) -> list[tuple[float, str]]:
+    """Return the loads and models of which there is no measurement yet."""
+    loads = benchmark.config.loads() if benchmark.config.speed_samples else ()
+    done = {(point.load, point.model) for point in speed}
+    return [(load, name) for load in loads for name in names if (load, name) not in done]
+
+
+def read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
+    """Return what an earlier start of this run measured."""
+    path = Path(benchmark.folder.uri) / SPEED
+    if benchmark.config.offline or not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["options"] != _speed_options(benchmark.config):
+        return []
+    return [SpeedPoint.from_json(point) for point in found["points"]]
+
+
+def write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
+    found = {
+        "options": _speed_options(benchmark.config),
+        "points": [dataclasses.asdict(point) for point in speed],
+    }
+    benchmark.folder.write_text(SPEED, json.dumps(found, indent=2) + "\n")
+
+
+def _speed_options(config: BenchmarkConfig) -> dict[str, Any]:
+    names = (
+        "models", "endpoint", "concurrency", "request_rate", "speed_samples", "max_new_tokens", "batch_size",
+        "num_replicas", "gpus_per_replica", "dataset_name", "dataset_split", "sample_slices",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+Percentiles = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedPoint:
+    """One model under one load."""
+
+    model: str
+    load: float
+    kind: str
+    """What the load counts: requests in flight, or requests per second offered."""
+
+    num_requests: int
+    num_failed: int
+    requests_per_s: float
+    tokens_per_s: float
+    ttft_ms: Percentiles | None
+    """p50, p90 and p99 of the time to the first text; None where no answer had any."""
+
+    latency_ms: Percentiles | None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SpeedPoint:
+        """Read one back."""
+        percentiles = {
+            name: tuple(values[name]) if values[name] else None for name in ("ttft_ms", "latency_ms")
+        }
+        return cls(**{**values, **percentiles})

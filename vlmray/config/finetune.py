@@ -1,0 +1,200 @@
+"""Options of the job that fine-tunes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlmray.config.common import QuestionsConfig, check_at_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig(QuestionsConfig):
+    """Fine-tune a vision-language model on a visual-question dataset, with LoRA or in full, on Ray Train."""
+
+    dataset_split: str = "train"
+    """Split to train on."""
+
+    sample_slices: str = "[:]"
+    """Rows to train on, as Python slices: '[:1000]', '[:]', '[-500:]', '[::10]'."""
+
+    max_turns: int = 1
+    """Ask up to this many consecutive rows about one image in one conversation, which encodes it once."""
+
+    max_length: int | None = None
+    """Longest sample in tokens, image included; longer ones are counted as failed, never cut."""
+
+    eval_split: str | None = None
+    """Split to evaluate on; default: no evaluation, or --dataset_split where --eval_slices is given."""
+
+    eval_slices: str | None = None
+    """Rows to evaluate on, as Python slices; default: all of --eval_split."""
+
+    eval_steps: int = 100
+    """Evaluate every this many optimizer steps, and before the first and after the last."""
+
+    eval_samples: int = 100
+    """Evaluation rows that the model also answers, for the metric; the first ones; 0: the loss alone."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate per answer of an evaluation, at most."""
+
+    output_dir: str = "outputs/finetune"
+    """Where adapter, checkpoints and report go: a local folder, or a URI that every node can write."""
+
+    resume: bool = False
+    """Go on from the last checkpoint in --output_dir."""
+
+    use_peft: bool = True
+    """Train a LoRA adapter; false trains all parameters."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+
+    lora_alpha: int = 32
+    """Scale of the adapter: it is multiplied by lora_alpha / lora_r."""
+
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input."""
+
+    lora_target_modules: str | None = None
+    """Modules to adapt: names ('q_proj,v_proj') or a regular expression over full module names; default:
+    attention and MLP projections of the language model."""
+
+    lora_vision: bool = False
+    """Adapt the vision tower too."""
+
+    lora_merger: bool = False
+    """Adapt the merger between vision tower and language model too."""
+
+    vision_cache_gib: float = 32.0
+    """Disk space of each worker, in TMPDIR, for what the vision tower makes of images that come again, where
+    nothing in it is trained; 0: compute it every time."""
+
+    freeze_vision: bool = False
+    """Without LoRA: keep the vision tower as it is."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+
+    max_steps: int = -1
+    """Optimizer steps; above 0 it overrides --num_train_epochs."""
+
+    per_device_train_batch_size: int = 4
+    """Samples per worker and forward pass."""
+
+    per_device_eval_batch_size: int = 8
+    """Samples per worker and forward pass of an evaluation."""
+
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """Which samples share a step: any, or those of like length, which spares padding; for that all samples
+    are read once before training. Images given by URL count as equally large."""
+
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+
+    lr_scheduler_type: str = "cosine"
+    """Learning rate schedule: cosine, linear, constant_with_warmup, ..."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+
+    optim: str | None = None
+    """Optimizer: a name that transformers knows, or muon for Muon on the matrices of hidden layers and AdamW
+    on the rest; default: AdamW."""
+
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass to save memory; default: on a GPU."""
+
+    bf16: bool | None = None
+    """Mixed precision in bfloat16; default: on a GPU that has it. On a CPU with AMX it is faster too."""
+
+    logging_steps: int = 5
+    """Log the loss every this many optimizer steps."""
+
+    save_steps: int = 100
+    """Write a checkpoint every this many optimizer steps, and after the last."""
+
+    save_total_limit: int | None = 2
+    """Checkpoints to keep."""
+
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better score (or loss, where there is no score)."""
+
+    load_best_model_at_end: bool = False
+    """Keep the best evaluated checkpoint instead of the last; needs --save_steps equal to --eval_steps."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """Where to send the curves, beside the report."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the workers, for a model that does not fit on one GPU."""
+
+    sft_config: dict[str, Any] | None = None
+    """Any other field of TRL's SFTConfig: a mapping in the YAML file, or JSON: '{"max_grad_norm": 0.5}'."""
+
+    num_workers: int | None = None
+    """Training workers; default: one per GPU, or two on CPUs."""
+
+    max_failures: int = 3
+    """Times to start again from the last checkpoint when a worker or node dies."""
+
+    merge_adapter: bool = False
+    """Also write the model with the adapter merged into the unquantized base."""
+
+    def __post_init__(self) -> None:
+        QuestionsConfig.__post_init__(self)
+        check_at_least(
+            self, 1, "max_turns", "max_length", "eval_steps", "max_new_tokens", "lora_r", "lora_alpha",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience", "num_workers",
+        )  # fmt: skip
+        check_at_least(
+            self, 0, "vision_cache_gib", "eval_samples", "learning_rate", "weight_decay", "max_failures"
+        )
+        for name in ("lora_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"--max_steps must be -1 (not set) or at least 1, got {self.max_steps}")
+        if not self.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume keeps what --overwrite deletes; pass one of them")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that contradict each other or would be ignored."""
+        if not self.use_peft:
+            for name in ("lora_target_modules", "lora_vision", "lora_merger", "merge_adapter"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is about LoRA and --use_peft false trains without it")
+            if self.quantization != "none":
+                raise ValueError(
+                    f"--quantization {self.quantization} needs LoRA: quantized weights cannot be trained; "
+                    "leave out --use_peft false or --quantization"
+                )
+        elif self.freeze_vision:
+            raise ValueError("--freeze_vision is for --use_peft false; LoRA leaves all base weights frozen")
+        if self.fsdp and self.optim == "muon":
+            raise ValueError("--optim muon needs whole matrices and --fsdp shards them; pass one of them")
+        if not self.evaluates:
+            for name in ("early_stopping_patience", "load_best_model_at_end"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} needs an evaluation; pass --eval_split or --eval_slices")
+        if self.load_best_model_at_end and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"--load_best_model_at_end needs --save_steps {self.save_steps} equal to --eval_steps "
+                f"{self.eval_steps}, so that what was evaluated was kept"
+            )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.eval_split is not None or self.eval_slices is not None

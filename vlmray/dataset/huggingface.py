@@ -1,0 +1,147 @@
+"""Splits that the `datasets` library loads: hub names, local folders and files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmray.errors import one_line
+from vlmray.storage import hub
+
+if TYPE_CHECKING:
+    import datasets
+
+_FILE_BUILDERS = {
+    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
+}  # fmt: skip
+# How `datasets` begins to say that a configuration is needed, or is not one of those there are.
+_CONFIG_ERRORS = ("Config name is missing", "BuilderConfig", "Couldn't find cache", "There are multiple")
+
+
+def load_hf_dataset(dataset_name: str, split: str, config: str | None = None) -> datasets.Dataset:
+    """Load a split with the `datasets` library: a hub name, a local folder or a local file.
+
+    A hub name also works without the network, from the local caches.
+
+    Raises:
+        ValueError: nothing is there, the hub cannot be reached, the split or configuration is unknown,
+            or the files cannot be read; the message names the option and what is there.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    # What goes wrong is raised as well, and a mistake should be one line.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    path = Path(dataset_name).expanduser()
+    if path.exists():
+        datasets.disable_progress_bars()
+        load = functools.partial(_load_local, path, config)
+    elif path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix in _FILE_BUILDERS:
+        raise ValueError(f"--dataset_name {dataset_name}: no such file or folder")
+    else:
+        load = functools.partial(_load_from_hub, dataset_name, config)
+    try:
+        return load(split)
+    except hub.HubUnavailableError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise ValueError(_explain(dataset_name, split, config, error)) from error
+    except (OSError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"--dataset_name {dataset_name} cannot be read: {one_line(cause)}") from error
+
+
+def _load_local(path: Path, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return splits[split]
+    if (path / "state.json").is_file():  # written by Dataset.save_to_disk
+        return datasets.load_from_disk(str(path))
+    if path.is_dir():
+        return datasets.load_dataset(str(path), name=config, split=split)
+    builder = _FILE_BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FILE_BUILDERS)}")
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **options)
+
+
+def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
+    try:
+        hub.check_reachable(name, "dataset", option="--dataset_name")
+    except hub.HubUnavailableError as unavailable:
+        # The hub's own cache holds the repository's files; the cache of `datasets` what it made of them.
+        snapshot = hub.cached_snapshot(name, "dataset")
+        if snapshot is not None:
+            return datasets.load_dataset(str(snapshot), name=config, split=split)
+        try:
+            with _offline():
+                return datasets.load_dataset(name, name=config, split=split)
+        except (ConnectionError, FileNotFoundError):
+            raise unavailable from None
+    return datasets.load_dataset(name, name=config, split=split)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keep `datasets` from asking a hub that did not answer: it would try for half a minute."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _explain(name: str, split: str, config: str | None, error: Exception) -> str:
+    text = one_line(error)
+    if text.startswith("Unknown split"):
+        known = text.partition("one of")[2].strip(" .[]").replace("'", "")
+        return f"--dataset_split {split!r}: {name} has {known}"
+    if text.startswith("Split name"):
+        return f"--dataset_split {split!r}: {text}"
+    if text.startswith(_CONFIG_ERRORS):
+        return f"--dataset_config {config!r}: {text}"
+    return f"--dataset_name {name} cannot be read: {text}"
+
+
+class HFSource:
+    """A split that `datasets` loaded: memory-mapped on the driver's machine, pickled as its path."""
+
+    on_driver = True
+
+    def __init__(self, dataset: datasets.Dataset, base_dir: Path | None = None) -> None:
+        # As Arrow nothing is decoded: no image (also in lists), and no audio in a column nobody asked for.
+        self._dataset = dataset.with_format("arrow")
+        self._class_names = {
+            name: feature.names for name, feature in dataset.features.items() if hasattr(feature, "int2str")
+        }
+        self.column_names = list(dataset.column_names)
+        self.base_dir = str(base_dir) if base_dir else None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        dataset = self._dataset if columns is None else self._dataset.select_columns(list(columns))
+        return [name_classes(row, self._class_names) for row in dataset[list(indices)].to_pylist()]
+
+
+def name_classes(row: dict[str, Any], class_names: dict[str, list[str]]) -> dict[str, Any]:
+    """Replace class indices by their names; -1 and None mean no label."""
+    for column in class_names.keys() & row.keys():
+        names, value = class_names[column], row[column]
+        row[column] = names[value] if value is not None and 0 <= value < len(names) else None
+    return row

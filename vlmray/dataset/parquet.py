@@ -1,0 +1,165 @@
+"""Parquet files behind a URI, read where the rows are needed."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from vlmray.dataset.huggingface import HFSource, name_classes
+from vlmray.errors import one_line
+from vlmray.storage.cache import cache_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow.fs import FileSystem
+
+
+class ParquetSource:
+    """Parquet files behind a URI, read where the rows are needed and never through the driver."""
+
+    on_driver = False
+    base_dir = None
+
+    def __init__(self, uri: str, split: str) -> None:
+        files = _files_of_split(_list_parquet(uri), uri, split)
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(functools.partial(_read_footer, uri), files))
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
+        for file, schema in zip(files, schemas, strict=True):
+            if schema.names != schemas[0].names:
+                raise ValueError(
+                    f"--dataset_name {uri}: {file} has columns {', '.join(schema.names)}, "
+                    f"but {files[0]} has {', '.join(schemas[0].names)}"
+                )
+        self.column_names = list(schemas[0].names)
+        self._uri = uri
+        self._files = files
+        self._class_names = _class_names(schemas[0])
+        self._row_groups = [
+            (file, group) for file, footer in zip(files, footers, strict=True)
+            for group in range(footer.num_row_groups)
+        ]  # fmt: skip
+        self._starts = [0]
+        for footer in footers:
+            for group in range(footer.num_row_groups):
+                self._starts.append(self._starts[-1] + footer.row_group(group).num_rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def copy_here(self) -> HFSource:
+        """Copy the split's files to this machine, where `datasets` maps them into memory."""
+        import datasets
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        filesystem, _ = _filesystem(self._uri)
+        infos = filesystem.get_file_info(self._files)
+        identity = json.dumps([[self._uri, info.path, info.size, str(info.mtime)] for info in infos])
+        folder = cache_folder() / "datasets" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        local = [folder / f"{number:05d}.parquet" for number in range(len(infos))]
+        for file, info in zip(local, infos, strict=True):
+            if not file.is_file():
+                part = file.with_suffix(f".{os.getpid()}.part")
+                copy_files(
+                    info.path,
+                    str(part),
+                    source_filesystem=filesystem,
+                    destination_filesystem=LocalFileSystem(),
+                )
+                part.rename(file)
+        datasets.disable_progress_bars()
+        return HFSource(datasets.load_dataset("parquet", data_files=list(map(str, local)), split="train"))
+
+    def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        names = None if columns is None else tuple(columns)
+        return [self._read_row(index, names) for index in indices]
+
+    def _read_row(self, index: int, columns: tuple[str, ...] | None) -> dict[str, Any]:
+        position = bisect.bisect_right(self._starts, index) - 1
+        row_group = _read_row_group(self._uri, *self._row_groups[position], columns)
+        row = row_group.slice(index - self._starts[position], 1).to_pylist()[0]
+        return name_classes(row, self._class_names)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Read the names of the classes, where `datasets` noted them in a Parquet file."""
+    notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = notes.get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def _filesystem(uri: str) -> tuple[FileSystem, str]:
+    from pyarrow.fs import FileSystem
+
+    try:
+        return FileSystem.from_uri(uri)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(f"--dataset_name {uri} cannot be opened: {one_line(error)}") from error
+
+
+def _list_parquet(uri: str) -> list[str]:
+    """List the paths of the Parquet files at a URI, sorted."""
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, path = _filesystem(uri)
+    try:
+        info = filesystem.get_file_info(path)
+        infos = (
+            filesystem.get_file_info(FileSelector(path, recursive=True))
+            if info.type == FileType.Directory
+            else [info]
+        )
+    except OSError as error:
+        raise ValueError(f"--dataset_name {uri} cannot be listed: {one_line(error)}") from error
+    files = sorted(info.path for info in infos if info.is_file and info.path.endswith(".parquet"))
+    if not files:
+        raise ValueError(f"--dataset_name {uri}: no Parquet file there")
+    return files
+
+
+def _files_of_split(files: list[str], uri: str, split: str) -> list[str]:
+    """Keep the files of a split, told by file or folder name; files without any split name all count."""
+    if files == [_filesystem(uri)[1]]:
+        return files  # the URI names a file, not a folder
+    known = ("train", "validation", "valid", "val", "dev", "test", split)
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        folder, name = file.split("/")[-2:]
+        found = next((word for word in known if name.startswith((f"{word}-", f"{word}."))), None)
+        by_split.setdefault(found or (folder if folder in known else ""), []).append(file)
+    if set(by_split) == {""}:
+        return files
+    if split not in by_split:
+        found_splits = ", ".join(sorted(filter(None, by_split)))
+        raise ValueError(f"--dataset_split {split!r}: {uri} has {found_splits}")
+    return by_split[split]
+
+
+def _read_footer(uri: str, path: str) -> pa.parquet.FileMetaData:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path, filesystem=_filesystem(uri)[0])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"--dataset_name {uri}: {path} cannot be read: {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _read_row_group(uri: str, path: str, group: int, columns: tuple[str, ...] | None) -> pa.Table:
+    """Read one row group of a file; neighbouring rows are read together, so the last one is kept."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, filesystem=_filesystem(uri)[0]) as file:
+        return file.read_row_group(group, columns=None if columns is None else list(columns))

@@ -1,0 +1,130 @@
+"""Requests on their way through the engine, and whoever listens to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmray.engines.answers import Answer
+from vlmray.engines.base import OnEnd, OnText
+from vlmray.models.inputs import chain_segments
+from vlmray.schema import Completion, GenerationRequest
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A request on its way through the engine."""
+
+    index: int
+    request: GenerationRequest
+    prompt: str = ""
+    num_tokens: int = 0
+    """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
+
+    head: tuple[Any, ...] | None = None
+    """What it begins with: adapter, text up to the last image, and the images; None where that is not
+    shared with other rows."""
+
+    tail: str = ""
+    """The rest of the prompt."""
+
+    num_tail_tokens: int = 0
+
+    encoded_head: Future[dict[str, torch.Tensor]] | None = None
+    encoded: Future[dict[str, torch.Tensor]] | None = None
+    """The rest of the row; all of it, where there is no head."""
+
+    answer: Answer | None = None
+    completion: Completion | None = None
+    num_prompt_tokens: int = 0
+    num_sent: int = 0
+    """Characters that were streamed; a batch that is tried again does not send them twice."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded row, copied together where it has a head; raises what encoding raised."""
+        return chain_segments(self.segments) if self.encoded_head is not None else self.tail_inputs
+
+    @property
+    def segments(self) -> list[dict[str, torch.Tensor]]:
+        """What the encoded row consists of, as it is; raises what encoding raised."""
+        return [self.tail_inputs] if self.encoded_head is None else [self.head_inputs, self.tail_inputs]
+
+    @property
+    def head_inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded beginning."""
+        assert self.encoded_head is not None
+        return self.encoded_head.result()
+
+    @property
+    def tail_inputs(self) -> dict[str, torch.Tensor]:
+        """The encoded rest."""
+        assert self.encoded is not None
+        return self.encoded.result()
+
+
+Heads = dict[Any, Future[dict[str, torch.Tensor]]]
+"""Encoded beginnings, or those to come, of rows that share them."""
+
+
+class Prepared(list[GenerationRequest]):
+    """Requests, and how far the engine is with them."""
+
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        super().__init__(requests)
+        self.rows = [InFlight(index, request) for index, request in enumerate(requests)]
+        self.queue: deque[InFlight] = deque()
+        self.heads: Heads = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Whoever wants to hear of answers before all are there."""
+
+    on_text: OnText | None
+    on_end: OnEnd | None
+
+    def text(self, row: InFlight, text: str) -> None:
+        """Send what is new in a row's text."""
+        if self.on_text is not None and len(text) > row.num_sent:
+            self.on_text(row.index, text[row.num_sent :])
+            row.num_sent = len(text)
+
+    def end(self, row: InFlight, completion: Completion) -> None:
+        """Close a row."""
+        row.encoded = row.encoded_head = None  # pixels are large and needed no more
+        row.completion = completion
+        if self.on_end is not None:
+            self.on_end(row.index, completion)
+
+
+def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int) -> bool:
+    """Add a row's next token to its answer and tell whether it ends there."""
+    row = rows[index]
+    answer = row.answer
+    assert answer is not None
+    ended = answer.push(token_id)
+    if listener.on_text is not None:
+        listener.text(row, answer.settled)
+    if ended:
+        listener.end(
+            row,
+            Completion(
+                text=answer.text,
+                prompt=row.prompt,
+                num_prompt_tokens=row.num_prompt_tokens,
+                num_completion_tokens=answer.num_tokens,
+                finish_reason=answer.finish_reason or "stop",
+            ),
+        )
+    return ended
+
+
+def end_ids(config: Any) -> set[int]:
+    ids = config.eos_token_id
+    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}

@@ -1,0 +1,161 @@
+"""A run before it starts: every mistake is found here, nothing is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vlmray import cluster
+from vlmray.config import FinetuneConfig
+from vlmray.dataset.selection import Selection, open_selection
+from vlmray.finetune.results import ADAPTER, MERGED, MODEL
+from vlmray.models import lora
+from vlmray.models.source import check_model, fingerprint, resolve_model_id
+from vlmray.storage.run_folder import OutputDirectory
+from vlmray.training.arguments import check_sft_options
+from vlmray.training.run import TrainingData, TrainingRun
+from vlmray.training.samples import Conversations, check_answers, group_turns
+from vlmray.training.worker import lora_config_of
+
+CHECKPOINTS = "checkpoints"
+
+# What the steps depend on, and so what --resume must find unchanged.
+_STEP_OPTIONS = (
+    "model_id", "quantization", "dtype", "dataset_name", "dataset_config", "dataset_split", "sample_slices",
+    "max_turns", "max_length", "system_prompt", "min_pixels", "max_pixels", "seed", "use_peft", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_merger", "freeze_vision",
+    "learning_rate", "num_train_epochs", "max_steps", "warmup_ratio", "lr_scheduler_type", "weight_decay",
+    "optim", "bf16", "train_sampling_strategy", "sft_config",
+)  # fmt: skip
+
+
+class FinetuneError(RuntimeError):
+    """A run that could not go on; its checkpoints are in the output folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneRun:
+    """A run that is about to start."""
+
+    training: TrainingRun
+    data: TrainingData
+    workers: cluster.WorkerPlan
+    folder: OutputDirectory
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """Options of the run."""
+        return self.training.config
+
+
+def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
+    """Check every option, open the dataset, divide the cluster and open the output folder.
+
+    Raises:
+        ValueError: an option does not fit the model, the dataset, the cluster or the output folder.
+        FileNotFoundError: the model is not there.
+    """
+    check_model(config.model_id)
+    check_sft_options(config)
+    data = open_training_data(config)
+    if config.use_peft:
+        _check_lora_targets(config)
+    cluster.connect(config.log_level)
+    workers = cluster.plan_workers(config.num_workers)
+    if config.fsdp and workers.num_workers == 1:
+        raise ValueError("--fsdp shards over several workers, and there is one; leave it out")
+    training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
+    folder = _open_folder(training, data)
+    return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
+
+
+def open_training_data(config: FinetuneConfig) -> TrainingData:
+    """Open the samples to train and to evaluate on.
+
+    Raises:
+        ValueError: an option does not fit the dataset, or there are no answers to learn from.
+    """
+    train = _conversations(
+        open_selection(config, config.dataset_split, config.sample_slices), config.max_turns
+    )
+    if not config.evaluates:
+        return TrainingData(train=train)
+    with _naming(dataset_split="eval_split", sample_slices="eval_slices"):
+        questions = open_selection(
+            config, config.eval_split or config.dataset_split, config.eval_slices or "[:]"
+        )
+    return TrainingData(train=train, evaluation=_conversations(questions, max_turns=1))
+
+
+def _conversations(questions: Selection, max_turns: int) -> Conversations:
+    source, spec, selected = questions.source, questions.spec, questions.selected
+    check_answers(source, spec, questions.split, selected)
+    return Conversations(
+        source=source,
+        spec=spec,
+        split=questions.split,
+        system_prompt=questions.system_prompt,
+        turns=group_turns(source, spec, selected, max_turns),
+    )
+
+
+@contextlib.contextmanager
+def _naming(**names: str) -> Iterator[None]:
+    """Call options in errors by the names that they have here."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, here in names.items():
+            message = message.replace(f"--{name}", f"--{here}")
+        raise ValueError(message) from error
+
+
+def _check_lora_targets(config: FinetuneConfig) -> None:
+    """Look for the adapter's targets in the model's architecture, before any worker loads its weights."""
+    model_id = resolve_model_id(config.model_id)
+    skeleton = lora.build_skeleton(model_id, trust_remote_code=config.trust_remote_code)
+    lora.find_lora_targets(skeleton, lora_config_of(config))
+
+
+def _open_folder(training: TrainingRun, data: TrainingData) -> OutputDirectory:
+    """Open the output folder for a new run, or for the one it holds if that is to be resumed.
+
+    Raises:
+        ValueError: it holds another run, or none to resume.
+    """
+    config = training.config
+    folder = OutputDirectory.create(config.output_dir)
+    options = {
+        "job": "finetune",
+        **{name: getattr(config, name) for name in _STEP_OPTIONS},
+        "model_fingerprint": fingerprint(config.model_id),
+        "samples_per_step": training.samples_per_step,
+        **dataclasses.asdict(data.train.spec),
+    }
+    found = folder.read_options()
+    results = [name for name in (CHECKPOINTS, ADAPTER, MODEL, MERGED) if folder.has(name)]
+    if (found is None and results) or (found is not None and found.get("job") != options["job"]):
+        raise ValueError(
+            f"--output_dir {config.output_dir} holds what no fine-tuning run left; choose another folder"
+        )
+    if config.resume:
+        if found is None:
+            raise ValueError(
+                f"--output_dir {config.output_dir} holds no run to go on with; leave out --resume"
+            )
+        if results:  # a run that ended before its first checkpoint binds nobody to its options
+            folder.check_options(options)
+    elif results and not config.overwrite:
+        raise ValueError(
+            f"--output_dir {config.output_dir} holds an earlier run; pass --resume to go on with it, "
+            "--overwrite to delete it, or choose another folder"
+        )
+    else:
+        for name in results:
+            folder.delete_folder(name)
+    folder.reopen()
+    folder.write_options(options)
+    return folder

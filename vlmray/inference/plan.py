@@ -1,0 +1,104 @@
+"""A run before it starts: every mistake is found here, nothing is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmray.config import InferConfig
+from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.selection import open_selection
+from vlmray.dataset.slices import sample_id
+from vlmray.dataset.sources import Source
+from vlmray.inference.stages import Task
+from vlmray.models import checks
+from vlmray.models.source import check_model, fingerprint, resolve_model_id
+from vlmray.storage.run_folder import OutputDirectory, prepare_output_directory
+
+# What an answer depends on. The rest of the options says how fast it comes, or where it goes.
+_ANSWER_OPTIONS = (
+    "model_id", "adapter", "quantization", "dtype", "engine", "dataset_name", "dataset_config",
+    "dataset_split", "max_new_tokens", "temperature", "top_p", "seed", "system_prompt", "min_pixels",
+    "max_pixels", "output_format",
+)  # fmt: skip
+
+
+def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
+    """Open dataset and output folder, find what is left to do, and check all options against them.
+
+    Args:
+        config: The run's options.
+        endpoint: A server that will answer, where `model_id` is a name it knows; nothing here can check it.
+
+    Raises:
+        ValueError: an option does not fit the dataset, the model or the output folder.
+        FileNotFoundError: the model or adapter is not there.
+    """
+    if endpoint is None:
+        _check_model(config)
+    questions = open_selection(config, config.dataset_split, config.sample_slices)
+    source, spec, selected = questions.source, questions.spec, questions.selected
+    task = _task(config, spec)
+    folder = prepare_output_directory(
+        config.output_dir,
+        {**_answer_options(config, spec), "endpoint": endpoint},
+        output_format=config.output_format,
+        overwrite=config.overwrite,
+    )
+    finished = folder.finished()
+    names = {index: sample_id(config.dataset_split, index) for index in selected}
+    pending = [index for index in selected if not finished.get(names[index], False)]
+    if pending:
+        folder.reopen()
+        folder.discard({names[index] for index in pending} & finished.keys())
+    return InferenceRun(
+        config=config, source=source, spec=spec, task=task, folder=folder, selected=selected, pending=pending
+    )
+
+
+def _check_model(config: InferConfig) -> None:
+    """Check on the driver what a replica would only find after it started."""
+    if config.engine == "fake":
+        return
+    check_model(config.model_id)
+    if config.adapter:
+        checks.check_adapter_folder(config.adapter, resolve_model_id(config.model_id))
+
+
+def _task(config: InferConfig, spec: DatasetSpec) -> Task:
+    return Task(
+        prompt_template=spec.prompt_template,
+        system_prompt=config.system_prompt,
+        metric=spec.metric,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+
+
+def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
+    options = {name: getattr(config, name) for name in _ANSWER_OPTIONS}
+    checkpoint = {"model_fingerprint": fingerprint(config.model_id)}
+    if config.adapter:
+        checkpoint["adapter_fingerprint"] = fingerprint(config.adapter)
+    return {**options, **checkpoint, **dataclasses.asdict(spec)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRun:
+    """A run before it starts: everything checked, nothing loaded."""
+
+    config: InferConfig
+    source: Source
+    spec: DatasetSpec
+    task: Task
+    folder: OutputDirectory
+
+    selected: Sequence[int]
+    """Row indices of the selection."""
+
+    pending: Sequence[int]
+    """Row indices still to answer."""

@@ -1,0 +1,1 @@
+"""What is special about a family of models, a short file each."""

@@ -1,0 +1,30 @@
+"""What the gateway needs of whoever holds the models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlmray.schema import Completion, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The end of an answer."""
+
+    completion: Completion
+    batch_size: int
+    """Requests that shared its forward pass."""
+
+
+class Backend(Protocol):
+    """Whoever answers."""
+
+    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[str | Reply]:
+        """Yield pieces of text, if `stream`, and last a `Reply` with all of it.
+
+        Raises:
+            BusyError: before the first piece.
+        """
+        ...

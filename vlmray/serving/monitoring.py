@@ -1,0 +1,43 @@
+"""Metrics of the gateway for Prometheus."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from vlmray.serving.backend import Reply
+
+
+class Metrics:
+    """What Prometheus is told, by model."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        make = functools.partial(self._make, labels=("model",))
+        seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+        self.requests = self._make(Counter, "requests", "Chat requests by status", labels=("model", "status"))
+        self.in_flight = self._make(Gauge, "requests_in_flight", "Chat requests in progress", labels=())
+        self.queued = make(Gauge, "requests_queued", "Of those, the ones whose answer has not begun")
+        self.latency = make(Histogram, "request_seconds", "Time to the whole answer", buckets=seconds)
+        self.first_token = make(
+            Histogram, "time_to_first_token_seconds", "Time to the first text of a stream", buckets=seconds
+        )
+        self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens read, visual ones included")
+        self.completion_tokens = make(Counter, "completion_tokens", "Tokens written")
+        self.batch_size = make(
+            Histogram,
+            "batch_size",
+            "Requests in the forward pass of an answer",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+        )
+
+    def _make(self, kind: Any, name: str, text: str, labels: tuple[str, ...], **options: Any) -> Any:
+        return kind(f"vlmray_{name}", text, labels, registry=self.registry, **options)
+
+    def count(self, model: str, reply: Reply) -> None:
+        """Count one answer."""
+        self.prompt_tokens.labels(model).inc(reply.completion.num_prompt_tokens)
+        self.completion_tokens.labels(model).inc(reply.completion.num_completion_tokens)
+        self.batch_size.labels(model).observe(reply.batch_size)
