@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "benchmark", "cluster",
     ),
     "cluster": (),
+    "stages": ("inference",),
     "cli": ("config", "inference", "finetune", "serving", "benchmark", "demo", "cluster"),
 }  # fmt: skip
 """Folders, and modules beside them, with what each may import beside itself and the ground. A new folder gets
