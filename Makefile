@@ -26,8 +26,14 @@ ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 endif
 
-gpu: $(if $(HAS_TORCH),,setup)
-	$(if $(HAS_TORCH),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --scale $(SCALE) $(ARGS)
+ifeq ($(HAS_TORCH),yes)
+gpu:
+	$(if $(wildcard $(PACK)/site.tar.xz),site=$$($(PYTHON) -m benchmarks.gpu.install --print-path) && export PYTHONPATH=$$site:$$PWD &&) \
+	$(PYTHON) -m benchmarks.gpu --scale $(SCALE) $(ARGS)
+else
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu --scale $(SCALE) $(ARGS)
+endif
 
 setup: $(READY)
 

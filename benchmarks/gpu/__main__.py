@@ -196,7 +196,7 @@ def take_steps(
         for place, step in enumerate(ready):
             turns += [Turn(each, setting, folder) for each in ready[len(turns) : place + 2]]
             turn, began = turns[place], time.monotonic()
-            limit_s = min(step.limit_s, deadline - began)
+            limit_s = min(step.limit_s * setting.scale.patience, deadline - began)
             if limit_s <= 0:
                 status, reason = "left out", "no time was left"
             else:

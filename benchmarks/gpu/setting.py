@@ -59,17 +59,20 @@ class Scale:
     max_pixels: int | None = None
     """Of an image; None: the processor's own limit."""
 
+    patience: float = 1.0
+    """Factor of the steps' time limits."""
+
 
 SCALES = {
     "full": Scale(
-        small="random-3b", large="random-7b", num_rows=300, num_padded=64, num_alone=16, num_exact=128,
+        small="random-3b", large="random-7b", num_rows=300, num_padded=64, num_alone=16, num_exact=64,
         contract="", budget_factors=(1.0, 1.5, 2.0), num_samples=64, batch_size=8, num_piped=256,
         num_requests=96,
     ),
     "toy": Scale(
         small="random-toy", large="random-toy", num_rows=12, num_padded=8, num_alone=4, num_exact=16,
         contract="one_to_one or transformers_alone", budget_factors=(1.0,), num_samples=8, batch_size=2,
-        num_piped=16, num_requests=16, max_pixels=64 * 28 * 28,
+        num_piped=16, num_requests=16, max_pixels=64 * 28 * 28, patience=3.0,
     ),
 }  # fmt: skip
 

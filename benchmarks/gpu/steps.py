@@ -36,10 +36,10 @@ _JOBS = ("ray", "datasets", "psutil")
 
 STEPS = (
     Step(name="device", function="device:describe", limit_s=60),
-    Step(name="exact", function="exact:measure", limit_s=90),
-    Step(name="engine-7b", function="engine:measure", limit_s=120, options={"size": "large"}),
+    Step(name="exact", function="exact:measure", limit_s=150),
+    Step(name="engine-7b", function="engine:measure", limit_s=150, options={"size": "large"}),
     Step(name="memory", function="memory:measure", limit_s=75),
-    Step(name="train-lora", function="training:measure", limit_s=120, needs=_TRAINING),
+    Step(name="train-lora", function="training:measure", limit_s=180, needs=_TRAINING),
     Step(name="pipeline", function="jobs:pipeline", limit_s=120, needs=_JOBS),
     Step(name="serve", function="jobs:serve", limit_s=120, needs=_JOBS),
     Step(name="finetune", function="jobs:finetune", limit_s=120, needs=(*_TRAINING, "psutil")),
