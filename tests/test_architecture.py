@@ -137,7 +137,8 @@ def test_a_folder_imports_what_it_may(room: str) -> None:
 
 
 def test_no_import_cycles() -> None:
-    graph = {name: _imports(name) for name in MODULES}
+    # The front door names everything, for type checkers alone.
+    graph = {name: _imports(name) - {"vlmray"} for name in MODULES if name != "vlmray"}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import openai
 
 from vlmray.engines.base import failed_completion
+from vlmray.errors import one_line
 from vlmray.schema import Completion, GenerationRequest
 
 for _name in ("httpx", "httpx2"):  # which the client is made of: a line for every request
@@ -211,4 +212,4 @@ def _say(error: openai.OpenAIError) -> str:
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
     cause = error.__cause__
-    return " ".join(str(message or (f"{error} ({cause})" if cause else error)).split())[:500]
+    return one_line(message or (f"{error} ({cause})" if cause else error), 500)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from vlmray.errors import one_line
 from vlmray.schema import Completion, GenerationRequest
 
 OnText = Callable[[int, str], None]
@@ -91,7 +92,7 @@ def check_request(request: GenerationRequest) -> None:
 
 def failed_completion(error: Exception, *, prompt: str = "") -> Completion:
     """Return the completion of a request that could not be answered."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    reason = one_line(f"{type(error).__name__}: {error}", 500)
     return Completion(
         text="",
         prompt=prompt,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from vlmray.errors import one_line
+
 
 def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
     """Load a LoRA adapter into a model under a name, and refuse one that would not take full effect.
@@ -32,8 +34,7 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
         result = model.load_adapter(adapter, adapter_name=name, torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
         _drop_adapter(model, name)
-        first_lines = " ".join(str(error).split())[:300]
-        raise ValueError(f"--adapter {adapter} does not fit the model: {first_lines}") from error
+        raise ValueError(f"--adapter {adapter} does not fit the model: {one_line(error)}") from error
     missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
     if missing or unexpected:
         _drop_adapter(model, name)

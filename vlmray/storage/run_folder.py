@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
+from vlmray.errors import one_line
 from vlmray.schema import Row
 
 RESULT_SCHEMA = pa.schema(
@@ -389,7 +390,7 @@ def _naming_the_folder(output_dir: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 1000)
         raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from vlmray.dataset.prompts import format_qwen_vl_messages
+from vlmray.errors import one_line
 from vlmray.models.inputs import IGNORED_LABEL, chain_segments, encode_text, join_rows
 from vlmray.training.vision_cache import VisionCache
 
@@ -156,7 +157,7 @@ class DataCollatorForVLMSFT:
                 return self.encode(feature["messages"], feature.get("images") or [])
             except Exception as error:  # whatever a processor raises, it is about this row
                 kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-                reason = " ".join(f"{kind}{error}".split())[:500]
+                reason = one_line(f"{kind}{error}", 500)
         self.errors[feature["sample_id"]] = reason
         return None
 

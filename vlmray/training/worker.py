@@ -32,6 +32,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
 from vlmray.config import FinetuneConfig
+from vlmray.errors import one_line
 from vlmray.models import lora
 from vlmray.models.loading import load_qwen_vl_model_and_processor
 from vlmray.models.source import resolve_model_id
@@ -218,7 +219,7 @@ class WorkerSession:
             if callback.begun:
                 raise
             # Every worker comes to know here that its options make no optimizer or no schedule.
-            raise TrainingMistake(" ".join(str(error).split())) from error
+            raise TrainingMistake(one_line(error, 1000)) from error
         elapsed_s = time.perf_counter() - started
         num_trainable, num_parameters = lora.count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         num_steps = trainer.state.global_step
