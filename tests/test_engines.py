@@ -612,9 +612,9 @@ def test_waiting_is_what_the_model_cannot_work_in(
 
         return timed
 
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(engine, "_open", take(1, engine._open))
-    monkeypatch.setattr(module, "wait", take(10, engine.wait))
+    monkeypatch.setattr(module, "wait", take(10, module.wait))
     monkeypatch.setattr(model, "generate", take(1000, model.generate))
     engine.generate([make_request(number) for number in range(4)])
     assert engine.waited_s == 4 * 1 + 2 * 10  # requests, batches
