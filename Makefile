@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 SCALE ?= full
 PACK := .gpu
 
-.PHONY: demo test lint gpu setup clean
+.PHONY: demo test test-fast lint gpu setup clean
 
 demo: setup
 	$(BIN)/vlmray demo --output_dir outputs/demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Without what starts Ray, other processes or trainings.
+test-fast: setup
+	$(BIN)/python -m pytest -m "not (ray or processes or training)"
 
 lint: setup
 	$(BIN)/ruff check .

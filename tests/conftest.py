@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import running
 
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.fake import build_tiny_random_adapter
@@ -19,6 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that runs the tests in the background makes them, and all they start, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what takes long by what it uses, so that `make test-fast` can leave it out."""
+    for item in items:
+        if "two_cpus" in item.fixturenames:
+            item.add_marker("ray")
+        if "spare_time" in item.fixturenames:
+            item.add_marker("training")
+        if any(getattr(item.module, name, None) is getattr(running, name) for name in ("run", "start")):
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")

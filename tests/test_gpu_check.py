@@ -20,6 +20,8 @@ from vlmray.builtin.models import BUILTIN_FOLDER
 
 LEFT_OUT_ON_CPUS = {"train-8bit": "needs a GPU", "train-flash": "no flash_attn here", "vllm": "no vllm here"}
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:

@@ -34,6 +34,8 @@ from vlmray.training.samples import Conversations, open_images, to_feature
 
 CHARTS = ChartsConfig(num_rows=8000, seed=1, family=",".join(TRAINED), questions_per_image=8)
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def batches() -> ChartBatches:
