@@ -14,7 +14,13 @@ import pytest
 import vlmray
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTED = [ROOT / "README.md", ROOT / "cluster.yaml", *sorted((ROOT / "vlmray").rglob("*.py"))]
+DOCUMENTED = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "cluster.yaml",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+    *sorted((ROOT / "vlmray").rglob("*.py")),
+]
 NAMES = re.compile(r"(?<![\w./-])vlmray(?:\.[A-Za-z_]\w*)+")
 
 
