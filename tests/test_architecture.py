@@ -66,7 +66,8 @@ WITH_TORCH = {
     "training.collator", "training.vision_cache", "training.arguments", "training.optimizers",
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
-    "engines.transformers.in_flight", "finetune.artifacts", "finetune.checks",
+    "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
+    "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip
 """Modules that may import torch, transformers or datasets, beside those with Ray."""

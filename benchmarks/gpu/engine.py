@@ -76,7 +76,7 @@ def _measure_engine(
     embed_patches_by_matmul(model)  # as loading does
     pack_attention(model)
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
-    yield "max_batch_tokens", engine.max_batch_tokens
+    yield "max_batch_tokens", engine.batcher.max_batch_tokens
     engine.generate(requests[:BATCH_SIZE])
     _forget_peak(setting)
     waited_s, rates, completions = engine.waited_s, [], []
