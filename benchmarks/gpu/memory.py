@@ -15,7 +15,7 @@ from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.engines.transformers.memory import bytes_per_token, empty_cache, is_out_of_memory
-from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
+from vlmray.models.families import family_of
 from vlmray.schema import GenerationRequest
 
 _SIDE = 25 * 28  # pixels: 625 visual tokens
@@ -28,7 +28,7 @@ def measure(setting: Setting) -> Figures:
     model = make_random_model(
         setting.scale.large, setting.processor, device=setting.device, dtype=setting.dtype
     )
-    embed_patches_by_matmul(model)
+    family_of(model.config.model_type).prepare(model)
     pack_attention(model)
     processor = setting.load_processor()
     on_gpu = setting.device == "cuda"

@@ -22,13 +22,10 @@ from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
 from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
-from vlmray.models.adapters import is_peft_model
+from vlmray.models.adapters import base_of, is_peft_model
+from vlmray.models.families import family_of
 from vlmray.models.inputs import join_rows
 from vlmray.models.vision import encode_images, replace_pixels
-
-_COPIES_ROWS = ("qwen2_5_vl",)
-"""Model types for which copied and selected rows of the cache are known to give the answers of whole rows
-(see the tests)."""
 
 _FULL = "full_attention"  # what the cache is made for
 _ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
@@ -44,8 +41,9 @@ class Forward:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
+        self._family = family_of(model.config.model_type)
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [_FULL])
-        self.copies_rows = model.config.model_type in _COPIES_ROWS and kinds == {_FULL}
+        self.copies_rows = self._family.shares_prefix and kinds == {_FULL}
         """Whether rows that begin alike go through the model once up to there, and ended ones leave it."""
 
         self._processor = processor
@@ -104,8 +102,7 @@ class Forward:
         kept = torch.tensor(places, device=self.model.device)
         cache = inputs["past_key_values"]
         cache.batch_select_indices(kept)
-        inner = self._base.model
-        inner.rope_deltas = inner.rope_deltas[kept]
+        self._family.keep_rows(base_of(self.model), kept)
         ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
         inputs.clear()  # pixels are in the cache by now
         inputs.update(input_ids=ids, attention_mask=mask, past_key_values=cache)
@@ -133,7 +130,7 @@ class Forward:
         """Run images through the tower, a few at a time: a batch of many would take far more memory."""
         if "pixel_values" not in inputs:
             return inputs
-        features = encode_images(self._base, inputs["pixel_values"], inputs["image_grid_thw"])
+        features = encode_images(base_of(self.model), inputs["pixel_values"], inputs["image_grid_thw"])
         return replace_pixels(inputs, features)
 
     def _prefill(self, rows: list[InFlight], cache: Cache) -> dict[str, Any]:
@@ -169,7 +166,3 @@ class Forward:
         else:
             with self.model.disable_adapter():
                 yield {}
-
-    @property
-    def _base(self) -> Any:
-        return self.model.get_base_model() if is_peft_model(self.model) else self.model
