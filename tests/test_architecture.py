@@ -61,12 +61,14 @@ WITH_RAY = {
 """Modules that may import Ray; all others run, and are tested, without."""
 
 WITH_TORCH = {
-    "models.loading", "models.inputs", "models.vision", "models.processors", "models.families.qwen2_5_vl",
+    "models.loading", "models.inputs", "models.vision", "models.processors", "models.families",
+    "models.families.base", "models.families.patches", "models.families.qwen2_5_vl",
     "training.worker", "training.trainer",
     "training.collator", "training.vision_cache", "training.arguments", "training.optimizers",
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
-    "engines.transformers.in_flight", "finetune.artifacts", "finetune.checks",
+    "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
+    "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip
 """Modules that may import torch, transformers or datasets, beside those with Ray."""

@@ -24,6 +24,7 @@ from vlmray.engines.base import Engine
 from vlmray.engines.fake import FakeEngine, build_tiny_random_adapter
 from vlmray.engines.transformers import engine as module
 from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.engines.transformers.in_flight import Prepared
 from vlmray.models.processors import load_processor
 from vlmray.schema import Completion, GenerationRequest
 
@@ -152,8 +153,14 @@ def decode(request: GenerationRequest) -> GenerationRequest:
     return dataclasses.replace(request, images=images)
 
 
+def copy_no_rows(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine run every row whole, as it does where nothing is known of a model."""
+    monkeypatch.setattr(engine.forward, "copies_rows", False)  # fails where there is no such attribute
+    assert cast(Prepared, engine.prepare([make_request(1)])).rows[0].head is None
+
+
 def test_rows_that_share_an_image_are_answered_as_each_alone(
-    model: Any, processor: Any, make_engine: Any, repetition_penalty: float
+    model: Any, processor: Any, make_engine: Any, repetition_penalty: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = make_shared_requests()
     expected = [generate_alone(model, processor, decode(request)) for request in requests]
@@ -162,7 +169,7 @@ def test_rows_that_share_an_image_are_answered_as_each_alone(
         assert texts(make_engine(batch_size=batch_size).generate(requests)) == expected
     requests = [dataclasses.replace(request, max_new_tokens=1 + n % 9) for n, request in enumerate(requests)]
     plain = make_engine(batch_size=16)
-    plain._copies_rows = False
+    copy_no_rows(plain, monkeypatch)
     # Prompts, token counts and reasons too.
     assert make_engine(batch_size=16).generate(requests) == plain.generate(requests)
 
@@ -209,7 +216,9 @@ def test_rows_share_what_is_alike_up_to_the_last_image(model: Any, processor: An
     assert texts(make_engine(batch_size=16).generate(requests)) == expected
 
 
-def test_adapters_have_beginnings_of_their_own(tiny_model: Path, tmp_path: Path, tiny_adapter: Path) -> None:
+def test_adapters_have_beginnings_of_their_own(
+    tiny_model: Path, tmp_path: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = cast(Any, build_engine(engine="transformers", model_id=str(tiny_model), batch_size=16))
     engine.load_adapter("one", str(tiny_adapter))
     engine.load_adapter("two", str(build_tiny_random_adapter(tmp_path / "two", tiny_model, seed=9)))
@@ -220,7 +229,7 @@ def test_adapters_have_beginnings_of_their_own(tiny_model: Path, tmp_path: Path,
     ]
     shared = engine.generate(requests)
     assert len(set(texts(shared))) > 12
-    engine._copies_rows = False
+    copy_no_rows(engine, monkeypatch)
     assert shared == engine.generate(requests)
     engine.close()
 

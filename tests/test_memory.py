@@ -85,7 +85,7 @@ def test_a_share_of_a_card_is_set_before_the_model_loads(
     monkeypatch.setattr(module, "find_batch_tokens", lambda model, fraction: happened.append(fraction) or 77)
     engine: Any = build_engine(engine="transformers", model_id=str(tiny_model), memory_fraction=0.25)
     assert happened == [0.25, "load", 0.25]
-    assert engine.max_batch_tokens == 77
+    assert engine.batcher.max_batch_tokens == 77
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from tuning import curve, make_config, train
 
+from vlmray.models.families.base import Family
 from vlmray.models.processors import load_processor
 from vlmray.training import vision_cache
 from vlmray.training.collator import DataCollatorForVLMSFT
@@ -41,7 +42,7 @@ def model(tiny_model: Path) -> Any:
 def on_pixels(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
     """A run in which the model sees pixels, as without all this."""
     with monkeypatch.context() as patch:
-        patch.setattr(vision_cache, "_MODEL_TYPES", ())
+        patch.setattr(vision_cache, "family_of", lambda model_type: Family())
         return train(make_config(tiny_model, **EPOCHS))
 
 
@@ -136,7 +137,7 @@ def test_nothing_goes_back_through_a_frozen_tower(tiny_model: Path, monkeypatch:
     train(config)
     assert not any(calls)
     num_calls = len(calls)  # 3 batches, and the probes in the end
-    monkeypatch.setattr(vision_cache, "_MODEL_TYPES", ())
+    monkeypatch.setattr(vision_cache, "family_of", lambda model_type: Family())
     train(config)
     assert len(calls) == num_calls + num_calls + 3  # or the test does not see what it looks for
 

@@ -18,7 +18,7 @@ from benchmarks.engine.ways import Question, answer_plainly, vllm_way
 from benchmarks.gpu.setting import Figures, Setting
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
+from vlmray.models.families import family_of
 from vlmray.schema import GenerationRequest
 
 BATCH_SIZE = 64
@@ -73,10 +73,10 @@ def _measure_engine(
     setting: Setting, model: Any, processor: Any, requests: Sequence[GenerationRequest]
 ) -> Iterator[tuple[str, Any]]:
     """Yield what the engine does, what it could, and where its time goes; return its rate."""
-    embed_patches_by_matmul(model)  # as loading does
+    family_of(model.config.model_type).prepare(model)  # as loading does
     pack_attention(model)
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
-    yield "max_batch_tokens", engine.max_batch_tokens
+    yield "max_batch_tokens", engine.batcher.max_batch_tokens
     engine.generate(requests[:BATCH_SIZE])
     _forget_peak(setting)
     waited_s, rates, completions = engine.waited_s, [], []

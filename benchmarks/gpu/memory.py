@@ -15,7 +15,7 @@ from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.engines.transformers.memory import bytes_per_token, empty_cache, is_out_of_memory
-from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
+from vlmray.models.families import family_of
 from vlmray.schema import GenerationRequest
 
 _SIDE = 25 * 28  # pixels: 625 visual tokens
@@ -28,29 +28,29 @@ def measure(setting: Setting) -> Figures:
     model = make_random_model(
         setting.scale.large, setting.processor, device=setting.device, dtype=setting.dtype
     )
-    embed_patches_by_matmul(model)
+    family_of(model.config.model_type).prepare(model)
     pack_attention(model)
     processor = setting.load_processor()
     on_gpu = setting.device == "cuda"
     engine = TransformersEngine(model, processor, batch_size=10**6)
-    budget = engine.max_batch_tokens
+    budget = engine.batcher.max_batch_tokens
     per_token = bytes_per_token(model.config, model.dtype.itemsize)
     yield "max_batch_tokens", budget
     yield "estimated_bytes_per_token", per_token
     for factor in setting.scale.budget_factors:
         before = _forget_peak(on_gpu)
         free = torch.cuda.mem_get_info()[0] if on_gpu else 0
-        engine.max_batch_tokens = asked = int(factor * budget)
+        engine.batcher.max_batch_tokens = asked = int(factor * budget)
         requests = _fill(engine, asked)
         _check(engine.generate(requests))
-        yield f"{factor:g}_budget_halved", engine.max_batch_tokens < asked
+        yield f"{factor:g}_budget_halved", engine.batcher.max_batch_tokens < asked
         if on_gpu:
             taken = torch.cuda.max_memory_allocated() - before
             yield f"{factor:g}_budget_peak_share_of_free", taken / free
             yield f"{factor:g}_budget_bytes_per_token", taken / asked
-        if engine.max_batch_tokens < asked:
+        if engine.batcher.max_batch_tokens < asked:
             break
-    engine.max_batch_tokens = budget
+    engine.batcher.max_batch_tokens = budget
     requests = _fill(engine, budget)[:_NUM_HALVED]
     before = _forget_peak(on_gpu)
     expected = _check(engine.generate(requests))
@@ -58,7 +58,7 @@ def measure(setting: Setting) -> Figures:
     with _little_memory(engine, int(_LEFT * taken)) as failures:
         found = _check(engine.generate(requests))
     yield "num_out_of_memory", len(failures)
-    yield "halved_after", engine.max_batch_tokens < budget
+    yield "halved_after", engine.batcher.max_batch_tokens < budget
     yield "equal_texts_after", sum(map(str.__eq__, expected, found)) / len(expected)
     engine.close()
     if not failures:
@@ -101,7 +101,8 @@ def _little_memory(engine: TransformersEngine, num_bytes: int) -> Iterator[list[
     every batch of more than a few rows.
     """
     failures: list[str] = []
-    run, on_gpu = engine._run, torch.cuda.is_available()
+    forward, on_gpu = engine.forward, torch.cuda.is_available()
+    run = forward.run
 
     def watched(rows: list[Any], listener: Any) -> None:
         try:
@@ -117,10 +118,10 @@ def _little_memory(engine: TransformersEngine, num_bytes: int) -> Iterator[list[
         total = torch.cuda.get_device_properties(0).total_memory
         empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + num_bytes) / total)
-    engine._run = watched  # type: ignore[method-assign]
+    forward.run = watched  # type: ignore[method-assign]
     try:
         yield failures
     finally:
-        del engine._run
+        del forward.run
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -371,8 +371,7 @@ class Progress(TrainerCallback):
         try:
             table = tabulate(score(charts, engine), TRAINED)
         finally:
-            engine.model = None  # it is the trainer's; only the engine's threads are to go
-            engine.close()
+            engine.close()  # only its threads go: the model is the trainer's too
         print("  ".join(f"{name} {figures['accuracy']:.3f}" for name, figures in table.items()), flush=True)
 
 

@@ -59,6 +59,11 @@ def is_peft_model(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def base_of(model: Any) -> Any:
+    """Return the model that PEFT has wrapped, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 def adapts_language_alone(model: Any) -> bool:
     """Tell whether all adapters of a `PeftModel` are on layers of its language model."""
     adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if ".lora_A" in name}

@@ -18,7 +18,7 @@ from transformers import (
 
 from vlmray.models.adapters import attach_adapter
 from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
-from vlmray.models.families.qwen2_5_vl import embed_patches_by_matmul
+from vlmray.models.families import family_of
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
@@ -200,5 +200,5 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"--model_id {model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) "
             "and would be random; pass a complete checkpoint of an image-text-to-text model"
         )
-    embed_patches_by_matmul(model)
+    family_of(model.config.model_type).prepare(model)
     return model.eval()

@@ -240,8 +240,7 @@ class VLMTrainer(SFTTrainer):
         try:
             completions = engine.generate(requests)
         finally:
-            engine.model = None  # it is the trainer's; only the engine's threads are to go
-            engine.close()
+            engine.close()  # only its threads go: the model is the trainer's too
         return [
             {
                 **{name: feature[name] for name in ("sample_id", "question", "answers", "family")},

@@ -22,14 +22,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from vlmray.models.adapters import is_peft_model
+from vlmray.models.adapters import base_of
+from vlmray.models.families import family_of
 from vlmray.models.inputs import check_placeholders, encode_text
 from vlmray.models.vision import encode_images, replace_pixels
 
 logger = logging.getLogger(__name__)
-
-_MODEL_TYPES = ("qwen2_5_vl",)
-"""Model types for which training on kept features is known to be training on pixels (see the tests)."""
 
 _SPARED = 0.1  # share of the disk that is left free
 _KEYS, _KNOWN = "image_keys", "image_known"
@@ -72,10 +70,11 @@ class VisionCache:
     @classmethod
     def of(cls, model: Any, limit_bytes: float) -> VisionCache | None:
         """Return a cache for a model that is about to be trained, or None where its tower is trained too."""
-        base = model.get_base_model() if is_peft_model(model) else model
-        if base.config.model_type not in _MODEL_TYPES:
+        base = base_of(model)
+        family = family_of(base.config.model_type)
+        if not family.takes_image_features:
             return None
-        is_frozen = not any(parameter.requires_grad for parameter in base.model.visual.parameters())
+        is_frozen = not any(parameter.requires_grad for parameter in family.vision_tower(base).parameters())
         return cls(base, limit_bytes) if is_frozen else None
 
     def encode_text(

@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from vlmray.engines.transformers.linear import multiply, onednn_speed_up
+from vlmray.models.families import family_of
 
 _NAME = "packed_sdpa_as_flash"  # a "flash" in it makes transformers pass sequences packed, not one by one
-_MODEL_TYPES = ("qwen2_5_vl",)
 _BLOCK = 512  # queries at once: few enough for their weights to stay in the processor's cache
 _LEAST_PRODUCTS = 2**23  # scalar ones of queries and keys; for fewer, the calls themselves take longer
 _LEAST_SPEED_UP = 2.0  # of oneDNN; at 1.4 SDPA takes less time, as it writes no weights to memory
@@ -27,9 +27,11 @@ def pack_attention(model: Any) -> None:
 
     Nothing changes for a tower that is not known, or that uses something else than SDPA.
     """
-    if model.config.model_type in _MODEL_TYPES and model.config.vision_config._attn_implementation == "sdpa":
+    config = model.config
+    packs = family_of(config.model_type).packs_attention
+    if packs and config.vision_config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, attend_packed)
-        model.config.vision_config._attn_implementation = _NAME
+        config.vision_config._attn_implementation = _NAME
 
 
 def attend_packed(

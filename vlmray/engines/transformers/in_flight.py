@@ -26,6 +26,9 @@ class InFlight:
     num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
+    adapter: str | None = None
+    """PEFT's name of it."""
+
     head: tuple[Any, ...] | None = None
     """What it begins with: adapter, text up to the last image, and the images; None where that is not
     shared with other rows."""

@@ -1,0 +1,168 @@
+"""What the model does with a batch: what knows its cache, and when rows leave it.
+
+Shapes: `B` rows of a batch, `G` beginnings among them, `T` tokens of the longest row, `P` patches or images
+of all rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from vlmray.engines.answers import Answer
+from vlmray.engines.transformers.batching import have_common_heads
+from vlmray.engines.transformers.cache import make_cache
+from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
+from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
+from vlmray.models.adapters import base_of, is_peft_model
+from vlmray.models.families import family_of
+from vlmray.models.inputs import join_rows
+from vlmray.models.vision import encode_images, replace_pixels
+
+_FULL = "full_attention"  # what the cache is made for
+_ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
+
+
+class Forward:
+    """Generates for the encoded rows of a batch.
+
+    Args:
+        model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self._family = family_of(model.config.model_type)
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [_FULL])
+        self.copies_rows = self._family.shares_prefix and kinds == {_FULL}
+        """Whether rows that begin alike go through the model once up to there, and ended ones leave it."""
+
+        self._processor = processor
+
+    def run(self, rows: list[InFlight], listener: Listener) -> None:
+        """Generate for rows that share a forward pass; those that have ended leave it."""
+        config = copy.deepcopy(self.model.generation_config)
+        penalty = config.repetition_penalty or 1.0
+        # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
+        # takes for "unset", where a value would make it warn that greedy ignores it.
+        config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
+        ends = end_ids(config)
+        for row in rows:
+            row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
+            row.answer = Answer(self._processor.tokenizer, row.request.max_new_tokens, ends, row.request.stop)
+        with torch.inference_mode():
+            inputs = self._begin(rows)
+            while rows:
+                self._generate_some(rows, inputs, config, penalty, listener)
+                left = [place for place, row in enumerate(rows) if row.completion is None]
+                rows = [rows[place] for place in left]
+                self._select(inputs, left)
+
+    def _generate_some(
+        self, rows: list[InFlight], inputs: dict[str, Any], config: Any, penalty: float, listener: Listener
+    ) -> None:
+        """Generate until half the rows have ended, or all where none can leave; update the inputs."""
+        answers = [row.answer for row in rows if row.answer is not None]
+        config.max_new_tokens = max(
+            row.request.max_new_tokens - answer.num_tokens for row, answer in zip(rows, answers, strict=True)
+        )
+        mask = inputs["attention_mask"]
+        choose = RowwiseLogitsProcessor(
+            [row.request for row in rows], mask, penalty, [answer.num_tokens for answer in answers]
+        )
+        stop = RowwiseStoppingCriteria(
+            len(rows),
+            functools.partial(read_token, rows, listener),
+            num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
+        )
+        with self._use_adapters(rows) as options:
+            ids = self.model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([choose]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                **options,
+            )
+        inputs["input_ids"] = ids
+        inputs["attention_mask"] = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+    def _select(self, inputs: dict[str, Any], places: list[int]) -> None:
+        """Keep some rows of what `generate` goes on from."""
+        if not places:
+            return
+        kept = torch.tensor(places, device=self.model.device)
+        cache = inputs["past_key_values"]
+        cache.batch_select_indices(kept)
+        self._family.keep_rows(base_of(self.model), kept)
+        ids, mask = inputs["input_ids"][kept], inputs["attention_mask"][kept]
+        inputs.clear()  # pixels are in the cache by now
+        inputs.update(input_ids=ids, attention_mask=mask, past_key_values=cache)
+
+    def _begin(self, rows: list[InFlight]) -> dict[str, Any]:
+        """Return what `generate` starts from."""
+        if not self.copies_rows:
+            return self._join(rows)
+        longest = max(row.tail_inputs["input_ids"].shape[1] for row in rows)
+        cache = make_cache(longest + min(_ROOM, max(row.request.max_new_tokens for row in rows)))
+        if not have_common_heads(rows):
+            with self._use_adapters(rows):
+                return {**self._encode_images(self._join(rows)), "past_key_values": cache}
+        return self._prefill(rows, cache)
+
+    def _join(
+        self, rows: list[InFlight], part: Callable[[InFlight], Any] = lambda row: row.inputs
+    ) -> dict[str, Any]:
+        """Pad rows, or a part of each, on the left, and put them on the model's device."""
+        pad_id = self._processor.tokenizer.pad_token_id
+        inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run images through the tower, a few at a time: a batch of many would take far more memory."""
+        if "pixel_values" not in inputs:
+            return inputs
+        features = encode_images(base_of(self.model), inputs["pixel_values"], inputs["image_grid_thw"])
+        return replace_pixels(inputs, features)
+
+    def _prefill(self, rows: list[InFlight], cache: Cache) -> dict[str, Any]:
+        """Run what rows begin with through the model, once each; return what `generate` goes on from.
+
+        Every row is its beginning, padded on the left, and its rest, padded in between: attention skips
+        the padding, and positions are counted without it.
+        """
+        leaders = list({row.head: row for row in reversed(rows)}.values())
+        place = {row.head: index for index, row in enumerate(leaders)}
+        heads = self._join(leaders, lambda row: row.head_inputs)
+        tails = self._join(rows, lambda row: row.tail_inputs)
+        with self._use_adapters(leaders) as options:
+            heads = self._encode_images(heads)
+            self.model(**heads, **options, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inputs = {**heads, "past_key_values": cache}
+        self._select(inputs, [place[row.head] for row in rows])
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
+        return inputs
+
+    @contextlib.contextmanager
+    def _use_adapters(self, rows: list[InFlight]) -> Iterator[dict[str, Any]]:
+        """Let each row meet its own adapter; yield what `generate` has to be told for that."""
+        adapters = [row.adapter for row in rows]
+        if not is_peft_model(self.model):
+            yield {}
+        elif len(set(adapters)) > 1:
+            yield {"adapter_names": [adapter or "__base__" for adapter in adapters]}
+        elif adapters[0] is not None:
+            self.model.set_adapter(adapters[0])
+            yield {}
+        else:
+            with self.model.disable_adapter():
+                yield {}
