@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MODEL_CLASSES
 
 from vlmray.builtin.random_models import build_tiny_random_model
+from vlmray.models import source as models
 from vlmray.models.checks import (
     REFUSED_TYPES,
     check_adapter_folder,
@@ -19,7 +21,7 @@ from vlmray.models.checks import (
     check_model_kind,
     read_tensor_shapes,
 )
-from vlmray.models.source import fingerprint
+from vlmray.models.source import ModelSource, fingerprint
 from vlmray.storage.hub import local_folder
 
 
@@ -184,16 +186,90 @@ def test_the_hub_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_fingerprint_changes_when_and_only_when_the_checkpoint_does(
     adapter: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    before = fingerprint(str(adapter))
-    assert before == fingerprint(str(shutil.copytree(adapter, tmp_path / "copy")))
-    weights = load_file(adapter / "adapter_model.safetensors")
-    first = next(iter(weights))
-    save_file({**weights, first: weights[first] + 1}, adapter / "adapter_model.safetensors")
-    assert fingerprint(str(adapter)) != before  # same names and sizes, other values
+    before = fingerprint(adapter)
+    assert before == fingerprint(Path(shutil.copytree(adapter, tmp_path / "copy")))
+    (adapter / "training.json").write_text("{}")
+    assert before == fingerprint(adapter)  # how long training took changes no answer
+    _retrain(adapter / "adapter_model.safetensors")
+    assert fingerprint(adapter) != before  # same names and sizes, other values
 
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    assert fingerprint(str(model)) == fingerprint(str(tiny_model))
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert fingerprint(str(model)) != fingerprint(str(tiny_model))
-    assert fingerprint("org/a") != fingerprint("org/b")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    seen = {fingerprint(tiny_model)}
+    assert {fingerprint(model)} == seen
+    for change in ("config.json", "tokenizer_config.json"):
+        config = json.loads((model / change).read_text())
+        (model / change).write_text(json.dumps({**config, "new": True}))
+        seen.add(fingerprint(model))
+    _retrain(model / "model.safetensors")
+    assert len(seen | {fingerprint(model)}) == 4
+
+
+def _retrain(weights: Path) -> None:
+    """Change a tensor, and neither its name nor its shape."""
+    tensors = load_file(weights)
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first] + 1}, weights, metadata={"format": "pt"})
+
+
+def test_every_tensor_of_a_large_file_counts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_WHOLE_BYTES", 0)
+    weights = tmp_path / "model.safetensors"
+    shutil.copy(tiny_model / weights.name, weights)
+    tensors = load_file(weights)
+    seen = {fingerprint(tmp_path)}
+    assert 1 < len(tensors) <= 256
+    for name, tensor in tensors.items():
+        save_file({**tensors, name: tensor + 1}, weights, metadata={"format": "pt"})
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 1 + len(tensors)
+    monkeypatch.setattr(models, "_MOST_BLOCKS", 3)  # of more tensors some do
+    assert len(fingerprint(tmp_path)) == 16
+
+
+def test_a_fingerprint_reads_little_of_a_large_file(tmp_path: Path) -> None:
+    half = 4 << 30
+    header = {
+        name: {"dtype": "U8", "shape": [half], "data_offsets": [half * number, half * (number + 1)]}
+        for number, name in enumerate("ab")
+    }
+    text = json.dumps(header).encode()
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:  # sparse: it takes no room
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + 2 * half)
+    started = time.perf_counter()
+    before = fingerprint(tmp_path)
+    assert time.perf_counter() - started < 1
+    with weights.open("r+b") as file:
+        file.seek(8 + len(text) + half + half // 2)
+        file.write(b"trained")
+    assert fingerprint(tmp_path) != before
+
+
+def test_the_built_in_model_is_known_by_its_weights(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = ModelSource.open("builtin").fingerprint
+    assert released == ModelSource.find("builtin").fingerprint
+    monkeypatch.setattr(models, "BUILTIN_FOLDER", Path(shutil.copytree(tiny_model, tmp_path / "next")))
+    following = ModelSource.open("builtin").fingerprint
+    _retrain(tmp_path / "next" / "model.safetensors")
+    assert len({released, following, ModelSource.open("builtin").fingerprint}) == 3
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its files are here, or will be once a worker has fetched them."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.hub, "check_reachable", lambda *_, **__: "abc")
+    source = ModelSource.open("org/name")
+    assert (source.folder, source.path, source.fingerprint) == (None, "org/name", "abc")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    source = ModelSource.open("org/name")
+    assert (source.folder, source.path, source.fingerprint) == (snapshot, "org/name", "abc")
+    assert ModelSource(name="a", path="a").fingerprint != ModelSource(name="b", path="b").fingerprint

@@ -11,7 +11,7 @@ import pytest
 from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
 from vlmray.dataset.registry import DATASETS
 from vlmray.dataset.selection import open_selection
-from vlmray.models.source import check_model
+from vlmray.models.source import ModelSource
 
 
 def _config(**options: Any) -> QuestionsConfig:
@@ -87,18 +87,18 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    check_model("tiny-random")
+    ModelSource.open("tiny-random")
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         with pytest.raises(FileNotFoundError, match="in this folder"):
-            check_model(str(tmp_path / "model"))
+            ModelSource.open(str(tmp_path / "model"))
         (tmp_path / "model" / name).write_text('{"model_type": "qwen2_5_vl"}')
-    check_model(str(tmp_path / "model"))
+    ModelSource.open(str(tmp_path / "model"))
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        check_model(str(tmp_path / "model"))
+        ModelSource.open(str(tmp_path / "model"))
     for model_id in ("./gone", str(tmp_path / "gone")):
         with pytest.raises(FileNotFoundError, match=f"--model_id {model_id}: no such folder"):
-            check_model(model_id)
+            ModelSource.open(model_id)
     with pytest.raises(ValueError, match="--model_id 'owner/gone' is not here and the hub cannot be reached"):
-        check_model("owner/gone")
+        ModelSource.open("owner/gone")

@@ -42,9 +42,13 @@ from vlmray.builtin.canvas import Chart, Kind
 from vlmray.builtin.drawing import DRAWERS, draw_chart
 from vlmray.builtin.questions import FAMILIES, QUESTIONS, Question
 from vlmray.builtin.sampling import STYLES, sample_chart
+from vlmray.storage.fingerprints import digest
 
 SPLITS = ("train", "validation", "test")
 KINDS: tuple[Kind, ...] = tuple(DRAWERS)
+
+VERSION = 1
+"""Raise it whenever any row changes, be it in its chart, its question or its answer."""
 
 
 def _rng(*parts: object) -> random.Random:
@@ -264,6 +268,10 @@ class ChartsSource:
 
     def __len__(self) -> int:
         return len(self._charts)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of all that decides what the rows are."""
+        return digest(VERSION, self._charts.config.name, self._charts.split)
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         charts = self._charts

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmray.errors import one_line
 from vlmray.storage import hub
+from vlmray.storage.fingerprints import fingerprint_files, fingerprint_path
 
 if TYPE_CHECKING:
     import datasets
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 _FILE_BUILDERS = {
     ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
 }  # fmt: skip
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # How `datasets` begins to say that a configuration is needed, or is not one of those there are.
 _CONFIG_ERRORS = ("Config name is missing", "BuilderConfig", "Couldn't find cache", "There are multiple")
 
@@ -122,7 +125,18 @@ class HFSource:
 
     on_driver = True
 
-    def __init__(self, dataset: datasets.Dataset, base_dir: Path | None = None) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, base_dir: Path | None = None, path: Path | None = None,
+        *, fingerprint: str | None = None,
+    ) -> None:  # fmt: skip
+        """Take over a dataset.
+
+        Args:
+            dataset: What was loaded.
+            base_dir: Folder that relative image paths start from.
+            path: Local file or folder that it was loaded from; None where that was the hub.
+            fingerprint: What it is known by already.
+        """
         # As Arrow nothing is decoded: no image (also in lists), and no audio in a column nobody asked for.
         self._dataset = dataset.with_format("arrow")
         self._class_names = {
@@ -130,9 +144,34 @@ class HFSource:
         }
         self.column_names = list(dataset.column_names)
         self.base_dir = str(base_dir) if base_dir else None
+        self._path = path
+        self._fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def fingerprint(self) -> str:
+        """Return the hub's commit, or 16 hex digits of the files.
+
+        Up to 256 MiB that is their contents, so that a copy is the same; beyond, their sizes and times. Of a
+        folder all files count, of every split, and images among them; of one that `datasets` saved to disk
+        only the split's own.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._find_fingerprint()
+        return self._fingerprint
+
+    def _find_fingerprint(self) -> str:
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        if self._path is None:
+            # Wherever it came from, the commit is a folder of its path in the cache of `datasets`, which
+            # has a fingerprint of its own for all else; that one counts the time of download too.
+            parts = [part for file in files for part in file.parts if _COMMIT.fullmatch(part)]
+            return parts[-1] if parts else self._dataset._fingerprint
+        path = self._path.resolve()
+        if files and all(file.resolve().is_relative_to(path) for file in files):  # mapped as it lies there
+            return fingerprint_files([file.resolve() for file in files], path)
+        return fingerprint_path(self._path)
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         dataset = self._dataset if columns is None else self._dataset.select_columns(list(columns))

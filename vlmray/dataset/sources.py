@@ -36,6 +36,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> str:
+        """Return what changes when the rows do, found without reading them; not where they lie.
+
+        Images that rows name by path or URL, outside of the dataset's own folder, do not count.
+        """
+        ...
+
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Return rows by index; an image is encoded bytes, a path or URL, or {"bytes", "path"} of both.
 
@@ -74,4 +81,4 @@ def open_source(
         remote = ParquetSource(dataset_name, split)
         return remote.copy_here() if random_access else remote
     base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
-    return HFSource(load_hf_dataset(dataset_name, split, config), base_dir)
+    return HFSource(load_hf_dataset(dataset_name, split, config), base_dir, path if base_dir else None)

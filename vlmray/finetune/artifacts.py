@@ -27,8 +27,7 @@ from vlmray.finetune.results import ADAPTER, MERGED, MODEL, RECORD, Check
 from vlmray.models import lora
 from vlmray.models.merging import copy_side_files, merge_adapter
 from vlmray.models.processors import load_processor
-from vlmray.models.source import fingerprint, resolve_model_id
-from vlmray.storage.hub import local_folder
+from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import OutputDirectory
 from vlmray.training.run import TrainingRun
 from vlmray.training.worker import ANSWERS_FILE, Outcome
@@ -47,15 +46,15 @@ def write_artifacts(
         checkpoint: The checkpoint to keep, as a local folder.
         folder: Output folder of the run.
     """
-    config = run.config
+    config, model = run.config, ModelSource.find(run.config.model_id)
     kind = ADAPTER if config.use_peft else MODEL
     answers = json.loads((checkpoint / ANSWERS_FILE).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="vlmray-") as scratch:
-        trained = _collect(config, checkpoint, Path(scratch) / kind, kind)
+        trained = _collect(config, model, checkpoint, Path(scratch) / kind, kind)
         checks = check_trained(config, trained, kind, answers)
         if config.merge_adapter:
             merged = merge_adapter(
-                resolve_model_id(config.model_id), str(trained), Path(scratch) / MERGED,
+                model.path, str(trained), Path(scratch) / MERGED,
                 min_pixels=config.min_pixels, max_pixels=config.max_pixels,
                 trust_remote_code=config.trust_remote_code,
             )  # fmt: skip
@@ -76,7 +75,7 @@ def training_record(run: TrainingRun, outcome: Outcome, checks: Sequence[Check])
         "vlmray": __version__,
         "versions": {name: metadata.version(name) for name in packages},
         "model_id": config.model_id,
-        "model_fingerprint": fingerprint(resolve_model_id(config.model_id)),
+        "model_fingerprint": ModelSource.find(config.model_id).fingerprint,
         "dataset_name": config.dataset_name,
         "dataset_split": config.dataset_split,
         "sample_slices": config.sample_slices,
@@ -103,20 +102,17 @@ def _without_nan(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _collect(config: FinetuneConfig, checkpoint: Path, folder: Path, kind: str) -> Path:
+def _collect(config: FinetuneConfig, model: ModelSource, checkpoint: Path, folder: Path, kind: str) -> Path:
     """Take the weights out of a checkpoint, and put the base's processor files beside them."""
     folder.mkdir()
     for pattern in _WEIGHTS[kind]:
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, folder / path.name)
-    model_id = resolve_model_id(config.model_id)
     if kind == MODEL:
-        base = local_folder(model_id)
-        _store_as(None if base is None else stored_dtype(base), folder)
+        _store_as(None if model.folder is None else stored_dtype(model.folder), folder)
     low, high = config.min_pixels, config.max_pixels
-    copy_side_files(
-        model_id, folder, load_processor(model_id, min_pixels=low, max_pixels=high) if low or high else None
-    )
+    processor = load_processor(model.path, min_pixels=low, max_pixels=high) if low or high else None
+    copy_side_files(model.path, folder, processor)
     return folder
 
 

@@ -12,7 +12,7 @@ from vlmray.config import FinetuneConfig
 from vlmray.dataset.selection import Selection, open_selection
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
-from vlmray.models.source import check_model, fingerprint, resolve_model_id
+from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import OutputDirectory
 from vlmray.training.arguments import check_sft_options
 from vlmray.training.run import TrainingData, TrainingRun
@@ -57,17 +57,17 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
         ValueError: an option does not fit the model, the dataset, the cluster or the output folder.
         FileNotFoundError: the model is not there.
     """
-    check_model(config.model_id)
+    model = ModelSource.open(config.model_id)
     check_sft_options(config)
     data = open_training_data(config)
     if config.use_peft:
-        _check_lora_targets(config)
+        _check_lora_targets(config, model)
     cluster.connect(config.log_level)
     workers = cluster.plan_workers(config.num_workers)
     if config.fsdp and workers.num_workers == 1:
         raise ValueError("--fsdp shards over several workers, and there is one; leave it out")
     training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
-    folder = _open_folder(training, data)
+    folder = _open_folder(training, data, model)
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
 
 
@@ -113,14 +113,13 @@ def _naming(**names: str) -> Iterator[None]:
         raise ValueError(message) from error
 
 
-def _check_lora_targets(config: FinetuneConfig) -> None:
+def _check_lora_targets(config: FinetuneConfig, model: ModelSource) -> None:
     """Look for the adapter's targets in the model's architecture, before any worker loads its weights."""
-    model_id = resolve_model_id(config.model_id)
-    skeleton = lora.build_skeleton(model_id, trust_remote_code=config.trust_remote_code)
+    skeleton = lora.build_skeleton(model.path, trust_remote_code=config.trust_remote_code)
     lora.find_lora_targets(skeleton, lora_config_of(config))
 
 
-def _open_folder(training: TrainingRun, data: TrainingData) -> OutputDirectory:
+def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) -> OutputDirectory:
     """Open the output folder for a new run, or for the one it holds if that is to be resumed.
 
     Raises:
@@ -131,7 +130,8 @@ def _open_folder(training: TrainingRun, data: TrainingData) -> OutputDirectory:
     options = {
         "job": "finetune",
         **{name: getattr(config, name) for name in _STEP_OPTIONS},
-        "model_fingerprint": fingerprint(config.model_id),
+        **model.fingerprints,
+        "dataset_fingerprint": data.train.source.fingerprint(),
         "samples_per_step": training.samples_per_step,
         **dataclasses.asdict(data.train.spec),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vlmray.config import InferConfig
 from vlmray.dataset.registry import DatasetSpec
@@ -13,8 +12,7 @@ from vlmray.dataset.selection import open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
 from vlmray.inference.stages import Task
-from vlmray.models import checks
-from vlmray.models.source import check_model, fingerprint, resolve_model_id
+from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import OutputDirectory, prepare_output_directory
 
 # What an answer depends on. The rest of the options says how fast it comes, or where it goes.
@@ -36,14 +34,19 @@ def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> Infer
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
-    if endpoint is None:
-        _check_model(config)
+    model = _open_model(config, endpoint)
     questions = open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
     folder = prepare_output_directory(
         config.output_dir,
-        {**_answer_options(config, spec), "endpoint": endpoint},
+        {
+            **{name: getattr(config, name) for name in _ANSWER_OPTIONS},
+            **model.fingerprints,
+            **dataclasses.asdict(spec),
+            "dataset_fingerprint": source.fingerprint(),
+            "endpoint": endpoint,
+        },
         output_format=config.output_format,
         overwrite=config.overwrite,
     )
@@ -58,13 +61,10 @@ def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> Infer
     )
 
 
-def _check_model(config: InferConfig) -> None:
-    """Check on the driver what a replica would only find after it started."""
-    if config.engine == "fake":
-        return
-    check_model(config.model_id)
-    if config.adapter:
-        checks.check_adapter_folder(config.adapter, resolve_model_id(config.model_id))
+def _open_model(config: InferConfig, endpoint: str | None) -> ModelSource:
+    if endpoint is None and config.engine != "fake":
+        return ModelSource.open(config.model_id, config.adapter)
+    return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name
 
 
 def _task(config: InferConfig, spec: DatasetSpec) -> Task:
@@ -77,14 +77,6 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         top_p=config.top_p,
         seed=config.seed,
     )
-
-
-def _answer_options(config: InferConfig, spec: DatasetSpec) -> dict[str, Any]:
-    options = {name: getattr(config, name) for name in _ANSWER_OPTIONS}
-    checkpoint = {"model_fingerprint": fingerprint(config.model_id)}
-    if config.adapter:
-        checkpoint["adapter_fingerprint"] = fingerprint(config.adapter)
-    return {**options, **checkpoint, **dataclasses.asdict(spec)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

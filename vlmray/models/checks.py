@@ -19,6 +19,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+"""What lies beside a checkpoint's weights: processor, tokenizer, chat template, generation, code."""
+
 _ENCODER_DECODERS = frozenset(
     {"florence2", "pix2struct", "pp_formulanet", "t5", "t5gemma2", "udop", "vision-encoder-decoder"}
 )
@@ -122,6 +125,15 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: Not a safetensors file, or cut short.
     """
+    return {name: tuple(entry["shape"]) for name, entry in read_header(path)[0].items()}
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return what a safetensors file says of its tensors (dtype, shape, offsets), and where data begins.
+
+    Raises:
+        ValueError: Not a safetensors file, or cut short.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= path.stat().st_size - 8:
@@ -130,7 +142,8 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path} is not a safetensors file; write or copy it again") from error
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _check_hub_id(model_id: str) -> None:

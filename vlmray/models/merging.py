@@ -11,11 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vlmray.models.checks import SIDE_FILES
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
-
-_SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
-"""What lies beside a checkpoint's weights: processor, tokenizer, chat template, generation, code."""
 
 
 def merge_adapter(
@@ -131,8 +129,8 @@ def _side_files(model_id: str) -> list[Path]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model_id, allow_patterns=list(_SIDE_FILES)))  # the cache if offline
-    files = [path for pattern in _SIDE_FILES for path in sorted(folder.glob(pattern))]
+        folder = Path(snapshot_download(model_id, allow_patterns=list(SIDE_FILES)))  # the cache if offline
+    files = [path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern))]
     written_anew = ("config.json", "adapter_config.json")
     return [path for path in files if path.name not in written_anew and not path.name.endswith(".index.json")]
 

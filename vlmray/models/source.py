@@ -1,14 +1,23 @@
-"""Names of models: built-in, a folder, or on the hub; what stands behind each, and whether it will do."""
+"""Names of models: built-in, a folder, or on the hub; what stands behind each, and whether it will do.
+
+    model_id, adapter -> ModelSource.open, once per job on its driver -> path, folder, fingerprint
+
+Workers, on machines with other files, find the same name anew by `resolve_model_id`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from vlmray.builtin.models import BUILDS, BUILTIN, BUILTIN_FOLDER
 from vlmray.models import checks
 from vlmray.storage import hub
 from vlmray.storage.cache import cache_folder, make_once
+from vlmray.storage.fingerprints import digest, digest_content
 from vlmray.storage.hub import local_folder
 
 # ---------------------------------------------------------------------------------------------
@@ -37,38 +46,108 @@ def resolve_model_id(model_id: str) -> str:
     return str(folder)
 
 
-def check_model(model_id: str) -> None:
-    """Check on the driver what a worker would only find after it started.
+# ---------------------------------------------------------------------------------------------
+# What stands behind a name
+# ---------------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: not a model, or the hub does not answer.
-        FileNotFoundError: a folder that is not there or lacks weights.
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model, and an adapter of it, as a job's driver finds them; opened once, before anything heavy."""
+
+    name: str
+    """As the user gave it."""
+
+    path: str
+    """What it is loaded by on this machine: its folder, or its id on the hub."""
+
+    folder: Path | None = None
+    """Where its files lie on this machine, be it in the hub's cache; None where only the hub has them."""
+
+    commit: str | None = None
+    """The hub's commit: of the snapshot in the cache, or the newest where there is none."""
+
+    adapter: str | None = None
+
+    @classmethod
+    def open(cls, model_id: str, adapter: str | None = None) -> ModelSource:
+        """Find a model and check on the driver what a worker would only find after it started.
+
+        Args:
+            model_id: Built-in name, checkpoint folder or hub id.
+            adapter: Folder of a LoRA adapter.
+
+        Raises:
+            ValueError: not a model, or the hub does not answer, or the adapter was made for another base.
+            FileNotFoundError: a folder that is not there or lacks files.
+        """
+        if not is_built_in(model_id):
+            checks.check_model_folder(model_id)
+        found = cls.find(model_id, adapter)
+        if found.folder is None:
+            commit = hub.check_reachable(model_id, "model", option="--model_id")
+            found = dataclasses.replace(found, commit=commit)
+        if adapter:
+            checks.check_adapter_folder(adapter, found.path)
+        return found
+
+    @classmethod
+    def find(cls, model_id: str, adapter: str | None = None) -> ModelSource:
+        """Find a model that a driver has checked."""
+        path = resolve_model_id(model_id)
+        folder = local_folder(path)
+        is_cached = folder is not None and folder != Path(path).expanduser()
+        commit = folder.name if folder is not None and is_cached else None
+        return cls(name=model_id, path=path, folder=folder, commit=commit, adapter=adapter)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What changes when the weights do: the hub's commit, or 16 hex digits of the folder's files.
+
+        A model that is neither here nor known to the hub (a server's, the fake engine's) goes by its name.
+        """
+        if self.commit is not None:
+            return self.commit
+        return digest(self.name) if self.folder is None else fingerprint(self.folder)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What a run records to tell later whether it would be answered by the same weights."""
+        found = {"model_fingerprint": self.fingerprint}
+        if self.adapter:
+            folder = Path(self.adapter).expanduser()
+            found["adapter_fingerprint"] = fingerprint(folder) if folder.is_dir() else digest(self.adapter)
+        return found
+
+
+_WHOLE_BYTES = 64 << 20
+_MOST_BLOCKS, _BLOCK = 256, 4096
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return 16 hex digits that change when a checkpoint or adapter does, within a second for 15 GB.
+
+    All that loading reads counts, under its name: config, tokenizer, processor, chat template and weights,
+    but not where it lies or when it was written. A weight file beyond 64 MiB counts by its size, its header
+    (names, types and shapes) and 4 KiB from the middle of its tensors, of 256 spread over it where there are
+    more: training changes all of a tensor. One number changed by hand in such a file may go unseen.
     """
-    if not is_built_in(model_id):
-        checks.check_model_folder(model_id)
-        if local_folder(model_id) is None:
-            hub.check_reachable(model_id, "model", option="--model_id")
+    is_adapter = (folder / _ADAPTER[0]).is_file() and not (folder / "config.json").is_file()
+    patterns = _ADAPTER if is_adapter else (*checks.SIDE_FILES, "*.safetensors")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return digest(*((path.name, _digest_file(path)) for path in files))
 
 
-def fingerprint(path: str) -> str:
-    """Return 16 hex digits that change when a checkpoint does.
-
-    An adapter folder is hashed in full (config and weights), so retraining in place shows. A model
-    folder is hashed by its config and by the names and sizes of its weight files, which takes no time
-    on 15 GB. Anything else, a hub id, is hashed by name.
-    """
-    digest = hashlib.sha256()
-    folder = Path(path).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if (folder / name).is_file():
-                with (folder / name).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-    elif folder.is_dir():
-        if (folder / "config.json").is_file():
-            digest.update((folder / "config.json").read_bytes())
-        for file_path in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{file_path.name} {file_path.stat().st_size}\n".encode())
-    else:
-        digest.update(path.encode())
-    return digest.hexdigest()[:16]
+def _digest_file(path: Path) -> bytes:
+    if path.suffix != ".safetensors" or path.stat().st_size <= _WHOLE_BYTES:
+        return digest_content(path)
+    header, start = checks.read_header(path)
+    tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    found = hashlib.sha256(repr((path.stat().st_size, tensors)).encode())
+    with path.open("rb", buffering=0) as file:
+        for _, tensor in tensors[:: -(-len(tensors) // _MOST_BLOCKS) or 1]:
+            begin, end = tensor["data_offsets"]
+            file.seek(start + max(begin, (begin + end - _BLOCK) // 2))
+            found.update(file.read(min(_BLOCK, end - begin)))
+    return found.digest()

@@ -25,8 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from vlmray import cluster
 from vlmray.config import ServeConfig
 from vlmray.config.parsing import build_config
-from vlmray.models.checks import check_model_folder
-from vlmray.models.source import resolve_model_id
+from vlmray.models.source import ModelSource
 from vlmray.schema import GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Reply
@@ -94,17 +93,22 @@ _GATEWAY: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000)(Ga
 
 
 def build_application(config: ServeConfig, api_key: str | None = None) -> serve.Application:
-    """Make the Serve application; Ray must be connected.
+    """Check the options and make the Serve application; Ray must be connected.
 
     Args:
         config: The server's options.
         api_key: Key that clients have to send; only its digest reaches the cluster. None: no key.
 
     Raises:
-        ValueError: The cluster lacks the GPUs, or an adapter was made for another base.
+        ValueError: The cluster lacks the GPUs, the hub does not answer, or an adapter was made for another
+            base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
     _check_model(config)
+    return _bind(config, api_key)
+
+
+def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
@@ -146,9 +150,8 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
 def _check_model(config: ServeConfig) -> None:
     """Check what a replica would only find after it started."""
     if config.engine == "transformers":
-        model_id = resolve_model_id(config.model_id)
-        check_model_folder(model_id)
-        AdapterCatalog(model_id, config.adapter_paths(), config.adapter_dir).check()
+        model = ModelSource.open(config.model_id)
+        AdapterCatalog(model.path, config.adapter_paths(), config.adapter_dir).check()
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -198,7 +201,8 @@ def serve_app(config: ServeConfig) -> Server:
     The API key is taken from the environment variable `VLMRAY_API_KEY`.
 
     Raises:
-        ValueError: An option does not fit, the port is taken, or an address that others reach has no API key.
+        ValueError: An option does not fit, the hub does not answer, the port is taken, or an address that
+            others reach has no API key.
         FileNotFoundError: A model or adapter is not there or lacks files.
         RuntimeError: The replicas do not start.
     """
@@ -209,10 +213,10 @@ def serve_app(config: ServeConfig) -> Server:
             "on 127.0.0.1"
         )
     _check_port(config)
-    _check_model(config)  # here too: Ray takes seconds to start
+    _check_model(config)  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
-    application = build_application(config, api_key)
+    application = _bind(config, api_key)
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         handle = serve.run(application, name=APP_NAME, route_prefix="/")

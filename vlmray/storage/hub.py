@@ -34,8 +34,8 @@ def cached_snapshot(repo_id: str, repo_type: RepoType) -> Path | None:
         return None
 
 
-def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> None:
-    """Ask the hub for a repository, once.
+def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> str | None:
+    """Ask the hub for a repository, once; return its newest commit.
 
     Raises:
         HubUnavailableError: the hub cannot be reached, or it has no such repository, or access to it
@@ -45,7 +45,7 @@ def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> None:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        HfApi().repo_info(repo_id, repo_type=repo_type, timeout=_TIMEOUT_S)
+        return HfApi().repo_info(repo_id, repo_type=repo_type, timeout=_TIMEOUT_S).sha
     except GatedRepoError:
         problem = "needs accepted terms and a login (huggingface-cli login, or HF_TOKEN)"
     except RepositoryNotFoundError:
@@ -55,8 +55,6 @@ def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> None:
     except Exception as error:
         # Offline mode, DNS, proxies and TLS each raise their own class, by library and version.
         problem = f"is not here and the hub cannot be reached ({type(error).__name__})"
-    else:
-        return
     raise HubUnavailableError(f"{option} {repo_id!r} {problem}; {_HINT[repo_type]}")
 
 

@@ -53,6 +53,12 @@ RESULT_SCHEMA = pa.schema(
 
 _OPTIONS, _RUN, _REPORT, _PARTS = "options.json", "run.json", "report.html", "predictions"
 _OUT = "_out.json"
+_FINGERPRINTS = {
+    "model_fingerprint": ("weights", "model_id"),
+    "adapter_fingerprint": ("weights", "adapter"),
+    "dataset_fingerprint": ("data", "dataset_name"),
+}
+"""Options that say what a name stood for: of what, and the option that is the name."""
 _SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
 _PART_FILE = re.compile(r"part-.+\.parquet")
 # Uploads to an object store appear when they are complete; elsewhere a rename makes it so.
@@ -395,15 +401,33 @@ def _naming_the_folder(output_dir: str) -> Iterator[None]:
 
 
 def _check_same(output_dir: str, found: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Check that two runs have the same options; one that is not there counts as None."""
+    """Check that two runs have the same options; one that is not there counts as None.
+
+    What lies behind a name is spoken of where the name itself is the same.
+    """
     changed = sorted(name for name in found.keys() | options.keys() if found.get(name) != options.get(name))
-    if changed:
-        changed = ["job"] if "job" in changed else changed
-        details = "; ".join(f"{name} was {found.get(name)!r}, now {options.get(name)!r}" for name in changed)
-        raise ValueError(
-            f"--output_dir {output_dir} holds another run ({details}); "
-            "choose another folder, or pass --overwrite to delete it"
+    if not changed:
+        return
+    changed = ["job"] if "job" in changed else changed
+    details = [
+        f"{name} was {found.get(name)!r}, now {options.get(name)!r}"
+        for name in changed
+        if name not in _FINGERPRINTS
+    ]
+    problem = "holds another run"
+    if not details and "dataset_fingerprint" not in found:
+        problem = "was written by an earlier version of vlmray"
+        details = ["it did not record what tells whether weights and dataset have changed since"]
+    for name in () if details else changed:
+        what, option = _FINGERPRINTS[name]
+        details.append(
+            f"the {what} of {option} {options.get(option)!r} changed: "
+            f"fingerprint was {found.get(name)!r}, now {options.get(name)!r}"
         )
+    raise ValueError(
+        f"--output_dir {output_dir} {problem} ({'; '.join(details)}); "
+        "choose another folder, or pass --overwrite to delete it"
+    )
 
 
 def _absolute(output_dir: str) -> str:
