@@ -13,7 +13,7 @@ class DemoConfig:
     """Teach the built-in model a family of questions that it does not know, and compare before and after."""
 
     family: str = "naming"
-    """Family of chart questions to teach; see vlmray/charts.py for all of them."""
+    """Family of chart questions to teach; the table in vlmray/builtin/charts.py has all of them."""
 
     num_charts: int = 200
     """Held-out charts that are answered before and after, with one question of every family each."""
