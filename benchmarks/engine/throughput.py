@@ -33,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,10 @@ import torch
 
 from benchmarks.common.limit import measure_products
 from benchmarks.common.models import RANDOM, build_random_model
+from benchmarks.common.requests import read_requests
 from vlmray.config import InferConfig
-from vlmray.dataset.rows import read_rows
-from vlmray.dataset.selection import open_selection
-from vlmray.inference import stages
 from vlmray.models.processors import load_processor
 from vlmray.models.source import resolve_model_id
-from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,15 +185,8 @@ def run_pipeline(options: argparse.Namespace, output_dir: str) -> float:
 def write_work(options: argparse.Namespace, folder: Path) -> Path:
     """Write what the ways have to do."""
     config = infer_config(options, f"{folder}/unused")
-    asked = open_selection(config, config.dataset_split, config.sample_slices)
-    task = stages.Task(
-        prompt_template=asked.spec.prompt_template, metric=asked.spec.metric,
-        max_new_tokens=config.max_new_tokens,
-    )  # fmt: skip
-    rows = read_rows(asked.source, asked.spec, asked.split, asked.selected)
-    rows = stages.prepare_rows(rows, task)
     processor = load_processor(resolve_model_id(options.model_id))
-    requests = make_requests(options, processor.tokenizer, rows, task)
+    requests = read_requests(config, processor.tokenizer if options.forced else None)
     questions = [
         {
             "prompt": processor.apply_chat_template(request.messages, add_generation_prompt=True),
@@ -211,17 +200,6 @@ def write_work(options: argparse.Namespace, folder: Path) -> Path:
     work = {**vars(options), "model_id": str(resolve_model_id(options.model_id)), "questions": questions}
     path.write_text(json.dumps(work))
     return path
-
-
-def make_requests(
-    options: argparse.Namespace, tokenizer: Any, rows: Sequence[dict[str, Any]], task: stages.Task
-) -> list[GenerationRequest]:
-    """Make requests; forced ones end after as many tokens as their answer has."""
-    requests = stages.make_requests(rows, task)
-    if not options.forced:
-        return requests
-    lengths = [len(tokenizer(row["answers"][0])["input_ids"]) + 1 for row in rows]
-    return [replace(each, max_new_tokens=n) for each, n in zip(requests, lengths, strict=True)]
 
 
 def print_table(

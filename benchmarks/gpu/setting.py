@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.models import build_random_model
+from benchmarks.common.requests import read_requests
 from vlmray.config import InferConfig
-from vlmray.dataset.rows import read_rows
-from vlmray.dataset.selection import open_selection
-from vlmray.inference import stages
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 from vlmray.storage.cache import make_once
@@ -113,20 +110,7 @@ class Setting:
             model_id="builtin", dataset_name=self.dataset_name, dataset_split="test",
             sample_slices=f"[:{num_rows}]", max_new_tokens=16,
         )  # fmt: skip
-        asked = open_selection(config, config.dataset_split, config.sample_slices)
-        task = stages.Task(
-            prompt_template=asked.spec.prompt_template, metric=asked.spec.metric, max_new_tokens=16
-        )
-        rows = read_rows(asked.source, asked.spec, asked.split, asked.selected)
-        rows = stages.prepare_rows(rows, task)
-        requests = stages.make_requests(rows, task)
-        if not forced:
-            return requests
-        tokenizer = self.load_processor().tokenizer
-        lengths = [len(tokenizer(row["answers"][0])["input_ids"]) + 1 for row in rows]
-        return [
-            dataclasses.replace(each, max_new_tokens=n) for each, n in zip(requests, lengths, strict=True)
-        ]
+        return read_requests(config, self.load_processor().tokenizer if forced else None)
 
     def model_folder(self, name: str) -> str:
         """Return the folder of a random model in the device's precision, written by whoever asks first."""
