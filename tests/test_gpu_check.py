@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from running import ROOT, wait_until
 
-from benchmarks.gpu.__main__ import Turn, format_table, take_steps
+from benchmarks.gpu.__main__ import Turn, format_table, remove_left_behind, take_steps
 from benchmarks.gpu.setting import SCALES, Setting
 from benchmarks.gpu.steps import AIMS, STEPS, Step
 from vlmray.builtin.models import BUILTIN_FOLDER
@@ -37,10 +39,11 @@ def setting(tmp_path: Path) -> Setting:
 def test_every_step_works_at_toy_scale(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--scale", "toy", "--output_dir", str(tmp_path)]
     command += ["--time_limit", "560"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590, check=False)
-    report = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = process.communicate(timeout=590)
+    report = json.loads(output.splitlines()[-1])
     print((tmp_path / "gpu.txt").read_text())
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, errors
     assert report["steps"].keys() == {step.name for step in STEPS}
     assert report == json.loads((tmp_path / "gpu.json").read_text())
     for name, result in report["steps"].items():
@@ -57,7 +60,18 @@ def test_every_step_works_at_toy_scale(tmp_path: Path) -> None:
     assert figures["train-lora"]["largest_loss_difference"] < 1e-3
     assert figures["infer-shared"]["num_failed"] == 0
     assert {(step, figure) for step, figure in AIMS if figure not in figures[step]} == set()
-    assert not list(Path("/dev/shm").glob("vlmray-gpu-*/finetune"))
+    for parent in ("/dev/shm", tempfile.gettempdir()):
+        assert not list(Path(parent).glob(f"vlmray-gpu-{process.pid}-*"))
+
+
+def test_what_a_killed_check_left_in_memory_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"vlmray-gpu-{ended.pid}-a", f"vlmray-gpu-{os.getpid()}-a", "vlmray-gpu-kept-a", "other"]
+    for name in names:
+        (tmp_path / name / "models").mkdir(parents=True)
+    remove_left_behind(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(setting: Setting, tmp_path: Path) -> None:

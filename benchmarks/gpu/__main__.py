@@ -36,6 +36,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.gpu.setting import SCALES, Setting
 from benchmarks.gpu.steps import AIMS, STEPS, Step
 from vlmray.builtin.models import BUILTIN_FOLDER
@@ -47,6 +49,7 @@ _PACKAGES = (
     "flash_attn",
 )  # fmt: skip
 _MEMORY = Path("/dev/shm")
+_SCRATCH = "vlmray-gpu-"
 _LEAST_MEMORY = 40 * 2**30  # bytes; two models of 7 billion parameters and what else is written
 
 
@@ -123,7 +126,10 @@ def main() -> None:
     started = time.monotonic()
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="vlmray-gpu-", dir=_scratch_parent(options.scale)))
+    for parent in (_MEMORY, Path(tempfile.gettempdir())):
+        remove_left_behind(parent)
+    parent = _scratch_parent(options.scale)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=parent))
     setting = Setting(
         scale_name=options.scale, processor=options.processor, dataset_name=options.dataset_name,
         scratch=str(scratch),
@@ -267,12 +273,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _scratch_parent(scale: str) -> Path | None:
+def _scratch_parent(scale: str) -> Path:
     """Return where models are written: into memory, if that is large enough for those of full scale."""
-    if not _MEMORY.is_dir():
-        return None
     needed = _LEAST_MEMORY if scale == "full" else 2**30
-    return _MEMORY if shutil.disk_usage(_MEMORY).free >= needed else None
+    if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= needed:
+        return _MEMORY
+    return Path(tempfile.gettempdir())
+
+
+def remove_left_behind(parent: Path) -> None:
+    """Remove what checks that were killed left in `parent`; `/dev/shm` is memory."""
+    for folder in parent.glob(f"{_SCRATCH}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
