@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import pytest
 
-from vlmray.dataset import prompts
 from vlmray.dataset.prompts import check_prompt_template, format_choices, format_data, format_qwen_vl_messages
 from vlmray.schema import Sample
 
@@ -143,9 +141,3 @@ def test_invalid_templates(template: str, message: str) -> None:
         check_prompt_template(template)
     with pytest.raises(ValueError, match=message):
         format_data(_sample(), prompt_template=template)
-
-
-def test_doctests() -> None:
-    result = doctest.testmod(prompts)
-    assert result.attempted > 3
-    assert result.failed == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import random
 from typing import Any
 
@@ -18,10 +17,6 @@ from vlmray.dataset.slices import parse_sample_slices, sample_id
 from vlmray.metrics import METRICS, score
 
 CHARTQA_COLUMNS = ("image", "query", "label", "human_or_machine")
-
-
-def test_doctests() -> None:
-    assert doctest.testmod(registry).failed == 0
 
 
 # --sample_slices

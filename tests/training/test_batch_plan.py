@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import itertools
 import math
 import random
@@ -12,7 +11,6 @@ from fractions import Fraction
 
 import pytest
 
-from vlmray.training import batch_plan
 from vlmray.training.batch_plan import BatchPlan
 
 
@@ -158,9 +156,3 @@ def test_fractions_of_an_epoch(epochs: str) -> None:
         assert plan.num_steps(float(epochs)) == exact
         assert plan.num_steps(float(epochs), max_steps=-1) == exact
         assert plan.num_steps(float(epochs), max_steps=7) == 7
-
-
-def test_doctests() -> None:
-    result = doctest.testmod(batch_plan)
-    assert result.attempted
-    assert result.failed == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import io
 import random
 import string
@@ -23,7 +22,6 @@ from vlmray.dataset.prompts import format_data
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest, Sample
-from vlmray.training import collator
 from vlmray.training.collator import DataCollatorForVLMSFT
 
 needs_real_processor = pytest.mark.skipif(
@@ -490,8 +488,3 @@ def test_another_processor_family_is_collated_just_as_exactly(processor: Any) ->
     assert torch.equal(
         batch["pixel_values"], llava.image_processor(images, return_tensors="pt")["pixel_values"]
     )
-
-
-def test_the_example_of_the_class_is_true(processor: Any) -> None:
-    result = doctest.testmod(collator, extraglobs={"processor": processor})
-    assert (result.failed, result.attempted) == (0, 9)
