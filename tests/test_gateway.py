@@ -453,10 +453,10 @@ def test_clients_that_leave_are_not_in_progress_for_ever() -> None:
             connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-            wait_for(lambda: gateway.num_in_flight == 1)
+            wait_for(lambda: gateway.metrics.num_in_flight == 1)
             connection.close()
             backend.open.set()
-            wait_for(lambda: gateway.num_in_flight == 0)
+            wait_for(lambda: gateway.metrics.num_in_flight == 0)
             backend.open.clear()
 
 
