@@ -100,12 +100,11 @@ def test_fake_errors_hit_the_same_rows_whatever_the_batch(tmp_path: Path) -> Non
 def test_a_fake_crash_ends_the_process_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = (
-        "from tests.test_testing import *\n"
+        "import sys; sys.path += ['tests', 'tests/engines']\nfrom test_fake import *\n"
         f"FakeEngine.from_model_id('fake?crash_on=000002&log={log}').generate([ask(1), ask(2), ask(3)])"
     )
-    root = ROOT
     codes = [
-        subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode for _ in range(2)
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode for _ in range(2)
     ]
     assert codes == [1, 0]
     assert log.read_text().split() == ["test-000001", "test-000001", "test-000002", "test-000003"]

@@ -581,7 +581,7 @@ def test_nothing_is_left_of_many_clients_that_come_and_leave() -> None:
         assert [counted[name] for name in IN_PROGRESS] == [0, 0]
         assert backend.num_given_up <= counted[LEFT]  # some left while their images were read
         assert counted[LEFT] >= 75
-        assert 75 <= counted['vlmray_requests_total{model="fake",status="200"}'] <= 300 - counted[LEFT]
+        assert 75 < counted['vlmray_requests_total{model="fake",status="200"}'] <= 301 - counted[LEFT]
         backend.flowing.set()
         assert read_all(url, ask(stream=True)) == 200
 
