@@ -161,6 +161,15 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert [reports[0][name] for name in names] == [reports[1][name] for name in names]
 
 
+def test_a_model_may_be_compared_with_itself(tmp_path: Path) -> None:
+    options = {"sample_slices": "[:12]", "speed_samples": 2, "concurrency": "1"}
+    results = run(tmp_path, models=f"base={FAKE},same={FAKE}", **options)
+    found = predictions(tmp_path)
+    assert len(found) == 24
+    assert {text for (model, _), text in found.items() if model == "same"} == {"yes"}
+    assert [(point.model, point.num_failed) for point in results.speed] == [("base", 0), ("same", 0)]
+
+
 def test_a_killed_replica_changes_no_answer(tmp_path: Path) -> None:
     models = "base=fake?latency_s=0.02,other=fake?latency_s=0.02&answer=no"
     options = {"models": models, "dataset_name": "charts?num_rows=200&seed=4", "num_replicas": "2"}
