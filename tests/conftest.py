@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import running
 
+from helpers import processes
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.fake import build_tiny_random_adapter
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker("ray")
         if "spare_time" in item.fixturenames:
             item.add_marker("training")
-        if any(getattr(item.module, name, None) is getattr(running, name) for name in ("run", "start")):
+        if any(getattr(item.module, name, None) is getattr(processes, name) for name in ("run", "start")):
             item.add_marker("processes")
 
 

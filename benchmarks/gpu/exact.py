@@ -52,7 +52,7 @@ def _run_contract_tests(expression: str) -> tuple[int, list[str]]:
     Where there is a GPU they run on it.
     """
     command = [
-        sys.executable, "-m", "pytest", "tests/test_engines.py", "-q", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "tests/engines/test_contract.py", "-q", "-p", "no:cacheprovider",
         *(["-k", expression] if expression else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

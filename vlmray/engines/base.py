@@ -23,7 +23,7 @@ OnEnd = Callable[[int, Completion], None]
 class Engine(Protocol):
     """Answers requests with one model.
 
-    What every engine promises, and `tests/test_engines.py` holds:
+    What every engine promises, and `tests/engines/test_contract.py` holds:
 
     * **One to one, in order.** `generate` returns as many completions as it got requests, each at its
       request's place, whatever mix of image counts, image sizes, lengths, sampling settings and

@@ -48,8 +48,9 @@ class DataCollatorForVLMSFT:
     Rows that cannot be trained on are left out and recorded in `errors`. If nothing is left, the batch is
     one stand-in with an image and no label, so that workers that train together stay in step.
 
-    With the processor of the tiny random model:
-
+    >>> from vlmray.models.processors import load_processor
+    >>> from vlmray.models.source import resolve_model_id
+    >>> processor = load_processor(resolve_model_id("tiny-random"))
     >>> collator = DataCollatorForVLMSFT(processor)
     >>> messages = [
     ...     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
