@@ -87,7 +87,11 @@ def test_a_spoilt_model_is_called_worse(compared: tuple[Path, Results]) -> None:
     assert found["bleu"]["base"]["signature"]
     assert len(predictions(folder)) == 96
     assert results.num_answered == 96
-    assert "spoilt is worse than base" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<title>base, spoilt on Built-in charts, 48 rows</title>" in page
+    assert "spoilt is worse than base" in page
+    assert '<th scope="row">models</th>' in page
+    assert '<th scope="row">metric</th>' not in page  # it has no such option: --metrics says it
     assert "| exact\\_match |" in (folder / "report.md").read_text()
 
 
