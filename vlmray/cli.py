@@ -19,6 +19,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 from vlmray import __version__
 from vlmray.config import BenchmarkConfig, DemoConfig, FinetuneConfig, InferConfig, ServeConfig
 from vlmray.config.parsing import parse_args
+from vlmray.errors import RunError
 
 
 class JobConfig(Protocol):
@@ -82,7 +83,7 @@ def serve(config: ServeConfig) -> int:
     print("stopping: requests in progress are answered, new ones are not", flush=True)
     num_left = server.stop()
     if num_left:
-        raise RuntimeError(f"{num_left} requests were cut off after {config.drain_timeout_s:g} s")
+        raise RunError(f"{num_left} requests were cut off after {config.drain_timeout_s:g} s")
     return 0
 
 
@@ -152,7 +153,7 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
         code = _fail(2, str(error), error)
     except KeyboardInterrupt:
         code = _fail(130, f"interrupted; {job.kept}")
-    except RuntimeError as error:
+    except RunError as error:
         code = _fail(1, f"{error}; {job.kept}", error)
     sys.exit(code)
 

@@ -24,8 +24,12 @@ import ray.data
 import yaml
 from ray._private.utils import read_ray_address
 
+from vlmray.errors import OptionError
+
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
+
+_MISTAKE = f"{OptionError.__module__}.{OptionError.__name__}: "  # as a traceback's last line says it
 
 _MODEL_ON_CPU = {
     "env_vars": {
@@ -164,9 +168,11 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
     low, high = replica_range or (max(1, min(fitting, int(_present("GPU") / (num_gpus or 1)))), fitting)
     if num_gpus * low > total_gpus:
-        raise ValueError(
-            f"--gpus_per_replica {num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs; the "
-            f"cluster has {total_gpus:g}. Lower --num_replicas, or pass --gpus_per_replica 0 to use CPUs"
+        raise OptionError(
+            "gpus_per_replica",
+            f"{num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs and the cluster has "
+            f"{total_gpus:g}",
+            "lower --num_replicas, or pass --gpus_per_replica 0 to use CPUs",
         )
     if num_gpus:
         # A GPU replica waits for its GPU most of the time; asking for no CPU leaves all to the other stages.
@@ -198,9 +204,10 @@ def plan_workers(num_workers: int | None) -> WorkerPlan:
     most = int(_most(kind))
     wanted = num_workers or (max(1, int(_present("GPU") or most)) if kind == "GPU" else min(2, most))
     if wanted > most:
-        raise ValueError(
-            f"--num_workers {wanted} needs {wanted} {kind}s; the cluster has {most} and can start no more. "
-            "Lower --num_workers"
+        raise OptionError(
+            "num_workers",
+            f"{wanted} needs {wanted} {kind}s and the cluster has {most}, with no more to start",
+            "lower --num_workers",
         )
     if kind == "GPU":
         return WorkerPlan(num_workers=wanted, resources={"GPU": 1}, num_threads=None)
@@ -223,9 +230,11 @@ def root_cause(error: BaseException) -> str:
         error = failures[min(failures)]
     while (cause := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
         error = cause
+    if isinstance(error, OptionError):
+        return str(error)
     # The error of an actor that died while starting is a whole traceback, what was raised last in it.
     lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
+    return lines[-1].removeprefix(_MISTAKE) if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
 
 
 def _present(resource: str) -> float:

@@ -141,6 +141,9 @@ def test_pickles_small_even_after_drawing() -> None:
     assert pickle.loads(pickled)[11] == row
 
 
+LARGEST, SMALLEST = "tallest|longest|highest|largest", "shortest|lowest|smallest"
+
+
 def test_names_parse() -> None:
     assert parse_charts_name("charts") == parse_charts_name("charts?") == ChartsConfig()
     assert parse_charts_name("charts?num_rows=200&seed=7&family=difference") == ChartsConfig(

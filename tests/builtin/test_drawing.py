@@ -12,6 +12,8 @@ from helpers.charts import dataset
 from vlmray.builtin.canvas import Box, Chart
 from vlmray.builtin.drawing import draw_chart
 
+LARGEST, SMALLEST = "tallest|longest|highest|largest", "shortest|lowest|smallest"
+
 
 def overlap(one: Box, other: Box) -> bool:
     apart = one.right <= other.left or other.right <= one.left

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from helpers.charts import LARGEST, SMALLEST, dataset, extreme
+from helpers.charts import dataset, extreme
 from vlmray.builtin.drawing import draw_chart
 
 Table = list[tuple[str, str, int]]  # label, colour, value of each mark, in reading order
 MARK = "(?:bar|point|slice)"
 COLOUR = f"(?:the )?(\\w+) {MARK}"
+
+
+LARGEST, SMALLEST = "tallest|longest|highest|largest", "shortest|lowest|smallest"
 
 
 def named(table: Table, name: str) -> tuple[str, str, int]:

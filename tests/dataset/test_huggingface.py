@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.datasets import NUM_ROWS, check_rows, mistake, parquet_file, parquet_folder, png
+from helpers.datasets import NUM_ROWS, check_rows, mistake, parquet_file, parquet_folder, png, saved_splits
+from vlmray.dataset.huggingface import load_hf_dataset
 from vlmray.dataset.sources import open_source
 from vlmray.images.reading import load_image_pil
 from vlmray.storage import hub
@@ -132,11 +133,26 @@ def test_a_configuration_is_needed(tmp_path: Path) -> None:
     assert open_source(str(tmp_path), "train", "hard").read([0]) == [{"query": "hard"}]
 
 
-@pytest.mark.parametrize("split", ["test[:10]", "test/0"])
-def test_a_split_is_only_a_name(split: str) -> None:
-    assert mistake("charts", split) == (
-        f"--dataset_split '{split}' is not a split name; rows are chosen by --sample_slices"
-    )
+def test_unknown_splits_name_the_known_ones(tmp_path: Path) -> None:
+    folder = parquet_folder(tmp_path / "folder")
+    for name in (folder, saved_splits(tmp_path)):
+        found = mistake(name, "tset")
+        assert found.startswith(f"--dataset_split 'tset': {name} has ")
+        assert set(found.partition(" has ")[2].split(", ")) == {"train", "test"}
+
+
+def test_the_library_takes_splits_as_datasets_does(tmp_path: Path) -> None:
+    folder = str(parquet_folder(tmp_path / "folder"))
+    assert len(load_hf_dataset(folder, "test[:3]")) == 3
+    assert len(load_hf_dataset(folder, "train+test")) == 5 + NUM_ROWS
+
+
+def test_a_file_may_be_called_any_split_that_has_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "Why?"}')
+    assert len(open_source(str(path), "any.split_1")) == 1
+    message = mistake(path, "my split")
+    assert message == "--dataset_split 'my split' is not a split name; use letters, digits, _ and ."
 
 
 @pytest.mark.parametrize(
@@ -186,14 +202,14 @@ def local_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("local_hub")
 def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_TIMEOUT_S", 0.3)
-    hub.check_reachable("owner/known", "dataset", option="--dataset_name")
+    hub.check_reachable("owner/known", "dataset")
     for name, problem in {
         "gone": "is not a dataset on the hub that this login can see",
         "gated": "needs accepted terms and a login",
         "hangs": "is not here and the hub cannot be reached (ReadTimeout)",
     }.items():
         with pytest.raises(hub.HubUnavailableError) as error_info:
-            hub.check_reachable(f"owner/{name}", "dataset", option="--dataset_name")
+            hub.check_reachable(f"owner/{name}", "dataset")
         assert str(error_info.value).startswith(f"--dataset_name 'owner/{name}' {problem}")
 
 

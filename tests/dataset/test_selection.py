@@ -11,6 +11,7 @@ import pytest
 from vlmray.config import FinetuneConfig, InferConfig, QuestionsConfig
 from vlmray.dataset.registry import DATASETS
 from vlmray.dataset.selection import open_selection
+from vlmray.errors import OptionError
 from vlmray.models.source import ModelSource
 
 
@@ -81,6 +82,36 @@ def test_mistakes_name_their_option(options: Any, split: str, slices: str, messa
         open_selection(_config(**options), split, slices)
     assert str(error_info.value).startswith(message)
     assert "\n" not in str(error_info.value)
+
+
+@pytest.mark.parametrize("split", ["test[:10]", "test/0"])
+def test_a_split_is_only_a_name(split: str) -> None:
+    with pytest.raises(OptionError) as error_info:
+        open_selection(_config(), split, "[:]")
+    assert str(error_info.value) == (
+        f"--dataset_split '{split}' is not a split name; rows are chosen by --sample_slices"
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "slices", "message"),
+    [
+        ("tset", "[:]", "--eval_split: charts: unknown split 'tset'; known: train, validation, test"),
+        ("test[:2]", "[:]", "--eval_split 'test[:2]' is not a split name; rows are chosen by --eval_slices"),
+        ("test", "all", "--eval_slices 'all' is not a list of Python slices; examples: '[0:100]', '[:]', "),
+        ("test", "[20:]", "--eval_slices '[20:]' selects nothing; the split has 20 rows"),
+    ],
+)
+def test_mistakes_name_the_options_that_were_used(split: str, slices: str, message: str) -> None:
+    with pytest.raises(OptionError) as error_info:
+        open_selection(_config(), split, slices, split_option="eval_split", slices_option="eval_slices")
+    assert str(error_info.value).startswith(message)
+
+
+def test_an_option_is_not_guessed_from_words() -> None:
+    with pytest.raises(OptionError) as error_info:
+        open_selection(_config(dataset_name="charts?split=3"), "test", "[:]", split_option="eval_split")
+    assert str(error_info.value).startswith("--dataset_name: charts: unknown parameter 'split'")
 
 
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

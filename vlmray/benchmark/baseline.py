@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmray.errors import OptionError
+
 PREDICTIONS = "predictions.parquet"
 
 
@@ -24,13 +26,15 @@ def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Any]
         then = json.loads(file.read_text(encoding="utf-8"))
         rows = pq.read_table(file.parent / PREDICTIONS).to_pylist()
     except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise ValueError(f"--baseline {path}: {error}; pass the results.json of a finished run") from error
+        raise OptionError(
+            "baseline", f"{path}: {error}", "pass the results.json of a finished run"
+        ) from error
     for part in ("dataset", "prompt"):
         for name, value in now[part].items():
             before = then.get(part, {}).get(name)
             if before != value and name != "dataset_name":  # the same samples may have moved
-                raise ValueError(
-                    f"--baseline {path} is not comparable: its {name} was {before!r} and is {value!r} now"
+                raise OptionError(
+                    "baseline", f"{path} is not comparable: its {name} was {before!r} and is {value!r} now"
                 )
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

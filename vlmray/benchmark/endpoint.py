@@ -19,7 +19,7 @@ from typing import Any
 import openai
 
 from vlmray.engines.base import failed_completion
-from vlmray.errors import one_line
+from vlmray.errors import RunError, one_line
 from vlmray.schema import Completion, GenerationRequest
 
 for _name in ("httpx", "httpx2"):  # which the client is made of: a line for every request
@@ -29,7 +29,7 @@ _MAX_RETRIES = 6  # with growing pauses: a server that has lost a replica needs 
 _TIMEOUT_S = 600.0
 
 
-class EndpointError(RuntimeError):
+class EndpointError(RunError):
     """The server does not answer, or not as it should."""
 
 

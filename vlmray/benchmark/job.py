@@ -20,6 +20,7 @@ from vlmray.benchmark.endpoint import Endpoint, EndpointError
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
 from vlmray.benchmark.results import Results
 from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure, write_speed
+from vlmray.errors import OptionError
 from vlmray.inference.job import run_inference
 from vlmray.serving.server import API_KEY
 
@@ -68,12 +69,12 @@ async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], spee
             try:
                 served = await endpoint.models()
             except EndpointError as error:
-                raise ValueError(f"--endpoint: {error}") from error
+                raise OptionError("endpoint", f": {error}") from error
             served_as = {name: served_name(benchmark, name) for name in names}
             for name in served_as.values():
                 if name not in served:
                     known = ", ".join(served)
-                    raise ValueError(f"--endpoint {url} does not serve {name!r}; it serves {known}")
+                    raise OptionError("endpoint", f"{url} does not serve {name!r}", f"it serves {known}")
             for name in names:
                 if benchmark.metrics:
                     await answer_pending(benchmark, endpoint, name, served_as[name])

@@ -12,6 +12,7 @@ from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig
+from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.storage.run_folder import OutputDirectory
 
@@ -20,7 +21,7 @@ SPEED = "speed.json"
 RESULTS = "results.json"
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(RunError):
     """A run that could not go on; everything answered is in the output folder."""
 
 
@@ -56,9 +57,10 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     folder = OutputDirectory.create(config.output_dir, "parquet")
     samples = tuple(read_facts(first))
     if names and not any(sample.answers for sample in samples):
-        raise ValueError(
-            f"--dataset_name {config.dataset_name} has no answers to compare with in split "
-            f"{config.dataset_split!r}; pass --metrics none to measure speed alone"
+        raise OptionError(
+            "dataset_name",
+            f"{config.dataset_name} has no answers to compare with in split {config.dataset_split!r}",
+            "pass --metrics none to measure speed alone",
         )
     if config.overwrite:
         (Path(folder.uri) / SPEED).unlink(missing_ok=True)
@@ -106,7 +108,7 @@ def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:
     known = (*metrics.METRICS, metrics.BLEU)
     for name in names:
         if name not in known:
-            raise ValueError(f"--metrics: {name!r} is unknown; known: {', '.join(known)}")
+            raise OptionError("metrics", f": {name!r} is unknown", f"known: {', '.join(known)}")
     if names[0] == metrics.BLEU:
-        raise ValueError("--metrics: the first one decides, and BLEU says nothing of single answers")
+        raise OptionError("metrics", ": the first one decides, and BLEU says nothing of single answers")
     return names

@@ -14,6 +14,7 @@ from vlmray.benchmark.endpoint import Endpoint, Timed
 from vlmray.benchmark.plan import SPEED, Benchmark, BenchmarkError
 from vlmray.benchmark.samples import read_requests
 from vlmray.config import BenchmarkConfig
+from vlmray.errors import OptionError
 from vlmray.schema import GenerationRequest
 
 
@@ -24,7 +25,7 @@ async def measure_speed(
     config, run = benchmark.config, benchmark.runs[name]
     asked = [request for _, request in read_requests(run, run.selected[: config.speed_samples]) if request]
     if not asked:
-        raise ValueError("--speed_samples: none of the first samples can be asked; see their errors")
+        raise OptionError("speed_samples", ": none of the first samples can be asked", "see their errors")
     repeats = -(-config.speed_samples // len(asked))
     requests = (asked * repeats)[: config.speed_samples]
     is_rate = config.request_rate is not None

@@ -42,6 +42,7 @@ from vlmray.builtin.canvas import Chart, Kind
 from vlmray.builtin.drawing import DRAWERS, draw_chart
 from vlmray.builtin.questions import FAMILIES, QUESTIONS, Question
 from vlmray.builtin.sampling import STYLES, sample_chart
+from vlmray.errors import mistake_in
 from vlmray.storage.fingerprints import digest
 
 SPLITS = ("train", "validation", "test")
@@ -265,11 +266,10 @@ class ChartsSource:
     base_dir = None
 
     def __init__(self, name: str, split: str) -> None:
-        try:
-            self._charts = ChartDataset(parse_charts_name(name), split)
-        except ValueError as error:
-            option = "--dataset_split" if "split" in str(error) else "--dataset_name"
-            raise ValueError(f"{option}: {error}") from error
+        with mistake_in("dataset_name"):
+            config = parse_charts_name(name)
+        with mistake_in("dataset_split"):
+            self._charts = ChartDataset(config, split)
 
     def __len__(self) -> int:
         return len(self._charts)

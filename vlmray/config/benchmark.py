@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmray.config.common import NAME, QuestionsConfig, check_at_least, parse_replica_range
+from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +90,13 @@ class BenchmarkConfig(QuestionsConfig):
         check_at_least(self, 1, "max_new_tokens", "batch_size")
         check_at_least(self, 0, "temperature", "speed_samples", "price_per_hour", "gpus_per_replica")
         if self.offline and (self.endpoint or self.request_rate):
-            raise ValueError("--offline asks no server; leave out --endpoint and --request_rate")
+            raise OptionError("offline", "asks no server", "leave out --endpoint and --request_rate")
         if "://" in self.output_dir:
-            raise ValueError(f"--output_dir {self.output_dir} must be a local folder")
+            raise OptionError("output_dir", f"{self.output_dir} must be a local folder")
         if self.metrics == "none" and (self.offline or not self.speed_samples):
-            raise ValueError("--metrics none leaves nothing to do without a measurement of speed")
+            raise OptionError("metrics", "none leaves nothing to do without a measurement of speed")
         if self.metrics == "none" and self.baseline:
-            raise ValueError("--baseline compares scores; --metrics none has none")
+            raise OptionError("baseline", "compares scores", "--metrics none has none")
         self.candidates()
         self.loads()
         parse_replica_range(self.num_replicas, least=1)
@@ -106,15 +107,19 @@ class BenchmarkConfig(QuestionsConfig):
         for entry in self.models.split(","):
             name, _, model = (part.strip() for part in entry.partition("="))
             if not NAME.fullmatch(name) or not model:
-                raise ValueError(
-                    f"--models has {entry!r}; expected name=model or name=model+adapter, with commas between "
-                    "them and names of letters, digits and .-_"
+                raise OptionError(
+                    "models",
+                    f"has {entry!r}",
+                    "expected name=model or name=model+adapter, with commas between them and names of "
+                    "letters, digits and .-_",
                 )
             if name in found:
-                raise ValueError(f"--models: the name {name!r} is given twice")
+                raise OptionError("models", f": the name {name!r} is given twice")
             model_id, _, adapter = model.partition("+")
             if self.endpoint and adapter:
-                raise ValueError(f"--models {entry}: a server's models have one name each; pass name=NAME")
+                raise OptionError(
+                    "models", f"{entry}: a server's models have one name each", "pass name=NAME"
+                )
             found[name] = Candidate(name, model_id, adapter or None)
         return tuple(found.values())
 
@@ -136,5 +141,5 @@ def _numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[float
     except ValueError:
         numbers = ()
     if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"--{name} must be numbers above 0 with commas between them, got {text!r}")
+        raise OptionError(name, f"must be numbers above 0 with commas between them, got {text!r}")
     return numbers

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlmray.errors import OptionError
+
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
 
@@ -44,7 +46,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "min_pixels", "max_pixels")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+            raise OptionError("min_pixels", f"{self.min_pixels} is above --max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,8 @@ def parse_replica_range(num_replicas: str | None, *, least: int) -> tuple[int, i
     except ValueError:
         bounds = []
     if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
-        raise ValueError(
-            f"--num_replicas must be N or MIN,MAX of at least {least or '0,1'}, got {num_replicas!r}"
+        raise OptionError(
+            "num_replicas", f"must be N or MIN,MAX of at least {least or '0,1'}, got {num_replicas!r}"
         )
     return bounds[0], bounds[-1]
 
@@ -115,11 +117,11 @@ def parse_replica_range(num_replicas: str | None, *, least: int) -> tuple[int, i
 def check_not_empty(config: Any, *, except_for: str = "") -> None:
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == "" and field.name != except_for:
-            raise ValueError(f"--{field.name} is empty")
+            raise OptionError(field.name, "is empty")
 
 
 def check_at_least(config: object, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too
-            raise ValueError(f"--{name} must be at least {minimum}, got {value}")
+            raise OptionError(name, f"must be at least {minimum}, got {value}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlmray.config.common import QuestionsConfig, check_at_least
+from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,13 +161,13 @@ class FinetuneConfig(QuestionsConfig):
         )
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise OptionError(name, f"must be at least 0 and below 1, got {getattr(self, name)}")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"--max_steps must be -1 (not set) or at least 1, got {self.max_steps}")
+            raise OptionError("max_steps", f"must be -1 (not set) or at least 1, got {self.max_steps}")
         if not self.num_train_epochs > 0:
-            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+            raise OptionError("num_train_epochs", f"must be above 0, got {self.num_train_epochs}")
         if self.resume and self.overwrite:
-            raise ValueError("--resume keeps what --overwrite deletes; pass one of them")
+            raise OptionError("resume", "keeps what --overwrite deletes", "pass one of them")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -174,24 +175,28 @@ class FinetuneConfig(QuestionsConfig):
         if not self.use_peft:
             for name in ("lora_target_modules", "lora_vision", "lora_merger", "merge_adapter"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name} is about LoRA and --use_peft false trains without it")
+                    raise OptionError(name, "is about LoRA and --use_peft false trains without it")
             if self.quantization != "none":
-                raise ValueError(
-                    f"--quantization {self.quantization} needs LoRA: quantized weights cannot be trained; "
-                    "leave out --use_peft false or --quantization"
+                raise OptionError(
+                    "quantization",
+                    f"{self.quantization} needs LoRA: quantized weights cannot be trained",
+                    "leave out --use_peft false or --quantization",
                 )
         elif self.freeze_vision:
-            raise ValueError("--freeze_vision is for --use_peft false; LoRA leaves all base weights frozen")
+            raise OptionError(
+                "freeze_vision", "is for --use_peft false", "LoRA leaves all base weights frozen"
+            )
         if self.fsdp and self.optim == "muon":
-            raise ValueError("--optim muon needs whole matrices and --fsdp shards them; pass one of them")
+            raise OptionError("optim", "muon needs whole matrices and --fsdp shards them", "pass one of them")
         if not self.evaluates:
             for name in ("early_stopping_patience", "load_best_model_at_end"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name} needs an evaluation; pass --eval_split or --eval_slices")
+                    raise OptionError(name, "needs an evaluation", "pass --eval_split or --eval_slices")
         if self.load_best_model_at_end and self.save_steps != self.eval_steps:
-            raise ValueError(
-                f"--load_best_model_at_end needs --save_steps {self.save_steps} equal to --eval_steps "
-                f"{self.eval_steps}, so that what was evaluated was kept"
+            raise OptionError(
+                "load_best_model_at_end",
+                f"needs --save_steps {self.save_steps} equal to --eval_steps {self.eval_steps}, so that what "
+                "was evaluated was kept",
             )
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmray.config.common import QuestionsConfig, check_at_least, parse_replica_range
+from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class InferConfig(QuestionsConfig):
         check_at_least(self, 1, "max_new_tokens", "batch_size", "max_batch_tokens")
         check_at_least(self, 0, "temperature", "gpus_per_replica")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+            raise OptionError("top_p", f"must be above 0 and at most 1, got {self.top_p}")
         self.replica_range()
 
     def replica_range(self) -> tuple[int, int] | None:

@@ -22,6 +22,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from vlmray.errors import OptionError
+
 C = TypeVar("C")
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -59,7 +61,7 @@ def build_config(config_class: type[C], options: Mapping[str, Any]) -> C:
             raise ValueError(f"unknown option {name!r}{_suggestion(name, known)}")
     for field in _options(config_class):
         if field.default is MISSING and field.name not in options:
-            raise ValueError(f"--{field.name} is required: {_first_sentence(config_class, field.name)}")
+            raise OptionError(field.name, f"is required: {_first_sentence(config_class, field.name)}")
     return config_class(**{name: _convert(name, hints[name], value) for name, value in options.items()})
 
 
@@ -147,15 +149,15 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if value is None:
         if optional:
             return None
-        raise ValueError(f"--{name} needs a value")
+        raise OptionError(name, "needs a value")
     if typing.get_origin(kind) is dict:
         return _read_mapping(name, value)
     if isinstance(value, list | dict):
-        raise ValueError(f"--{name} must be one value, got {value!r}; quote it if it is text")
+        raise OptionError(name, f"must be one value, got {value!r}", "quote it if it is text")
     if _is_literal(kind):
         if value in typing.get_args(kind):
             return value
-        raise ValueError(f"--{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        raise OptionError(name, f"must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
     try:
         if kind is bool:
             return _BOOLS[str(value).lower()]
@@ -165,7 +167,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         return converted
     except (ValueError, KeyError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"--{name} must be {expected}, got {value!r}") from None
+        raise OptionError(name, f"must be {expected}, got {value!r}") from None
 
 
 def _read_mapping(name: str, value: Any) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
         with contextlib.suppress(ValueError):  # said below
             value = json.loads(value, parse_constant=int)  # which refuses NaN and Infinity, no JSON either
     if not isinstance(value, dict):
-        raise ValueError(f"--{name} must be a mapping in the YAML file or a JSON object, got {value!r}")
+        raise OptionError(name, f"must be a mapping in the YAML file or a JSON object, got {value!r}")
     return value
 
 
@@ -191,11 +193,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror or error}") from None
+        raise OptionError("config", f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise OptionError("config", f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
-        raise ValueError(f"--config {path} must hold 'option: value' lines, found {type(options).__name__}")
+        raise OptionError("config", f"{path} must hold 'option: value' lines, found {type(options).__name__}")
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in options.items()}
 
 

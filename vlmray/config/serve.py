@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmray.config.common import ModelConfig, check_at_least, check_not_empty, parse_replica_range
+from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +112,9 @@ class ServeConfig(ModelConfig):
             "image_timeout_s", "drain_timeout_s",
         )  # fmt: skip
         if self.max_new_tokens > self.max_new_tokens_limit:
-            raise ValueError(
-                f"--max_new_tokens {self.max_new_tokens} is above --max_new_tokens_limit "
-                f"{self.max_new_tokens_limit}"
+            raise OptionError(
+                "max_new_tokens",
+                f"{self.max_new_tokens} is above --max_new_tokens_limit {self.max_new_tokens_limit}",
             )
         self.replica_range()
         self.adapter_paths()
@@ -133,8 +134,10 @@ class ServeConfig(ModelConfig):
         for entry in (self.adapters or "").split(",") if self.adapters else []:
             name, _, path = (part.strip() for part in entry.partition("="))
             if not name or not path:
-                raise ValueError(f"--adapters has {entry!r}; expected name=folder, with commas between them")
+                raise OptionError(
+                    "adapters", f"has {entry!r}", "expected name=folder, with commas between them"
+                )
             if name in found or name == self.base_name:
-                raise ValueError(f"--adapters: the name {name!r} is given twice")
+                raise OptionError("adapters", f": the name {name!r} is given twice")
             found[name] = path
         return found

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmray.errors import one_line
+from vlmray.errors import OptionError, one_line
 from vlmray.storage import hub
 from vlmray.storage.fingerprints import fingerprint_files, fingerprint_path
 
@@ -21,8 +21,7 @@ _FILE_BUILDERS = {
     ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow",
 }  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# How `datasets` begins to say that a configuration is needed, or is not one of those there are.
-_CONFIG_ERRORS = ("Config name is missing", "BuilderConfig", "Couldn't find cache", "There are multiple")
+_SPLIT = re.compile(r"\w+(\.\w+)*")  # as `datasets` wants it of a split that it names
 
 
 def load_hf_dataset(dataset_name: str, split: str, config: str | None = None) -> datasets.Dataset:
@@ -44,18 +43,18 @@ def load_hf_dataset(dataset_name: str, split: str, config: str | None = None) ->
         datasets.disable_progress_bars()
         load = functools.partial(_load_local, path, config)
     elif path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix in _FILE_BUILDERS:
-        raise ValueError(f"--dataset_name {dataset_name}: no such file or folder")
+        raise OptionError("dataset_name", f"{dataset_name}: no such file or folder")
     else:
         load = functools.partial(_load_from_hub, dataset_name, config)
     try:
         return load(split)
-    except hub.HubUnavailableError:
+    except OptionError:
         raise
     except (ValueError, KeyError) as error:
-        raise ValueError(_explain(dataset_name, split, config, error)) from error
+        raise OptionError("dataset_name", f"{dataset_name} cannot be read: {one_line(error)}") from error
     except (OSError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"--dataset_name {dataset_name} cannot be read: {one_line(cause)}") from error
+        raise OptionError("dataset_name", f"{dataset_name} cannot be read: {one_line(cause)}") from error
 
 
 def _load_local(path: Path, config: str | None, split: str) -> datasets.Dataset:
@@ -64,35 +63,75 @@ def _load_local(path: Path, config: str | None, split: str) -> datasets.Dataset:
     if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
         splits = datasets.load_from_disk(str(path))
         if split not in splits:
-            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+            raise _unknown_split(split, str(path), splits)
         return splits[split]
     if (path / "state.json").is_file():  # written by Dataset.save_to_disk
         return datasets.load_from_disk(str(path))
     if path.is_dir():
-        return datasets.load_dataset(str(path), name=config, split=split)
+        return _load(str(path), config, split)
     builder = _FILE_BUILDERS.get(path.suffix)
     if builder is None:
         raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FILE_BUILDERS)}")
+    if not _SPLIT.fullmatch(split):
+        raise OptionError("dataset_split", f"{split!r} is not a split name", "use letters, digits, _ and .")
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, **options)
 
 
 def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
-    import datasets
-
     try:
-        hub.check_reachable(name, "dataset", option="--dataset_name")
+        hub.check_reachable(name, "dataset")
     except hub.HubUnavailableError as unavailable:
         # The hub's own cache holds the repository's files; the cache of `datasets` what it made of them.
         snapshot = hub.cached_snapshot(name, "dataset")
         if snapshot is not None:
-            return datasets.load_dataset(str(snapshot), name=config, split=split)
+            return _load(str(snapshot), config, split, name=name)
         try:
             with _offline():
-                return datasets.load_dataset(name, name=config, split=split)
+                return _load(name, config, split)
         except (ConnectionError, FileNotFoundError):
             raise unavailable from None
-    return datasets.load_dataset(name, name=config, split=split)
+    return _load(name, config, split)
+
+
+def _load(path: str, config: str | None, split: str, *, name: str = "") -> datasets.Dataset:
+    """Do what `datasets.load_dataset` does, in steps: which one fails says which option is wrong."""
+    import datasets
+
+    builder = _open_builder(path, config)
+    builder.download_and_prepare()
+    lengths = {known: info.num_examples for known, info in (builder.info.splits or {}).items()}
+    try:
+        datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError as error:
+        raise _unknown_split(split, name or path, lengths) from error
+    return builder.as_dataset(split=split)
+
+
+def _open_builder(path: str, config: str | None) -> datasets.DatasetBuilder:
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(path, name=config)
+    except ValueError as error:
+        if _knows_config(path, config):
+            raise
+        raise OptionError("dataset_config", f"{config!r}: {one_line(error)}") from error
+
+
+def _knows_config(path: str, config: str | None) -> bool:
+    """Tell whether a dataset has a configuration; None stands for its default."""
+    import datasets
+
+    if datasets.config.HF_HUB_OFFLINE and not Path(path).exists():
+        return False  # of what was cached of it there is nothing else to choose by
+    if config is None:
+        return datasets.get_dataset_default_config_name(path) is not None
+    return config in datasets.get_dataset_config_names(path)
+
+
+def _unknown_split(split: str, name: str, known: Iterable[str]) -> OptionError:
+    return OptionError("dataset_split", f"{split!r}: {name} has {', '.join(known)}")
 
 
 @contextlib.contextmanager
@@ -106,18 +145,6 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _explain(name: str, split: str, config: str | None, error: Exception) -> str:
-    text = one_line(error)
-    if text.startswith("Unknown split"):
-        known = text.partition("one of")[2].strip(" .[]").replace("'", "")
-        return f"--dataset_split {split!r}: {name} has {known}"
-    if text.startswith("Split name"):
-        return f"--dataset_split {split!r}: {text}"
-    if text.startswith(_CONFIG_ERRORS):
-        return f"--dataset_config {config!r}: {text}"
-    return f"--dataset_name {name} cannot be read: {text}"
 
 
 class HFSource:

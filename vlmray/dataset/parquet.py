@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from vlmray.dataset.huggingface import HFSource, name_classes
-from vlmray.errors import one_line
+from vlmray.errors import OptionError, one_line
 from vlmray.storage.cache import cache_folder
 from vlmray.storage.fingerprints import digest
 
@@ -35,9 +35,10 @@ class ParquetSource:
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         for file, schema in zip(files, schemas, strict=True):
             if schema.names != schemas[0].names:
-                raise ValueError(
-                    f"--dataset_name {uri}: {file} has columns {', '.join(schema.names)}, "
-                    f"but {files[0]} has {', '.join(schemas[0].names)}"
+                raise OptionError(
+                    "dataset_name",
+                    f"{uri}: {file} has columns {', '.join(schema.names)}, but {files[0]} has "
+                    f"{', '.join(schemas[0].names)}",
                 )
         self.column_names = list(schemas[0].names)
         self._uri = uri
@@ -122,7 +123,7 @@ def _filesystem(uri: str) -> tuple[FileSystem, str]:
     try:
         return FileSystem.from_uri(uri)
     except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"--dataset_name {uri} cannot be opened: {one_line(error)}") from error
+        raise OptionError("dataset_name", f"{uri} cannot be opened: {one_line(error)}") from error
 
 
 def _list_parquet(uri: str) -> list[FileInfo]:
@@ -138,10 +139,10 @@ def _list_parquet(uri: str) -> list[FileInfo]:
             else [info]
         )
     except OSError as error:
-        raise ValueError(f"--dataset_name {uri} cannot be listed: {one_line(error)}") from error
+        raise OptionError("dataset_name", f"{uri} cannot be listed: {one_line(error)}") from error
     files = [info for info in infos if info.is_file and info.path.endswith(".parquet")]
     if not files:
-        raise ValueError(f"--dataset_name {uri}: no Parquet file there")
+        raise OptionError("dataset_name", f"{uri}: no Parquet file there")
     return files
 
 
@@ -159,7 +160,7 @@ def _files_of_split(files: list[str], uri: str, split: str) -> list[str]:
         return files
     if split not in by_split:
         found_splits = ", ".join(sorted(filter(None, by_split)))
-        raise ValueError(f"--dataset_split {split!r}: {uri} has {found_splits}")
+        raise OptionError("dataset_split", f"{split!r}: {uri} has {found_splits}")
     return by_split[split]
 
 
@@ -170,7 +171,7 @@ def _read_footer(uri: str, path: str) -> pa.parquet.FileMetaData:
     try:
         return pq.read_metadata(path, filesystem=_filesystem(uri)[0])
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"--dataset_name {uri}: {path} cannot be read: {one_line(error)}") from error
+        raise OptionError("dataset_name", f"{uri}: {path} cannot be read: {one_line(error)}") from error
 
 
 def _digest_footer(footer: pa.parquet.FileMetaData) -> str:

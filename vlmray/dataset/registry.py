@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vlmray.errors import OptionError
+
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
 
@@ -121,8 +123,8 @@ def get_dataset_columns(
     spec = dataclasses.replace(spec, **given)  # type: ignore[arg-type]
     for option, column in spec.columns().items():
         if column not in column_names:
-            raise ValueError(
-                f"--{option}: {dataset_name} has no column {column!r}; it has {', '.join(column_names)}"
+            raise OptionError(
+                option, f": {dataset_name} has no column {column!r}", f"it has {', '.join(column_names)}"
             )
     return spec
 
@@ -150,8 +152,8 @@ def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec
     }
     question = given.get("question_column") or columns["question_column"]
     if question is None:
-        raise ValueError(
-            f"--question_column is needed: none of the columns {', '.join(column_names)} looks like one"
+        raise OptionError(
+            "question_column", f"is needed: none of the columns {', '.join(column_names)} looks like one"
         )
     return DatasetSpec(
         question_column=question,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
@@ -10,6 +11,7 @@ from vlmray.dataset.prompts import check_prompt_template
 from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
+from vlmray.errors import OptionError, mistake_in
 from vlmray.metrics import METRICS
 
 
@@ -27,7 +29,13 @@ class Selection:
 
 
 def open_selection(
-    config: QuestionsConfig, split: str, slices: str, *, random_access: bool = False
+    config: QuestionsConfig,
+    split: str,
+    slices: str,
+    *,
+    split_option: str = "dataset_split",
+    slices_option: str = "sample_slices",
+    random_access: bool = False,
 ) -> Selection:
     """Open a split and check every option that is about the dataset.
 
@@ -35,12 +43,19 @@ def open_selection(
         config: Names the dataset and its columns.
         split: Split to open.
         slices: Rows to select.
+        split_option: Option that the split was given by.
+        slices_option: Option that the slices were given by.
         random_access: Rows will be read in any order.
 
     Raises:
         ValueError: an option does not fit the dataset.
     """
-    source = open_source(config.dataset_name, split, config.dataset_config, random_access=random_access)
+    if "[" in split or "/" in split:
+        hint = f"rows are chosen by --{slices_option}"
+        raise OptionError(split_option, f"{split!r} is not a split name", hint)
+    with _calling(dataset_split=split_option, sample_slices=slices_option):
+        source = open_source(config.dataset_name, split, config.dataset_config, random_access=random_access)
+        selected = parse_sample_slices(slices, len(source))
     spec = get_dataset_columns(
         config.dataset_name,
         source.column_names,
@@ -52,13 +67,21 @@ def open_selection(
         prompt_template=config.prompt_template,
         metric=config.metric,
     )
-    selected = parse_sample_slices(slices, len(source))
     if spec.metric not in METRICS:
-        raise ValueError(f"--metric {spec.metric!r} is unknown; known: {', '.join(METRICS)}")
-    try:
+        raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
+    with mistake_in("prompt_template"):
         check_prompt_template(spec.prompt_template)
-    except ValueError as error:
-        raise ValueError(f"--prompt_template: {error}") from error
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
+
+
+@contextlib.contextmanager
+def _calling(**names: str) -> Iterator[None]:
+    """Give mistakes the names that the options with the mistakes have here."""
+    try:
+        yield
+    except OptionError as error:
+        if names.get(error.option, error.option) == error.option:
+            raise
+        raise OptionError(names[error.option], error.problem, error.hint) from error

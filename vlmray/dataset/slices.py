@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from vlmray.errors import OptionError
+
 _SLICE = re.compile(
     r"""
     \s* (?P<open>\[)? \s*
@@ -17,6 +19,8 @@ _SLICE = re.compile(
     """,
     re.ASCII | re.VERBOSE,
 )
+
+_EXAMPLES = "examples: '[0:100]', '[:]', '[-5:]', '[::10]', '[7]', '[:10],[50:60]'"
 
 
 def parse_sample_slices(text: str, num_rows: int) -> list[int]:
@@ -38,25 +42,20 @@ def parse_sample_slices(text: str, num_rows: int) -> list[int]:
     for part in text.split(","):
         match = _SLICE.fullmatch(part)
         if match is None or (match["step"] and int(match["step"]) == 0):
-            raise ValueError(_malformed(text))
+            raise OptionError("sample_slices", f"{text!r} is not a list of Python slices", _EXAMPLES)
         if match["index"]:
             index = int(match["index"])
             if not -num_rows <= index < num_rows:
-                raise ValueError(f"--sample_slices {text!r}: no row {index}; the split has {num_rows} rows")
+                raise OptionError(
+                    "sample_slices", f"{text!r}: no row {index}", f"the split has {num_rows} rows"
+                )
             selected[index % num_rows] = None
         else:
             bounds = slice(*(int(bound) if bound else None for bound in match.group("start", "stop", "step")))
             selected.update(dict.fromkeys(range(*bounds.indices(num_rows))))
     if not selected:
-        raise ValueError(f"--sample_slices {text!r} selects nothing; the split has {num_rows} rows")
+        raise OptionError("sample_slices", f"{text!r} selects nothing", f"the split has {num_rows} rows")
     return list(selected)
-
-
-def _malformed(text: str) -> str:
-    return (
-        f"--sample_slices {text!r} is not a list of Python slices; "
-        "examples: '[0:100]', '[:]', '[-5:]', '[::10]', '[7]', '[:10],[50:60]'"
-    )
 
 
 def sample_id(split: str, index: int) -> str:

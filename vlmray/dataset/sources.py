@@ -15,6 +15,7 @@ from vlmray.builtin.charts import ChartsSource, parse_charts_name
 from vlmray.dataset.huggingface import HFSource, load_hf_dataset
 from vlmray.dataset.parquet import ParquetSource
 from vlmray.dataset.registry import DATASETS
+from vlmray.errors import OptionError
 
 _URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
 
@@ -69,13 +70,11 @@ def open_source(
     Raises:
         ValueError: the name, split or configuration is unknown, or the data cannot be read.
     """
-    if "[" in split or "/" in split:
-        raise ValueError(f"--dataset_split {split!r} is not a split name; rows are chosen by --sample_slices")
     is_charts = _is_charts(dataset_name)
     is_uri = dataset_name.partition("://")[0] in _URI_SCHEMES
     path = Path(dataset_name).expanduser()
     if config is not None and (is_charts or is_uri or path.is_file()):
-        raise ValueError(f"--dataset_config {config!r}: {dataset_name} has no configurations")
+        raise OptionError("dataset_config", f"{config!r}: {dataset_name} has no configurations")
     if is_charts:
         return ChartsSource(dataset_name, split)
     if is_uri:

@@ -22,6 +22,7 @@ from vlmray.builtin.questions import FAMILIES
 from vlmray.config import DemoConfig, FinetuneConfig, InferConfig
 from vlmray.demo.comparison import choose_changed, compare
 from vlmray.demo.report import ComparisonReport, render_comparison_html
+from vlmray.errors import OptionError
 from vlmray.finetune.job import run_finetune
 from vlmray.finetune.plan import plan_finetune
 from vlmray.finetune.report import plot_curves
@@ -53,7 +54,7 @@ def run_demo(config: DemoConfig) -> ComparisonReport:
         InferenceError, FinetuneError: a job failed after it started.
     """
     if config.family not in FAMILIES:
-        raise ValueError(f"--family {config.family!r} is unknown; known: {', '.join(FAMILIES)}")
+        raise OptionError("family", f"{config.family!r} is unknown", f"known: {', '.join(FAMILIES)}")
     started = time.perf_counter()
     _say(f"1/3  {BUILTIN} answers {config.num_charts} charts, a question of every family each")
     before = _answer(config, "base", adapter=None)

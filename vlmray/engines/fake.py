@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
+from vlmray.errors import OptionError
 from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.schema import Completion, GenerationRequest
@@ -121,8 +122,8 @@ class FakeEngine:
         """
         name, _, query = model_id.partition("?")
         if name != "fake":
-            raise ValueError(
-                f"--model_id {model_id!r} is not for the fake engine; pass fake or fake?name=value&..."
+            raise OptionError(
+                "model_id", f"{model_id!r} is not for the fake engine", "pass fake or fake?name=value&..."
             )
         options: dict[str, Any] = {}
         for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):

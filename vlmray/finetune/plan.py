@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmray import cluster
 from vlmray.config import FinetuneConfig
 from vlmray.dataset.selection import Selection, open_selection
+from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
 from vlmray.models.source import ModelSource
@@ -31,7 +30,7 @@ _STEP_OPTIONS = (
 )  # fmt: skip
 
 
-class FinetuneError(RuntimeError):
+class FinetuneError(RunError):
     """A run that could not go on; its checkpoints are in the output folder."""
 
 
@@ -65,7 +64,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     cluster.connect(config.log_level)
     workers = cluster.plan_workers(config.num_workers)
     if config.fsdp and workers.num_workers == 1:
-        raise ValueError("--fsdp shards over several workers, and there is one; leave it out")
+        raise OptionError("fsdp", "shards over several workers, and there is one", "leave it out")
     training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
     folder = _open_folder(training, data, model)
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
@@ -82,10 +81,13 @@ def open_training_data(config: FinetuneConfig) -> TrainingData:
     )
     if not config.evaluates:
         return TrainingData(train=train)
-    with _naming(dataset_split="eval_split", sample_slices="eval_slices"):
-        questions = open_selection(
-            config, config.eval_split or config.dataset_split, config.eval_slices or "[:]"
-        )
+    questions = open_selection(
+        config,
+        config.eval_split or config.dataset_split,
+        config.eval_slices or "[:]",
+        split_option="eval_split",
+        slices_option="eval_slices",
+    )
     return TrainingData(train=train, evaluation=_conversations(questions, max_turns=1))
 
 
@@ -99,18 +101,6 @@ def _conversations(questions: Selection, max_turns: int) -> Conversations:
         system_prompt=questions.system_prompt,
         turns=group_turns(source, spec, selected, max_turns),
     )
-
-
-@contextlib.contextmanager
-def _naming(**names: str) -> Iterator[None]:
-    """Call options in errors by the names that they have here."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name, here in names.items():
-            message = message.replace(f"--{name}", f"--{here}")
-        raise ValueError(message) from error
 
 
 def _check_lora_targets(config: FinetuneConfig, model: ModelSource) -> None:

@@ -22,6 +22,7 @@ from vlmray.config import InferConfig
 from vlmray.dataset.rows import read_rows
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
+from vlmray.errors import RunError
 from vlmray.inference.pipeline import iter_finished
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.report import Report, render_html
@@ -34,7 +35,7 @@ from vlmray.schema import Row
 _SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
 
 
-class InferenceError(RuntimeError):
+class InferenceError(RunError):
     """A run that could not go on; everything finished is in the output folder."""
 
 

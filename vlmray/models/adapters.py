@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from vlmray.errors import one_line
+from vlmray.errors import OptionError, one_line
 
 
 def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
@@ -34,14 +34,16 @@ def attach_adapter(model: Any, adapter: str, *, name: str) -> Any:
         result = model.load_adapter(adapter, adapter_name=name, torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
         _drop_adapter(model, name)
-        raise ValueError(f"--adapter {adapter} does not fit the model: {one_line(error)}") from error
+        raise OptionError("adapter", f"{adapter} does not fit the model: {one_line(error)}") from error
     missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
     if missing or unexpected:
         _drop_adapter(model, name)
-        raise ValueError(
-            f"--adapter {adapter} does not fit the model: {len(unexpected)} of its weights have no place "
+        raise OptionError(
+            "adapter",
+            f"{adapter} does not fit the model: {len(unexpected)} of its weights have no place "
             f"({', '.join(unexpected[:1]) or 'none'}), {len(missing)} places got no weight "
-            f"({', '.join(missing[:1]) or 'none'}); train it again with the installed versions"
+            f"({', '.join(missing[:1]) or 'none'})",
+            "train it again with the installed versions",
         )
     return model.eval()
 

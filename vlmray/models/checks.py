@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmray.errors import OptionError
 from vlmray.storage.hub import local_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -81,9 +82,11 @@ def check_model_kind(model_id: str, config: Mapping[str, Any]) -> None:
     if any(part.get("is_encoder_decoder") or part.get("model_type") in _ENCODER_DECODERS for part in parts):
         kind = "an encoder-decoder model"
     if kind is not None:
-        raise ValueError(
-            f"--model_id {model_id}: {config.get('model_type')} is {kind}; vlmray runs decoder-only "
-            "image-text-to-text models: pass one, such as a qwen2_5_vl, qwen3_vl or llava"
+        raise OptionError(
+            "model_id",
+            f"{model_id}: {config.get('model_type')} is {kind}",
+            "vlmray runs decoder-only image-text-to-text models: pass one, such as a qwen2_5_vl, qwen3_vl or "
+            "llava",
         )
 
 
@@ -100,22 +103,24 @@ def check_adapter_folder(adapter: str, model_id: str) -> None:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"--adapter {adapter}: no such folder; pass a folder that fine-tuning wrote")
-    config = _read_json(folder / "adapter_config.json", option=f"--adapter {adapter}")
+    config = _read_json(folder / "adapter_config.json", option="adapter", value=adapter)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"--adapter {adapter}: no adapter_model.safetensors{_convert_hint(folder)}")
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(
-            f"--adapter {adapter}: peft_type is {config['peft_type']}; only LORA adapters are supported"
+        raise OptionError(
+            "adapter", f"{adapter}: peft_type is {config['peft_type']}", "only LORA adapters are supported"
         )
     base = local_folder(model_id)
     if base is None:
         return
     problem = _shape_problem(read_tensor_shapes(weights), _base_shapes(base))
     if problem:
-        raise ValueError(
-            f"--adapter {adapter} was made for {config.get('base_model_name_or_path')!r} and does not fit "
-            f"--model_id {model_id}: {problem}; pass the adapter's own base, or fine-tune one for this model"
+        raise OptionError(
+            "adapter",
+            f"{adapter} was made for {config.get('base_model_name_or_path')!r} and does not fit --model_id "
+            f"{model_id}: {problem}",
+            "pass the adapter's own base, or fine-tune one for this model",
         )
 
 
@@ -153,13 +158,13 @@ def _check_hub_id(model_id: str) -> None:
             f"--model_id {model_id}: no such folder; pass a checkpoint folder or a hub id"
         )
     if not _HUB_ID.fullmatch(model_id) or ".." in model_id or "--" in model_id:
-        raise ValueError(
-            f"--model_id {model_id!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+        raise OptionError(
+            "model_id", f"{model_id!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
 
 
 def _check_config(model_id: str, folder: Path) -> None:
-    check_model_kind(model_id, _read_json(folder / "config.json", option=f"--model_id {model_id}"))
+    check_model_kind(model_id, _read_json(folder / "config.json", option="model_id", value=model_id))
 
 
 def _convert_hint(folder: Path) -> str:
@@ -172,18 +177,19 @@ def _convert_hint(folder: Path) -> str:
     )
 
 
-def _read_json(path: Path, *, option: str) -> dict[str, Any]:
+def _read_json(path: Path, *, option: str, value: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{option}: no {path.name} in this folder; pass a folder that fine-tuning wrote"
+            f"--{option} {value}: no {path.name} in this folder; pass a folder that fine-tuning wrote"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{option}: {path.name} is not JSON ({error}); write it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{option}: {path.name} holds a {type(value).__name__}, expected an object")
-    return value
+        raise OptionError(option, f"{value}: {path.name} is not JSON ({error})", "write it again") from error
+    if not isinstance(found, dict):
+        problem = f"{value}: {path.name} holds a {type(found).__name__}, expected an object"
+        raise OptionError(option, problem)
+    return found
 
 
 def _base_shapes(folder: Path) -> dict[str, set[tuple[int, ...]]]:

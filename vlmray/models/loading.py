@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from vlmray.errors import OptionError
 from vlmray.models.adapters import attach_adapter
 from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
 from vlmray.models.families import family_of
@@ -69,7 +70,7 @@ def load_qwen_vl_model_and_processor(
     _check_choice("--dtype", dtype, ("auto", *_DTYPES))
     check_model_folder(model_id)
     if local_folder(model_id) is None:
-        hub.check_reachable(model_id, "model", option="--model_id")  # once; loading would retry for long
+        hub.check_reachable(model_id, "model")  # once; loading would retry for long
     if adapter is not None:
         check_adapter_folder(adapter, model_id)
     torch_dtype = resolve_dtype(dtype)
@@ -110,10 +111,11 @@ def check_model_type(model_id: str, *, trust_remote_code: bool = False) -> None:
     model_type = str(config.get("model_type"))
     models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in models:
-        raise ValueError(
-            f"--model_id {model_id} has model type {model_type!r}, which the installed transformers "
-            "does not have as an image-text-to-text model; pass such a model, for example "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
+        raise OptionError(
+            "model_id",
+            f"{model_id} has model type {model_type!r}, which the installed transformers does not have as an "
+            "image-text-to-text model",
+            "pass such a model, for example Qwen/Qwen2.5-VL-3B-Instruct",
         )
 
 
@@ -189,16 +191,19 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
     except OSError as error:
         if Path(model_id).is_dir():
             raise
-        raise ValueError(
-            f"--model_id {model_id} is neither cached in full nor to be had from the hub: pass builtin, "
-            "a local checkpoint folder, or set HF_HOME to a cache that holds it"
+        raise OptionError(
+            "model_id",
+            f"{model_id} is neither cached in full nor to be had from the hub: pass builtin, a local "
+            "checkpoint folder, or set HF_HOME to a cache that holds it",
         ) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(
-            f"--model_id {model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) "
-            "and would be random; pass a complete checkpoint of an image-text-to-text model"
+        raise OptionError(
+            "model_id",
+            f"{model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) and would be "
+            "random",
+            "pass a complete checkpoint of an image-text-to-text model",
         )
     family_of(model.config.model_type).prepare(model)
     return model.eval()

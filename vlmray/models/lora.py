@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vlmray.errors import OptionError
 from vlmray.models.merging import load_base_config
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def get_default_lora_config_for_qwen_vl(
     from peft import LoraConfig
 
     if target_modules is not None and (lora_vision or lora_merger):
-        raise ValueError(
-            f"--lora_target_modules {target_modules} says which modules are adapted, and so do --lora_vision "
-            "and --lora_merger; pass one or the other"
+        raise OptionError(
+            "lora_target_modules",
+            f"{target_modules} says which modules are adapted, and so do --lora_vision and --lora_merger",
+            "pass one or the other",
         )
     parts = [LANGUAGE_TARGETS] + [VISION_TARGETS] * lora_vision + [MERGER_TARGETS] * lora_merger
     return LoraConfig(
@@ -198,19 +200,20 @@ def _parse_targets(text: str) -> str | list[str]:
     """Read `--lora_target_modules`: names with commas between them, or else one regex."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ValueError("--lora_target_modules is empty; pass suffixes (q_proj,v_proj) or a regex")
+        raise OptionError("lora_target_modules", "is empty", "pass suffixes (q_proj,v_proj) or a regex")
     if names == ["all-linear"]:
-        raise ValueError(
-            "--lora_target_modules all-linear would adapt whatever is linear in any part of the model; pass "
-            "--lora_vision and --lora_merger instead, or a regex"
+        raise OptionError(
+            "lora_target_modules",
+            "all-linear would adapt whatever is linear in any part of the model",
+            "pass --lora_vision and --lora_merger instead, or a regex",
         )
     if all(re.fullmatch(r"[\w.]+", name) for name in names):
         return names
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(
-            f"--lora_target_modules {text!r} is neither names with commas between them nor a regex ({error})"
+        raise OptionError(
+            "lora_target_modules", f"{text!r} is neither names with commas between them nor a regex ({error})"
         ) from error
     return text
 

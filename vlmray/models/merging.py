@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vlmray.errors import OptionError
 from vlmray.models.checks import SIDE_FILES
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
@@ -80,7 +81,7 @@ def load_base_config(model_id: str, *, trust_remote_code: bool) -> Any:
 
     folder = local_folder(model_id)
     if folder is None:
-        hub.check_reachable(model_id, "model", option="--model_id")  # once; loading would retry for long
+        hub.check_reachable(model_id, "model")  # once; loading would retry for long
     check_model_type(model_id, trust_remote_code=trust_remote_code)
     return AutoConfig.from_pretrained(str(folder or model_id), trust_remote_code=trust_remote_code)
 
@@ -94,9 +95,10 @@ def _check_not_quantized(model_id: str, config: Any) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(
-            f"--model_id {model_id} is a quantised checkpoint ({method}); an adapter merges well only into "
-            "full weights: pass the checkpoint that it was made from"
+        raise OptionError(
+            "model_id",
+            f"{model_id} is a quantised checkpoint ({method})",
+            "an adapter merges well only into full weights: pass the checkpoint that it was made from",
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor
 
+from vlmray.errors import OptionError
+
 
 def load_processor(
     model_id: str,
@@ -67,10 +69,11 @@ def _set_pixel_limits(image_processor: Any, min_pixels: int | None, max_pixels: 
     smallest = min_pixels if min_pixels is not None else getattr(size, "shortest_edge", None)
     largest = max_pixels if max_pixels is not None else getattr(size, "longest_edge", None)
     if smallest is None or largest is None or not hasattr(image_processor, "merge_size"):
-        raise ValueError(
-            f"--min_pixels and --max_pixels do not apply to {type(image_processor).__name__}, which resizes "
-            f"to {size}; leave them out"
+        raise OptionError(
+            "min_pixels",
+            f"and --max_pixels do not apply to {type(image_processor).__name__}, which resizes to {size}",
+            "leave them out",
         )
     if not 0 < smallest <= largest:
-        raise ValueError(f"--min_pixels {smallest} must be above 0 and not above --max_pixels {largest}")
+        raise OptionError("min_pixels", f"{smallest} must be above 0 and not above --max_pixels {largest}")
     image_processor.size = type(size)(shortest_edge=smallest, longest_edge=largest)

@@ -85,7 +85,7 @@ class ModelSource:
             checks.check_model_folder(model_id)
         found = cls.find(model_id, adapter)
         if found.folder is None:
-            commit = hub.check_reachable(model_id, "model", option="--model_id")
+            commit = hub.check_reachable(model_id, "model")
             found = dataclasses.replace(found, commit=commit)
         if adapter:
             checks.check_adapter_folder(adapter, found.path)

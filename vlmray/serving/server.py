@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from vlmray import cluster
 from vlmray.config import ServeConfig
 from vlmray.config.parsing import build_config
+from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
 from vlmray.schema import GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
@@ -208,13 +209,14 @@ def serve_app(config: ServeConfig) -> Server:
         ValueError: An option does not fit, the hub does not answer, the port is taken, or an address that
             others reach has no API key.
         FileNotFoundError: A model or adapter is not there or lacks files.
-        RuntimeError: The replicas do not start.
+        RunError: The replicas do not start.
     """
     api_key = os.environ.get(API_KEY)
     if not api_key and not _is_loopback(config.host):
-        raise ValueError(
-            f"--host {config.host} lets others in; set {API_KEY} to a key that they have to send, or listen "
-            "on 127.0.0.1"
+        raise OptionError(
+            "host",
+            f"{config.host} lets others in",
+            f"set {API_KEY} to a key that they have to send, or listen on 127.0.0.1",
         )
     _check_port(config)
     _check_model(config)  # before Ray, which takes seconds to start
@@ -226,7 +228,7 @@ def serve_app(config: ServeConfig) -> Server:
         handle = serve.run(application, name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         serve.shutdown()
-        raise RuntimeError(f"the server does not start: {cluster.root_cause(error)}") from error
+        raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return Server(config, handle, f"http://{host}:{config.port}")
 
@@ -246,6 +248,6 @@ def _check_port(config: ServeConfig) -> None:
         try:
             probe.bind((config.host, config.port))
         except OSError as error:
-            raise ValueError(
-                f"--host {config.host} --port {config.port}: {error.strerror}; pass another port"
+            raise OptionError(
+                "host", f"{config.host} --port {config.port}: {error.strerror}", "pass another port"
             ) from error

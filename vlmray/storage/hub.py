@@ -10,16 +10,19 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from vlmray.errors import OptionError
+
 RepoType = Literal["model", "dataset"]
 
 _TIMEOUT_S = 10.0
+_OPTION = {"model": "model_id", "dataset": "dataset_name"}
 _HINT = {
     "model": "give a local folder, or builtin, or fill the cache below HF_HOME beforehand",
     "dataset": "give a local folder or file, or charts, or fill the cache below HF_HOME beforehand",
 }
 
 
-class HubUnavailableError(ValueError):
+class HubUnavailableError(OptionError):
     """A repository that can neither be reached nor found in the local cache."""
 
 
@@ -34,12 +37,12 @@ def cached_snapshot(repo_id: str, repo_type: RepoType) -> Path | None:
         return None
 
 
-def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> str | None:
+def check_reachable(repo_id: str, repo_type: RepoType) -> str | None:
     """Ask the hub for a repository, once; return its newest commit.
 
     Raises:
         HubUnavailableError: the hub cannot be reached, or it has no such repository, or access to it
-            needs a login. The message names `option` and what works without the hub.
+            needs a login. The message names what works without the hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -55,7 +58,7 @@ def check_reachable(repo_id: str, repo_type: RepoType, *, option: str) -> str | 
     except Exception as error:
         # Offline mode, DNS, proxies and TLS each raise their own class, by library and version.
         problem = f"is not here and the hub cannot be reached ({type(error).__name__})"
-    raise HubUnavailableError(f"{option} {repo_id!r} {problem}; {_HINT[repo_type]}")
+    raise HubUnavailableError(_OPTION[repo_type], f"{repo_id!r} {problem}", _HINT[repo_type])
 
 
 def local_folder(model_id: str) -> Path | None:

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from vlmray.config import FinetuneConfig
+from vlmray.errors import OptionError
 from vlmray.training.optimizers import muon_factory
 from vlmray.training.run import TrainingRun
 
@@ -51,7 +52,9 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.bf16 and on_gpu and not has_bf16:
         found = torch.cuda.get_device_name()
-        raise ValueError(f"--bf16 needs a GPU with bfloat16 (Ampere or newer), found {found}; leave it out")
+        raise OptionError(
+            "bf16", f"needs a GPU with bfloat16 (Ampere or newer), found {found}", "leave it out"
+        )
     checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
     evaluates = run.num_eval_samples > 0
     options: dict[str, Any] = {
@@ -116,20 +119,20 @@ def parse_sft_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
     words: list[str] = []
     for name, value in (given or {}).items():
         if name in own:
-            raise ValueError(f"--sft_config: {name} has an option of its own, --{name}")
+            raise OptionError("sft_config", f": {name} has an option of its own, --{name}")
         if name in _SET_BY_VLMRAY:
-            raise ValueError(f"--sft_config: {name} is set by vlmray and cannot be changed here")
+            raise OptionError("sft_config", f": {name} is set by vlmray and cannot be changed here")
         if name not in known:
-            raise ValueError(f"--sft_config: SFTConfig has no field {name!r}; see TRL's documentation")
+            raise OptionError("sft_config", f": SFTConfig has no field {name!r}", "see TRL's documentation")
         if value is None:
-            raise ValueError(f"--sft_config: {name} has no value; leave it out to have the default")
+            raise OptionError("sft_config", f": {name} has no value", "leave it out to have the default")
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
     parser = HfArgumentParser(SFTConfig)  # type: ignore[arg-type]
 
     def refuse(message: str) -> None:
         reason = re.sub(r"^argument --(\w+)(?:/--[\w-]+)*", r"\1", message)
-        raise ValueError(f"--sft_config: {reason}")
+        raise OptionError("sft_config", f": {reason}")
 
     parser.error = refuse  # type: ignore[method-assign,assignment]
     parsed = vars(parser.parse_args(["--output_dir", "unused", *words]))
@@ -145,11 +148,11 @@ def check_sft_options(config: FinetuneConfig) -> None:
     extra = parse_sft_config(config.sft_config)
     known = (MUON, *(name.value for name in OptimizerNames))
     if config.optim is not None and config.optim not in known:
-        raise ValueError(f"--optim {config.optim!r} is unknown; known: {', '.join(known)}")
+        raise OptionError("optim", f"{config.optim!r} is unknown", f"known: {', '.join(known)}")
     packages = _REPORTERS.get(config.report_to, ())
     if packages and not any(map(importlib.util.find_spec, packages)):
-        raise ValueError(
-            f"--report_to {config.report_to} needs a package: pip install {packages[0]}, on every node"
+        raise OptionError(
+            "report_to", f"{config.report_to} needs a package: pip install {packages[0]}, on every node"
         )
     try:
         get_scheduler(
@@ -160,7 +163,7 @@ def check_sft_options(config: FinetuneConfig) -> None:
             scheduler_specific_kwargs=_read_kwargs(extra.get("lr_scheduler_kwargs")),
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--lr_scheduler_type {config.lr_scheduler_type}: {error}") from error
+        raise OptionError("lr_scheduler_type", f"{config.lr_scheduler_type}: {error}") from error
 
 
 def _read_kwargs(value: Any) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from vlmray.dataset.prompts import format_qwen_vl_messages
-from vlmray.errors import one_line
+from vlmray.errors import OptionError, one_line
 from vlmray.models.inputs import IGNORED_LABEL, chain_segments, encode_text, join_rows
 from vlmray.training.vision_cache import VisionCache
 
@@ -92,7 +92,7 @@ class DataCollatorForVLMSFT:
         self, processor: Any, *, max_length: int | None = None, vision_cache: VisionCache | None = None
     ) -> None:
         if max_length is not None and max_length < 1:
-            raise ValueError(f"--max_length must be at least 1, got {max_length}")
+            raise OptionError("max_length", f"must be at least 1, got {max_length}")
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token; set processor.tokenizer.pad_token")
         self.processor = processor

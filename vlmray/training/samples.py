@@ -26,6 +26,7 @@ from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import fetch_images, read_rows
 from vlmray.dataset.samples import to_sample
 from vlmray.dataset.sources import Source
+from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image, image_size
 from vlmray.schema import GenerationRequest, Row, Sample
 
@@ -211,17 +212,18 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
         ValueError: no answer column is known, or no selected row has an answer in it.
     """
     if spec.answer_column is None:
-        raise ValueError(
-            f"--answer_column is needed to train; the columns are {', '.join(source.column_names)}"
+        raise OptionError(
+            "answer_column", "is needed to train", f"the columns are {', '.join(source.column_names)}"
         )
     answers = DatasetSpec(question_column=spec.answer_column, answer_column=spec.answer_column)
     for start in range(0, len(selected), _ROWS_PER_READ):
         rows = source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column])
         if any(answer.strip() for row in rows for answer in to_sample(row, answers, "").answers):
             return
-    raise ValueError(
-        f"--answer_column: all {len(selected)} selected rows of split {split!r} have an empty "
-        f"{spec.answer_column!r}; there is nothing to learn from them, or to compare with"
+    raise OptionError(
+        "answer_column",
+        f": all {len(selected)} selected rows of split {split!r} have an empty {spec.answer_column!r}",
+        "there is nothing to learn from them, or to compare with",
     )
 
 

@@ -39,6 +39,7 @@ from vlmray.engines.transformers.memory import (
     keep_freed_memory,
     limit_memory,
 )
+from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter
 from vlmray.models.checks import check_adapter_folder
@@ -76,7 +77,7 @@ class TransformersEngine:
         default_adapter: str | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
+            raise OptionError("batch_size", f"must be at least 1, got {batch_size}")
         self.processor = processor
         self.waited_s = 0.0
         self.forward = Forward(model, processor)
