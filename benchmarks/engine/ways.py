@@ -121,12 +121,13 @@ class EngineWay:
     """
 
     def __init__(self, work: dict[str, Any], questions: Sequence[Question]) -> None:
+        from vlmray.config import EngineConfig
         from vlmray.engines.transformers.engine import TransformersEngine
         from vlmray.schema import GenerationRequest
 
         self.engine = TransformersEngine.from_pretrained(
             work["model_id"],
-            dtype=work["dtype"],
+            EngineConfig(dtype=work["dtype"]),
             batch_size=work["batch_size"],
             num_threads=work["num_threads"],
         )

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.gpu.setting import Figures, Setting
 from vlmray.builtin.models import BUILTIN
+from vlmray.config import EngineConfig
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.images.decoding import decode_image
 from vlmray.models.source import resolve_model_id
@@ -31,7 +32,7 @@ def measure(setting: Setting) -> Figures:
     charts = Setting(scale_name=setting.scale_name, processor=folder, dataset_name=CHARTS, scratch="")
     requests = charts.read_requests(setting.scale.num_exact, forced=False)
     for dtype in ("float32", "bfloat16", "float16"):
-        engine = TransformersEngine.from_pretrained(folder, dtype=dtype, batch_size=16)
+        engine = TransformersEngine.from_pretrained(folder, EngineConfig(dtype=dtype))
         texts = [completion.text for completion in engine.generate(requests)]
         gaps = [
             gap

@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 
-from vlmray.config import DemoConfig, FinetuneConfig, InferConfig, QuestionsConfig
+from vlmray.config import (
+    BenchmarkConfig,
+    DemoConfig,
+    FinetuneConfig,
+    InferConfig,
+    LoadingConfig,
+    ModelConfig,
+    QuestionsConfig,
+    ReplicaConfig,
+    ServeConfig,
+)
 from vlmray.config.parsing import field_docs, parse_args
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("config_class", [InferConfig, FinetuneConfig, DemoConfig])
+@pytest.mark.parametrize(
+    "config_class", [InferConfig, FinetuneConfig, ServeConfig, BenchmarkConfig, DemoConfig]
+)
 def test_every_option_has_help(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
     docs = field_docs(config_class)
     for field in dataclasses.fields(config_class):
@@ -35,6 +47,29 @@ def test_the_jobs_share_their_options_about_questions() -> None:
         docs = field_docs(config_class)
         assert {name: docs[name] for name in shared} == shared
         assert len(docs) > len(shared)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "missing"),
+    [(BenchmarkConfig, {"model_id", "metric"}), (FinetuneConfig, {"engine", "num_replicas"})],
+)
+def test_a_job_has_only_options_that_mean_something_to_it(config_class: type, missing: set[str]) -> None:
+    assert not missing & {field.name for field in dataclasses.fields(config_class)}
+
+
+@pytest.mark.parametrize("mixin", [ModelConfig, LoadingConfig, ReplicaConfig])
+def test_options_of_a_kind_are_written_once(mixin: type) -> None:
+    """Help, type and default come from the mixin."""
+    for config_class in (InferConfig, FinetuneConfig, ServeConfig, BenchmarkConfig):
+        if issubclass(config_class, mixin):
+            docs = field_docs(config_class)
+            assert {name: docs[name] for name in field_docs(mixin)} == field_docs(mixin)
+            assert not set(config_class.__annotations__) & field_docs(mixin).keys()
+
+
+def test_the_model_comes_first_in_the_help() -> None:
+    for config_class in (InferConfig, FinetuneConfig, ServeConfig):
+        assert dataclasses.fields(config_class)[0].name == "model_id"
 
 
 # Ranges
@@ -123,6 +158,19 @@ def test_pixel_bounds_and_an_empty_system_prompt() -> None:
 @pytest.mark.parametrize(("text", "expected"), [(None, None), ("1", (1, 1)), ("4", (4, 4)), ("1,4", (1, 4))])
 def test_replica_range(text: str | None, expected: tuple[int, int] | None) -> None:
     assert InferConfig(sample_slices="[:]", num_replicas=text).replica_range() == expected
+
+
+def test_only_a_server_may_have_no_replica() -> None:
+    assert ServeConfig(num_replicas="0,2").replica_range() == (0, 2)
+    for config_class, options in (
+        (InferConfig, {"sample_slices": "[:]"}),
+        (BenchmarkConfig, {"models": "a=b"}),
+    ):
+        message = _mistake(config_class, num_replicas="0,2", **options)
+        assert message == "--num_replicas must be N or MIN,MAX of at least 1, got '0,2'"
+    assert _mistake(ServeConfig, num_replicas="0") == (
+        "--num_replicas must be N or MIN,MAX of at least 0,1, got '0'"
+    )
 
 
 # Contradictions

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,11 @@ from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.images.decoding import decode_image
+from vlmray.inference import pipeline
 from vlmray.inference.job import InferenceError, run_inference
-from vlmray.inference.pipeline import _engine_options, iter_finished
+from vlmray.inference.pipeline import iter_finished
 from vlmray.inference.plan import plan_inference
+from vlmray.inference.stages import Task
 from vlmray.inference.summary import Summary
 from vlmray.inference.timeline import STAGES
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
@@ -289,4 +292,11 @@ def test_replicas_that_share_a_card_share_its_memory(
     for name in ("_most", "_present"):
         monkeypatch.setattr(cluster, name, lambda resource: 4.0)
     plan = cluster.plan_replicas(None, gpus)
-    assert _engine_options(InferConfig(sample_slices="[:]"), plan)["memory_fraction"] == fraction
+    config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(pipeline, "load_engine", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(pipeline.ray, "get_runtime_context", Mock())
+    pipeline._Replica(config, plan, Task(prompt_template="{question}", metric="exact_match"))
+    assert given == {
+        "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
+    }  # fmt: skip

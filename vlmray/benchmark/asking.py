@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlmray.benchmark.endpoint import Endpoint
-from vlmray.benchmark.plan import Benchmark, shared_options
+from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
-from vlmray.config import ServeConfig
+from vlmray.config import ServeConfig, shared_options
 from vlmray.inference import stages
 from vlmray.inference.job import check_errors, progress_bar
 from vlmray.schema import GenerationRequest

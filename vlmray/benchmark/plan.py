@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
-from vlmray.config import BenchmarkConfig, Candidate, InferConfig
+from vlmray.config import BenchmarkConfig, Candidate, InferConfig, shared_options
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.storage.run_folder import OutputDirectory
@@ -89,13 +88,6 @@ def _plan(config: BenchmarkConfig, candidate: Candidate) -> InferenceRun:
         "metric": primary[0] if primary else None,
     }
     return plan_inference(InferConfig(**options), endpoint=config.endpoint)
-
-
-def shared_options(config: BenchmarkConfig, config_class: type) -> dict[str, Any]:
-    """Return the options that another job has too."""
-    theirs = {field.name for field in dataclasses.fields(config_class)}
-    mine = {field.name for field in dataclasses.fields(config) if field.init}
-    return {name: getattr(config, name) for name in mine & theirs}
 
 
 def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from vlmray.benchmark.endpoint import Endpoint, Timed
 from vlmray.benchmark.plan import SPEED, Benchmark, BenchmarkError
 from vlmray.benchmark.samples import read_requests
-from vlmray.config import BenchmarkConfig
+from vlmray.config import BenchmarkConfig, options_that_affect
 from vlmray.errors import OptionError
 from vlmray.schema import GenerationRequest
 
@@ -99,11 +99,7 @@ def write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
 
 
 def _speed_options(config: BenchmarkConfig) -> dict[str, Any]:
-    names = (
-        "models", "endpoint", "concurrency", "request_rate", "speed_samples", "max_new_tokens", "batch_size",
-        "num_replicas", "gpus_per_replica", "dataset_name", "dataset_split", "sample_slices",
-    )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    return options_that_affect(config, "result", "derived", "rows", "speed")
 
 
 Percentiles = tuple[float, float, float]

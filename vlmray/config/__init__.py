@@ -1,20 +1,38 @@
 """What can be asked for: the options of each job. Standard library only."""
 
 from vlmray.config.benchmark import BenchmarkConfig, Candidate
-from vlmray.config.common import NAME, ModelConfig, QuestionsConfig
+from vlmray.config.common import (
+    NAME,
+    DatasetConfig,
+    EngineConfig,
+    LoadingConfig,
+    ModelConfig,
+    QuestionsConfig,
+    ReplicaConfig,
+    RunConfig,
+    shared_options,
+)
 from vlmray.config.demo import DemoConfig
 from vlmray.config.finetune import FinetuneConfig
 from vlmray.config.infer import InferConfig
+from vlmray.config.marks import options_that_affect
 from vlmray.config.serve import ServeConfig
 
 __all__ = [
     "NAME",
     "BenchmarkConfig",
     "Candidate",
+    "DatasetConfig",
     "DemoConfig",
+    "EngineConfig",
     "FinetuneConfig",
     "InferConfig",
+    "LoadingConfig",
     "ModelConfig",
     "QuestionsConfig",
+    "ReplicaConfig",
+    "RunConfig",
     "ServeConfig",
+    "options_that_affect",
+    "shared_options",
 ]

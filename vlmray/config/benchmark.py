@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
-from vlmray.config.common import NAME, QuestionsConfig, check_at_least, parse_replica_range
+from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.marks import mark, option
 from vlmray.errors import OptionError
 
 
@@ -20,75 +19,62 @@ class Candidate:
     adapter: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchmarkConfig(QuestionsConfig):
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(RunConfig, ReplicaConfig, DatasetConfig):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
-    # Not options here: --models and --metrics say it.
-    model_id: str = dataclasses.field(default="several", init=False)
-    metric: str | None = dataclasses.field(default=None, init=False)
-
-    models: str
+    models: str = field(metadata=mark("result"))
     """What is compared: 'base=MODEL,tuned=MODEL+ADAPTER'; the others are compared with the first. With
     --endpoint: the names it serves them by."""
 
-    dataset_split: str = "test"
+    dataset_split: str = option("test", affects="result")
     """Split to answer."""
 
-    sample_slices: str = "[:]"
+    sample_slices: str = option("[:]", affects="rows")
     """Rows to answer, as Python slices: '[:100]', '[:]', '[::10]'."""
 
-    metrics: str | None = None
+    metrics: str | None = option(None, affects="run")
     """Metrics of the answers, the first one decides: 'relaxed_accuracy,anls,rouge,bleu'; none: measure speed
     alone; default: the dataset's own, exact_match, anls and token_f1."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = option(64, affects="result")
     """Tokens to generate per answer, at most."""
 
-    temperature: float = 0.0
+    temperature: float = option(0.0, affects="result")
     """Sampling temperature; 0 is greedy."""
 
-    output_dir: str = "outputs/benchmark"
+    output_dir: str = option("outputs/benchmark", affects="run")
     """Where answers and report go: a local folder. The same command with the same folder goes on."""
 
-    endpoint: str | None = None
+    endpoint: str | None = option(None, affects="result")
     """Ask the OpenAI-compatible server at this URL instead of starting one. Its key: VLMRAY_API_KEY."""
 
-    offline: bool = False
+    offline: bool = option(False, affects="run")
     """Answer by the batch pipeline instead of a server; speed under load is then not measured."""
 
-    concurrency: str = "1,8"
+    concurrency: str = option("1,8", affects="speed")
     """Requests in flight, for each measurement of speed; the answers are asked for with the largest."""
 
-    request_rate: str | None = None
+    request_rate: str | None = option(None, affects="speed")
     """Measure speed at these requests per second, sent at random times, instead of at --concurrency."""
 
-    speed_samples: int = 64
+    speed_samples: int = option(64, affects="speed")
     """Requests of each measurement of speed, after those that warm up; 0: do not measure it."""
 
-    price_per_hour: float | None = None
+    price_per_hour: float | None = option(None, affects="run")
     """Price of the machines, in any currency, for the cost of 1,000 samples."""
 
-    baseline: str | None = None
+    baseline: str | None = option(None, affects="run")
     """A results.json of an earlier run on the same samples: each model is also compared with the one that
     had its name."""
 
-    engine: Literal["transformers", "fake"] = "transformers"
-    """What generates: transformers, or a scripted stand-in for tests."""
-
-    batch_size: int = 16
+    batch_size: int = option(16, affects="speed")
     """Requests that share a forward pass, at most."""
 
-    num_replicas: str | None = None
-    """Model replicas: N, or MIN,MAX to scale with the load; default: one per GPU, or one without GPUs."""
-
-    gpus_per_replica: float | None = None
-    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
-
     def __post_init__(self) -> None:
-        QuestionsConfig.__post_init__(self)
+        super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "batch_size")
-        check_at_least(self, 0, "temperature", "speed_samples", "price_per_hour", "gpus_per_replica")
+        check_at_least(self, 0, "temperature", "speed_samples", "price_per_hour")
         if self.offline and (self.endpoint or self.request_rate):
             raise OptionError("offline", "asks no server", "leave out --endpoint and --request_rate")
         if "://" in self.output_dir:
@@ -99,7 +85,6 @@ class BenchmarkConfig(QuestionsConfig):
             raise OptionError("baseline", "compares scores", "--metrics none has none")
         self.candidates()
         self.loads()
-        parse_replica_range(self.num_replicas, least=1)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return the models, the one that the others are compared with first."""

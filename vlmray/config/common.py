@@ -1,7 +1,8 @@
 """Options: one frozen dataclass per job; the text under a field is its `--help`.
 
 Standard library only. The dataclasses are what the library's functions take; `vlmray.config.parsing` builds
-one from a command line and a YAML file.
+one from a command line and a YAML file. What jobs have in common is mixed in from here; `--help` shows the
+options of the last base first.
 """
 
 from __future__ import annotations
@@ -9,119 +10,184 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from vlmray.config.marks import option
 from vlmray.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Which model, and how it is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all options have in common: an empty one is a shell variable that was not set."""
 
-    model_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == "" and field.name not in self.may_be_empty:
+                raise OptionError(field.name, "is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Options):
+    """Which model."""
+
+    model_id: str = option("Qwen/Qwen2.5-VL-7B-Instruct", affects="result")
     """Model on the hub, a local folder, or one that needs no network: builtin reads the built-in charts,
     tiny-random has random weights. It has to be a decoder-only image-text-to-text model."""
 
-    quantization: Literal["none", "8bit", "4bit"] = "none"
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingConfig(Options):
+    """How a model and its processor are loaded."""
+
+    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result")
     """Load the weights quantized by bitsandbytes."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", affects="result")
     """Precision; auto: the checkpoint's on a GPU, float32 without one."""
 
-    attn_implementation: str | None = None
+    attn_implementation: str | None = option(None, affects="speed")
     """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
 
-    min_pixels: int | None = None
+    min_pixels: int | None = option(None, affects="result")
     """Scale smaller images up to this many pixels; default: the model's processor."""
 
-    max_pixels: int | None = None
+    max_pixels: int | None = option(None, affects="result")
     """Scale larger images down to this many pixels; default: the model's processor."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = option(False, affects="run")
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, 1, "min_pixels", "max_pixels")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise OptionError("min_pixels", f"{self.min_pixels} is above --max_pixels {self.max_pixels}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuestionsConfig(ModelConfig):
-    """Which model is asked which questions, and how: what jobs over datasets have in common."""
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(LoadingConfig):
+    """What generates, beside the model."""
 
-    dataset_name: str = "HuggingFaceM4/ChartQA"
+    engine: Literal["transformers", "fake"] = option("transformers", affects="result")
+    """What generates: transformers, or a scripted stand-in for tests."""
+
+    max_batch_tokens: int | None = option(None, affects="speed")
+    """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
+    16384 on a CPU. Halved and remembered when memory runs out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "max_batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig(EngineConfig):
+    """How many engines there are, and what each of them has."""
+
+    least_replicas: ClassVar[int] = 1
+
+    num_replicas: str | None = option(None, affects="speed")
+    """Model replicas: N, or MIN,MAX to scale with the load (MIN of a server may be 0); default: one per GPU,
+    or one without GPUs."""
+
+    gpus_per_replica: float | None = option(None, affects="speed")
+    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "gpus_per_replica")
+        self.replica_range()
+
+    def replica_range(self) -> tuple[int, int] | None:
+        """Return the smallest and largest number of replicas, or None where the cluster decides."""
+        if self.num_replicas is None:
+            return None
+        least = self.least_replicas
+        try:
+            bounds = [int(part) for part in self.num_replicas.split(",")]
+        except ValueError:
+            bounds = []
+        if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
+            expected = f"must be N or MIN,MAX of at least {least or '0,1'}"
+            raise OptionError("num_replicas", f"{expected}, got {self.num_replicas!r}")
+        return bounds[0], bounds[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(Options):
+    """Which questions are asked, and how they are worded."""
+
+    may_be_empty = ("system_prompt",)
+
+    dataset_name: str = option("HuggingFaceM4/ChartQA", affects="result")
     """Dataset on the hub, a local folder or file (Parquet, JSONL, ...), s3://, gs:// or hf:// Parquet, or
     the built-in charts, with parameters: 'charts?num_rows=200&seed=7&family=difference'."""
 
-    dataset_config: str | None = None
+    dataset_config: str | None = option(None, affects="result")
     """Configuration (subset) of the dataset, where it has several."""
 
-    system_prompt: str | None = None
+    system_prompt: str | None = option(None, affects="result")
     """System message; without it the model's chat template decides."""
 
-    prompt_template: str | None = None
+    prompt_template: str | None = option(None, affects="derived")
     """User message, with {question} and, for multiple choice, {choices}; default: the dataset's own."""
 
-    image_column: str | None = None
+    image_column: str | None = option(None, affects="derived")
     """Column of the image, for a dataset that is not registered."""
 
-    question_column: str | None = None
+    question_column: str | None = option(None, affects="derived")
     """Column of the question."""
 
-    answer_column: str | None = None
+    answer_column: str | None = option(None, affects="derived")
     """Column of the accepted answers: a string, a number or a list of them."""
 
-    family_column: str | None = None
+    family_column: str | None = option(None, affects="derived")
     """Column to break the score down by."""
 
-    metric: str | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsConfig(DatasetConfig, LoadingConfig, ModelConfig):
+    """Which model is asked which questions, and how its answers are scored."""
+
+    metric: str | None = option(None, affects="derived")
     """Metric of the score; default: the dataset's own."""
 
-    seed: int = 0
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Options):
+    """How a run over a dataset goes."""
+
+    seed: int = option(0, affects="result")
     """Seed of everything random."""
 
-    max_errors: int | None = None
+    max_errors: int | None = option(None, affects="run")
     """Stop once more rows than this have failed; default: never stop for failed rows."""
 
-    overwrite: bool = False
+    overwrite: bool = option(False, affects="run")
     """Delete what an earlier run left in --output_dir instead of resuming it."""
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("INFO", affects="run")
     """Verbosity of the log."""
 
     def __post_init__(self) -> None:
-        # Only an empty system prompt means something; elsewhere it is a shell variable that was not set.
-        check_not_empty(self, except_for="system_prompt")
-        ModelConfig.__post_init__(self)
+        super().__post_init__()
         check_at_least(self, 0, "seed", "max_errors")
 
 
-def parse_replica_range(num_replicas: str | None, *, least: int) -> tuple[int, int] | None:
-    if num_replicas is None:
-        return None
-    try:
-        bounds = [int(part) for part in num_replicas.split(",")]
-    except ValueError:
-        bounds = []
-    if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
-        raise OptionError(
-            "num_replicas", f"must be N or MIN,MAX of at least {least or '0,1'}, got {num_replicas!r}"
-        )
-    return bounds[0], bounds[-1]
-
-
-def check_not_empty(config: Any, *, except_for: str = "") -> None:
-    for field in dataclasses.fields(config):
-        if getattr(config, field.name) == "" and field.name != except_for:
-            raise OptionError(field.name, "is empty")
-
-
-def check_at_least(config: object, minimum: float, *names: str) -> None:
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too
             raise OptionError(name, f"must be at least {minimum}, got {value}")
+
+
+def shared_options(config: Any, config_class: type) -> dict[str, Any]:
+    """Return the options that another config has too."""
+    theirs = {field.name for field in dataclasses.fields(config_class)}
+    mine = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in mine.items() if name in theirs}

@@ -5,31 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmray.config.common import check_at_least, check_not_empty
+from vlmray.config.common import Options, check_at_least
+from vlmray.config.marks import option
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Options):
     """Teach the built-in model a family of questions that it does not know, and compare before and after."""
 
-    family: str = "naming"
+    family: str = option("naming", affects="result")
     """Family of chart questions to teach; the table in vlmray/builtin/charts.py has all of them."""
 
-    num_charts: int = 200
+    num_charts: int = option(200, affects="result")
     """Held-out charts that are answered before and after, with one question of every family each."""
 
-    max_steps: int = 100
+    max_steps: int = option(100, affects="result")
     """Optimizer steps of the training."""
 
-    output_dir: str = "outputs/demo"
+    output_dir: str = option("outputs/demo", affects="run")
     """Where results and report go: a local folder. The same command with the same folder goes on."""
 
-    overwrite: bool = False
+    overwrite: bool = option(False, affects="run")
     """Delete what an earlier run left in --output_dir instead of going on with it."""
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("INFO", affects="run")
     """Verbosity of the log."""
 
     def __post_init__(self) -> None:
-        check_not_empty(self)
+        super().__post_init__()
         check_at_least(self, 1, "num_charts", "max_steps")

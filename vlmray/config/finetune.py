@@ -2,155 +2,156 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlmray.config.common import QuestionsConfig, check_at_least
+from vlmray.config.common import QuestionsConfig, RunConfig, check_at_least
+from vlmray.config.marks import mark, option
 from vlmray.errors import OptionError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneConfig(QuestionsConfig):
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig, QuestionsConfig):
     """Fine-tune a vision-language model on a visual-question dataset, with LoRA or in full, on Ray Train."""
 
-    dataset_split: str = "train"
+    dataset_split: str = option("train", affects="result")
     """Split to train on."""
 
-    sample_slices: str = "[:]"
+    sample_slices: str = option("[:]", affects="result")
     """Rows to train on, as Python slices: '[:1000]', '[:]', '[-500:]', '[::10]'."""
 
-    max_turns: int = 1
+    max_turns: int = option(1, affects="result")
     """Ask up to this many consecutive rows about one image in one conversation, which encodes it once."""
 
-    max_length: int | None = None
+    max_length: int | None = option(None, affects="result")
     """Longest sample in tokens, image included; longer ones are counted as failed, never cut."""
 
-    eval_split: str | None = None
+    eval_split: str | None = option(None, affects="run")
     """Split to evaluate on; default: no evaluation, or --dataset_split where --eval_slices is given."""
 
-    eval_slices: str | None = None
+    eval_slices: str | None = option(None, affects="run")
     """Rows to evaluate on, as Python slices; default: all of --eval_split."""
 
-    eval_steps: int = 100
+    eval_steps: int = option(100, affects="run")
     """Evaluate every this many optimizer steps, and before the first and after the last."""
 
-    eval_samples: int = 100
+    eval_samples: int = option(100, affects="run")
     """Evaluation rows that the model also answers, for the metric; the first ones; 0: the loss alone."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = option(64, affects="run")
     """Tokens to generate per answer of an evaluation, at most."""
 
-    output_dir: str = "outputs/finetune"
+    output_dir: str = option("outputs/finetune", affects="run")
     """Where adapter, checkpoints and report go: a local folder, or a URI that every node can write."""
 
-    resume: bool = False
+    resume: bool = option(False, affects="run")
     """Go on from the last checkpoint in --output_dir."""
 
-    use_peft: bool = True
+    use_peft: bool = option(True, affects="result")
     """Train a LoRA adapter; false trains all parameters."""
 
-    lora_r: int = 16
+    lora_r: int = option(16, affects="result")
     """Rank of the adapter."""
 
-    lora_alpha: int = 32
+    lora_alpha: int = option(32, affects="result")
     """Scale of the adapter: it is multiplied by lora_alpha / lora_r."""
 
-    lora_dropout: float = 0.05
+    lora_dropout: float = option(0.05, affects="result")
     """Dropout on the adapter's input."""
 
-    lora_target_modules: str | None = None
+    lora_target_modules: str | None = option(None, affects="result")
     """Modules to adapt: names ('q_proj,v_proj') or a regular expression over full module names; default:
     attention and MLP projections of the language model."""
 
-    lora_vision: bool = False
+    lora_vision: bool = option(False, affects="result")
     """Adapt the vision tower too."""
 
-    lora_merger: bool = False
+    lora_merger: bool = option(False, affects="result")
     """Adapt the merger between vision tower and language model too."""
 
-    vision_cache_gib: float = 32.0
+    vision_cache_gib: float = option(32.0, affects="speed")
     """Disk space of each worker, in TMPDIR, for what the vision tower makes of images that come again, where
     nothing in it is trained; 0: compute it every time."""
 
-    freeze_vision: bool = False
+    freeze_vision: bool = option(False, affects="result")
     """Without LoRA: keep the vision tower as it is."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = option(1e-4, affects="result")
     """Peak learning rate."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: float = option(1.0, affects="result")
     """Passes over the data."""
 
-    max_steps: int = -1
+    max_steps: int = option(-1, affects="result")
     """Optimizer steps; above 0 it overrides --num_train_epochs."""
 
-    per_device_train_batch_size: int = 4
+    per_device_train_batch_size: int = option(4, affects="derived")
     """Samples per worker and forward pass."""
 
-    per_device_eval_batch_size: int = 8
+    per_device_eval_batch_size: int = option(8, affects="speed")
     """Samples per worker and forward pass of an evaluation."""
 
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = option(1, affects="derived")
     """Forward passes per optimizer step."""
 
-    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    train_sampling_strategy: Literal["random", "group_by_length"] = option("random", affects="result")
     """Which samples share a step: any, or those of like length, which spares padding; for that all samples
     are read once before training. Images given by URL count as equally large."""
 
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = option(0.03, affects="result")
     """Share of the steps over which the learning rate rises."""
 
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = option("cosine", affects="result")
     """Learning rate schedule: cosine, linear, constant_with_warmup, ..."""
 
-    weight_decay: float = 0.0
+    weight_decay: float = option(0.0, affects="result")
     """Decoupled weight decay of AdamW."""
 
-    optim: str | None = None
+    optim: str | None = option(None, affects="result")
     """Optimizer: a name that transformers knows, or muon for Muon on the matrices of hidden layers and AdamW
     on the rest; default: AdamW."""
 
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | None = option(None, affects="speed")
     """Compute activations again in the backward pass to save memory; default: on a GPU."""
 
-    bf16: bool | None = None
+    bf16: bool | None = option(None, affects="result")
     """Mixed precision in bfloat16; default: on a GPU that has it. On a CPU with AMX it is faster too."""
 
-    logging_steps: int = 5
+    logging_steps: int = option(5, affects="run")
     """Log the loss every this many optimizer steps."""
 
-    save_steps: int = 100
+    save_steps: int = option(100, affects="run")
     """Write a checkpoint every this many optimizer steps, and after the last."""
 
-    save_total_limit: int | None = 2
+    save_total_limit: int | None = option(2, affects="run")
     """Checkpoints to keep."""
 
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = option(None, affects="run")
     """Stop after this many evaluations without a better score (or loss, where there is no score)."""
 
-    load_best_model_at_end: bool = False
+    load_best_model_at_end: bool = option(False, affects="run")
     """Keep the best evaluated checkpoint instead of the last; needs --save_steps equal to --eval_steps."""
 
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = option("none", affects="run")
     """Where to send the curves, beside the report."""
 
-    fsdp: bool = False
+    fsdp: bool = option(False, affects="speed")
     """Shard weights, gradients and optimizer over the workers, for a model that does not fit on one GPU."""
 
-    sft_config: dict[str, Any] | None = None
+    sft_config: dict[str, Any] | None = field(default=None, metadata=mark("result"))
     """Any other field of TRL's SFTConfig: a mapping in the YAML file, or JSON: '{"max_grad_norm": 0.5}'."""
 
-    num_workers: int | None = None
+    num_workers: int | None = option(None, affects="derived")
     """Training workers; default: one per GPU, or two on CPUs."""
 
-    max_failures: int = 3
+    max_failures: int = option(3, affects="run")
     """Times to start again from the last checkpoint when a worker or node dies."""
 
-    merge_adapter: bool = False
+    merge_adapter: bool = option(False, affects="run")
     """Also write the model with the adapter merged into the unquantized base."""
 
     def __post_init__(self) -> None:
-        QuestionsConfig.__post_init__(self)
+        super().__post_init__()
         check_at_least(
             self, 1, "max_turns", "max_length", "eval_steps", "max_new_tokens", "lora_r", "lora_alpha",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -22,7 +22,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from vlmray.errors import OptionError
+from vlmray.errors import OptionError, one_line
 
 C = TypeVar("C")
 
@@ -112,8 +112,8 @@ class _Parser(argparse.ArgumentParser):
         return [action.dest for action in self._actions]
 
 
-def _options(config_class: type) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(config_class) if field.init]
+def _options(config_class: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(config_class)
 
 
 class _Help(argparse.HelpFormatter):
@@ -195,7 +195,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise OptionError("config", f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError("config", f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise OptionError("config", f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(options, dict):
         raise OptionError("config", f"{path} must hold 'option: value' lines, found {type(options).__name__}")
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in options.items()}

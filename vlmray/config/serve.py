@@ -3,111 +3,99 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from vlmray.config.common import ModelConfig, check_at_least, check_not_empty, parse_replica_range
+from vlmray.config.common import ModelConfig, ReplicaConfig, check_at_least
+from vlmray.config.marks import option
 from vlmray.errors import OptionError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig(ModelConfig):
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ReplicaConfig, ModelConfig):
     """Serve a vision-language model and adapters behind an OpenAI-compatible endpoint on Ray Serve."""
 
-    served_model_name: str | None = None
+    least_replicas: ClassVar[int] = 0
+
+    served_model_name: str | None = option(None, affects="run")
     """Name that clients ask the base model by; default: --model_id."""
 
-    adapters: str | None = None
+    adapters: str | None = option(None, affects="result")
     """Adapters beside the base: 'name=folder,other=s3://bucket/folder'. Clients ask one by its name."""
 
-    adapter_dir: str | None = None
+    adapter_dir: str | None = option(None, affects="result")
     """Folder or URI whose subfolders are adapters too, each loaded when it is first asked."""
 
-    max_adapters: int = 8
+    max_adapters: int = option(8, affects="speed")
     """Adapters that a replica holds at a time; those not asked for longest make room."""
 
-    engine: Literal["transformers", "fake"] = "transformers"
-    """What generates: transformers, or a scripted stand-in for tests."""
-
-    host: str = "127.0.0.1"
+    host: str = option("127.0.0.1", affects="run")
     """Address to listen on. Others than loopback need an API key, in the environment variable
     VLMRAY_API_KEY."""
 
-    port: int = 8000
+    port: int = option(8000, affects="run")
     """Port to listen on."""
 
-    num_replicas: str | None = None
-    """Model replicas: N, or MIN,MAX to scale with the load, MIN from 0; default: one per GPU, or one without
-    GPUs."""
-
-    gpus_per_replica: float | None = None
-    """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
-
-    target_ongoing_requests: int | None = None
+    target_ongoing_requests: int | None = option(None, affects="speed")
     """Requests per replica at which more replicas are started; default: --max_batch_size."""
 
-    upscale_delay_s: float = 10.0
+    upscale_delay_s: float = option(10.0, affects="speed")
     """Start replicas once the load has called for them this long."""
 
-    downscale_delay_s: float = 300.0
+    downscale_delay_s: float = option(300.0, affects="speed")
     """Stop replicas once the load has not needed them this long."""
 
-    max_batch_size: int = 16
+    max_batch_size: int = option(16, affects="speed")
     """Requests that share a forward pass, at most."""
 
-    max_batch_tokens: int | None = None
-    """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
-    16384 on a CPU. Halved and remembered when memory runs out."""
-
-    batch_wait_timeout_s: float = 0.01
+    batch_wait_timeout_s: float = option(0.01, affects="speed")
     """Wait this long for more requests to share a forward pass; where batches take long, up to a twentieth of
     that for as many requests as the last one had."""
 
-    stream_interval_s: float = 0.05
+    stream_interval_s: float = option(0.05, affects="speed")
     """Send the text of a stream in pieces this far apart, the first at once; 0: every token by itself."""
 
-    max_queued_requests: int = 256
+    max_queued_requests: int = option(256, affects="run")
     """Requests that may wait for a replica; more are answered 503."""
 
-    max_new_tokens: int = 512
+    max_new_tokens: int = option(512, affects="result")
     """Tokens of an answer where the client sets no limit."""
 
-    max_new_tokens_limit: int = 4096
+    max_new_tokens_limit: int = option(4096, affects="run")
     """Largest limit that a client may set."""
 
-    max_prompt_chars: int = 200_000
+    max_prompt_chars: int = option(200_000, affects="run")
     """Characters of all texts of a request, at most."""
 
-    max_images: int = 8
+    max_images: int = option(8, affects="run")
     """Images of a request, at most."""
 
-    max_image_pixels: int = 16_000_000
+    max_image_pixels: int = option(16_000_000, affects="run")
     """Width x height of an image, at most."""
 
-    max_body_bytes: int = 33_554_432
+    max_body_bytes: int = option(33_554_432, affects="run")
     """Size of a request and of each image it names by URL, at most."""
 
-    image_timeout_s: float = 10.0
+    image_timeout_s: float = option(10.0, affects="run")
     """Time to fetch an image by URL, redirects included."""
 
-    allow_private_image_urls: bool = False
+    allow_private_image_urls: bool = option(False, affects="run")
     """Fetch images from loopback, private and link-local addresses too. Only where clients are trusted."""
 
-    drain_timeout_s: float = 60.0
+    drain_timeout_s: float = option(60.0, affects="run")
     """Time for requests in progress when the server is told to stop."""
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("WARNING", affects="run")
     """Verbosity of the log."""
 
     def __post_init__(self) -> None:
-        check_not_empty(self)
-        ModelConfig.__post_init__(self)
+        super().__post_init__()
         check_at_least(
-            self, 1, "max_adapters", "target_ongoing_requests", "max_batch_size", "max_batch_tokens",
+            self, 1, "max_adapters", "target_ongoing_requests", "max_batch_size",
             "max_new_tokens", "max_new_tokens_limit", "max_prompt_chars", "max_image_pixels",
             "max_body_bytes",
         )  # fmt: skip
         check_at_least(
-            self, 0, "port", "gpus_per_replica", "upscale_delay_s", "downscale_delay_s",
+            self, 0, "port", "upscale_delay_s", "downscale_delay_s",
             "batch_wait_timeout_s", "stream_interval_s", "max_queued_requests", "max_images",
             "image_timeout_s", "drain_timeout_s",
         )  # fmt: skip
@@ -116,17 +104,12 @@ class ServeConfig(ModelConfig):
                 "max_new_tokens",
                 f"{self.max_new_tokens} is above --max_new_tokens_limit {self.max_new_tokens_limit}",
             )
-        self.replica_range()
         self.adapter_paths()
 
     @property
     def base_name(self) -> str:
         """Name that clients ask the base model by."""
         return self.served_model_name or self.model_id
-
-    def replica_range(self) -> tuple[int, int] | None:
-        """Return the smallest and largest number of replicas, or None where the cluster decides."""
-        return parse_replica_range(self.num_replicas, least=0)
 
     def adapter_paths(self) -> dict[str, str]:
         """Return folder or URI of each adapter given by name."""

@@ -20,7 +20,7 @@ from vlmray.config import FinetuneConfig
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.finetune.results import ADAPTER, MODEL, Check
 from vlmray.images.decoding import decode_image
-from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.loading import load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 from vlmray.training.samples import first_question
@@ -89,16 +89,7 @@ def _check(name: str, passed: bool, detail: str) -> Check:
 
 def _load(config: FinetuneConfig, model_id: str, adapter: str | None = None) -> tuple[Any, Any]:
     gc.collect()
-    return load_qwen_vl_model_and_processor(
-        model_id,
-        adapter=adapter,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    return load_checkpoint(model_id, config, adapter=adapter)
 
 
 def _free(model: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vlmray import cluster
-from vlmray.config import FinetuneConfig
+from vlmray.config import FinetuneConfig, options_that_affect
 from vlmray.dataset.selection import Selection, open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
@@ -19,15 +19,6 @@ from vlmray.training.samples import Conversations, check_answers, group_turns
 from vlmray.training.worker import lora_config_of
 
 CHECKPOINTS = "checkpoints"
-
-# What the steps depend on, and so what --resume must find unchanged.
-_STEP_OPTIONS = (
-    "model_id", "quantization", "dtype", "dataset_name", "dataset_config", "dataset_split", "sample_slices",
-    "max_turns", "max_length", "system_prompt", "min_pixels", "max_pixels", "seed", "use_peft", "lora_r",
-    "lora_alpha", "lora_dropout", "lora_target_modules", "lora_vision", "lora_merger", "freeze_vision",
-    "learning_rate", "num_train_epochs", "max_steps", "warmup_ratio", "lr_scheduler_type", "weight_decay",
-    "optim", "bf16", "train_sampling_strategy", "sft_config",
-)  # fmt: skip
 
 
 class FinetuneError(RunError):
@@ -119,7 +110,7 @@ def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) 
     folder = OutputDirectory.create(config.output_dir)
     options = {
         "job": "finetune",
-        **{name: getattr(config, name) for name in _STEP_OPTIONS},
+        **options_that_affect(config, "result"),
         **model.fingerprints,
         "dataset_fingerprint": data.train.source.fingerprint(),
         "samples_per_step": training.samples_per_step,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -29,18 +29,13 @@ from vlmray import cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
-from vlmray.engines import build_engine
+from vlmray.engines import load_engine
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.stages import ROW_SCHEMA, Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row
 from vlmray.storage.run_folder import OutputDirectory
-
-_ENGINE_OPTIONS = (
-    "engine", "model_id", "adapter", "quantization", "dtype", "attn_implementation", "batch_size",
-    "max_batch_tokens", "min_pixels", "max_pixels", "trust_remote_code",
-)  # fmt: skip
 
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
@@ -104,7 +99,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     rows = _map(
         rows,
         _Replica,
-        fn_constructor_kwargs={"engine": _engine_options(run.config, replicas), "task": run.task},
+        fn_constructor_args=(run.config, replicas, run.task),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
@@ -131,11 +126,6 @@ def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     most = min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size))
     least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
     return min(most, max(least, -(-num_rows // (4 * num_replicas))))
-
-
-def _engine_options(config: InferConfig, replicas: cluster.ReplicaPlan) -> dict[str, Any]:
-    options = {name: getattr(config, name) for name in _ENGINE_OPTIONS}
-    return {**options, "num_threads": replicas.num_threads, "memory_fraction": replicas.memory_fraction}
 
 
 class _RowSource(Datasource):
@@ -190,12 +180,19 @@ class _Replica:
     Ray calls it with the next chunk while it works on one, in another thread.
     """
 
-    def __init__(self, engine: Mapping[str, Any], task: Task) -> None:
+    def __init__(self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task) -> None:
         self._task = task
         self._id = ray.get_runtime_context().get_actor_id()
         self._lock = threading.Lock()
         watch = Watch()
-        self._engine = build_engine(**engine)
+        self._engine = load_engine(
+            config.model_id,
+            config,
+            adapter=config.adapter,
+            batch_size=config.batch_size,
+            num_threads=plan.num_threads,
+            memory_fraction=plan.memory_fraction,
+        )
         self._spans = [watch.span("load", replica=self._id)]
 
     def __call__(self, chunk: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmray.config import InferConfig
+from vlmray.config import InferConfig, options_that_affect
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.selection import open_selection
 from vlmray.dataset.slices import sample_id
@@ -14,13 +14,6 @@ from vlmray.dataset.sources import Source
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import OutputDirectory, prepare_output_directory
-
-# What an answer depends on. The rest of the options says how fast it comes, or where it goes.
-_ANSWER_OPTIONS = (
-    "model_id", "adapter", "quantization", "dtype", "engine", "dataset_name", "dataset_config",
-    "dataset_split", "max_new_tokens", "temperature", "top_p", "seed", "system_prompt", "min_pixels",
-    "max_pixels", "output_format",
-)  # fmt: skip
 
 
 def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
@@ -41,7 +34,7 @@ def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> Infer
     folder = prepare_output_directory(
         config.output_dir,
         {
-            **{name: getattr(config, name) for name in _ANSWER_OPTIONS},
+            **options_that_affect(config, "result"),
             **model.fingerprints,
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from vlmray.config import LoadingConfig
 from vlmray.errors import OptionError
 from vlmray.models.adapters import attach_adapter
 from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
@@ -30,34 +31,16 @@ _QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
 def load_qwen_vl_model_and_processor(
-    model_id: str,
-    *,
-    adapter: str | None = None,
-    quantization: str = "none",
-    dtype: str = "auto",
-    device_map: Any = "auto",
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    model_id: str, *, adapter: str | None = None, device_map: Any = "auto", **options: Any
 ) -> tuple[Any, Any]:
-    """Load an image-text-to-text model for generation, with the processor that feeds it.
-
-    Made for Qwen2.5-VL; decoder-only models of other families load the same way. Weights are read from
-    safetensors files only. The device is a GPU where there is one, otherwise the CPU.
+    """Load an image-text-to-text model and the processor that feeds it: `load_checkpoint` by keywords.
 
     Args:
         model_id: Local checkpoint folder or hub id.
-        adapter: Folder of a LoRA adapter of that very model; the model returned is then a `PeftModel`
-            whose active adapter is called `default`.
-        quantization: `8bit` or `4bit` (NF4, double quantisation) by bitsandbytes, or `none`.
-        dtype: Of the weights, or of the arithmetic under quantisation. `auto` is the checkpoint's own on
-            a GPU and float32 on a CPU.
+        adapter: Folder of a LoRA adapter of that very model.
         device_map: Passed to transformers where there is a GPU; None loads without one.
-        min_pixels: Smallest image area in pixels after resizing; None keeps the checkpoint's.
-        max_pixels: Largest image area in pixels after resizing; None keeps the checkpoint's.
-        attn_implementation: Passed to transformers; None lets it choose.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        **options: Options of `vlmray.config.LoadingConfig`, with its defaults: `quantization`, `dtype`,
+            `attn_implementation`, `min_pixels`, `max_pixels`, `trust_remote_code`.
 
     Returns:
         The model in eval mode, and its processor with left padding and the PIL image path.
@@ -66,31 +49,65 @@ def load_qwen_vl_model_and_processor(
         ValueError: Unknown option, unreachable hub id, another kind of model, adapter of another base.
         FileNotFoundError: A folder that is not there or lacks weights.
     """
-    _check_choice("--quantization", quantization, _QUANTIZATIONS)
-    _check_choice("--dtype", dtype, ("auto", *_DTYPES))
+    return load_checkpoint(model_id, LoadingConfig(**options), adapter=adapter, device_map=device_map)
+
+
+def load_checkpoint(
+    model_id: str, config: LoadingConfig, *, adapter: str | None = None, device_map: Any = "auto"
+) -> tuple[Any, Any]:
+    """Load an image-text-to-text model for generation, with the processor that feeds it.
+
+    Made for Qwen2.5-VL; decoder-only models of other families load the same way. Weights are read from
+    safetensors files only. The device is a GPU where there is one, otherwise the CPU.
+
+    Args:
+        model_id: Local checkpoint folder or hub id.
+        config: How it is loaded. Quantization is NF4 with double quantisation at `4bit`; `dtype` is then
+            that of the arithmetic.
+        adapter: Folder of a LoRA adapter of that very model; the model returned is then a `PeftModel`
+            whose active adapter is called `default`.
+        device_map: Passed to transformers where there is a GPU; None loads without one.
+
+    Returns:
+        The model in eval mode, and its processor with left padding and the PIL image path.
+
+    Raises:
+        ValueError: Unknown option, unreachable hub id, another kind of model, adapter of another base.
+        FileNotFoundError: A folder that is not there or lacks weights.
+    """
+    _check_choice("quantization", config.quantization, _QUANTIZATIONS)
+    _check_choice("dtype", config.dtype, ("auto", *_DTYPES))
     check_model_folder(model_id)
     if local_folder(model_id) is None:
         hub.check_reachable(model_id, "model")  # once; loading would retry for long
     if adapter is not None:
         check_adapter_folder(adapter, model_id)
-    torch_dtype = resolve_dtype(dtype)
-    kwargs: dict[str, Any] = {
-        "dtype": torch_dtype,
-        # On a CPU a map would only make PEFT wrap every layer in device hooks.
-        "device_map": device_map if torch.cuda.is_available() else None,
-        "trust_remote_code": trust_remote_code,
-    }
-    if quantization != "none":
-        kwargs["quantization_config"] = _quantization_config(quantization, torch_dtype)
-    if attn_implementation is not None:
-        kwargs["attn_implementation"] = attn_implementation
-    model = _load_model(model_id, kwargs)
+    model = _load_model(model_id, _model_options(config, device_map))
     processor = load_processor(
-        model_id, min_pixels=min_pixels, max_pixels=max_pixels, trust_remote_code=trust_remote_code
+        model_id,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        trust_remote_code=config.trust_remote_code,
     )
     if adapter is not None:
         model = attach_adapter(model, adapter, name="default")
     return model, processor
+
+
+def _model_options(config: LoadingConfig, device_map: Any) -> dict[str, Any]:
+    """Return the options as transformers takes them."""
+    dtype = resolve_dtype(config.dtype)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        # On a CPU a map would only make PEFT wrap every layer in device hooks.
+        "device_map": device_map if torch.cuda.is_available() else None,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.quantization != "none":
+        options["quantization_config"] = _quantization_config(config.quantization, dtype)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
 
 
 def check_model_type(model_id: str, *, trust_remote_code: bool = False) -> None:
@@ -167,7 +184,7 @@ def _images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
 
 def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"unknown value {value!r} for {option}; known: {', '.join(known)}")
+        raise OptionError(option, f": unknown value {value!r}", f"known: {', '.join(known)}")
 
 
 def _quantization_config(quantization: str, dtype: Any) -> BitsAndBytesConfig:

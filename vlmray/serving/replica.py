@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 
 from vlmray.config import ServeConfig
-from vlmray.engines import build_engine
+from vlmray.engines import load_engine
 from vlmray.engines.base import failed_completion
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import Completion, GenerationRequest
@@ -79,19 +79,12 @@ class ModelReplica:
     def __init__(
         self, config: ServeConfig, num_threads: int | None = None, memory_fraction: float = 1.0
     ) -> None:
-        self._engine: Any = build_engine(
-            engine=config.engine,
-            model_id=config.model_id,
-            quantization=config.quantization,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
+        self._engine: Any = load_engine(
+            config.model_id,
+            config,
             batch_size=config.max_batch_size,
-            max_batch_tokens=config.max_batch_tokens,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
-            trust_remote_code=config.trust_remote_code,
         )
         self._catalog = AdapterCatalog(
             resolve_model_id(config.model_id), config.adapter_paths(), config.adapter_dir

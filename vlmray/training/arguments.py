@@ -28,7 +28,7 @@ _REPORTERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",
 MUON = "muon"
 
 _SET_BY_VLMRAY = (
-    "output_dir", "max_length", "packing", "padding_free", "packing_strategy", "eval_packing",
+    "packing", "padding_free", "packing_strategy", "eval_packing",
     "assistant_only_loss", "completion_only_loss", "remove_unused_columns", "dataset_kwargs",
     "dataset_text_field", "dataset_num_proc", "shuffle_dataset", "dataloader_num_workers",
     "dataloader_drop_last", "ignore_data_skip", "eval_strategy", "eval_on_start",
@@ -38,7 +38,8 @@ _SET_BY_VLMRAY = (
     "model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "auto_find_batch_size", "fp16",
     "average_tokens_across_devices",
 )  # fmt: skip
-"""Fields of SFTConfig that are decided here or make no sense with images, planned batches or Ray."""
+"""Fields of SFTConfig that are decided here, beside those that have an option, or make no sense with images,
+planned batches or Ray."""
 
 
 def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
@@ -47,6 +48,10 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
     Raises:
         ValueError: bfloat16 where this worker's device has none.
     """
+    return SFTConfig(**{**_translate(run, scratch), **parse_sft_config(run.config.sft_config)})
+
+
+def _translate(run: TrainingRun, scratch: Path) -> dict[str, Any]:
     config = run.config
     on_gpu = torch.cuda.is_available()
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -57,7 +62,7 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         )
     checkpointing = on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing
     evaluates = run.num_eval_samples > 0
-    options: dict[str, Any] = {
+    return {
         "output_dir": str(scratch),
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
@@ -91,9 +96,7 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         # Every batch holds an image, so every trained parameter takes part; looking for others costs time.
         "ddp_find_unused_parameters": run.image_optional,
         **({"fsdp": True} if config.fsdp else {}),
-        **parse_sft_config(config.sft_config),
     }
-    return SFTConfig(**options)
 
 
 def optimizer_of(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] | None:

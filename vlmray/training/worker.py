@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from trl import SFTConfig
 from vlmray.config import FinetuneConfig
 from vlmray.errors import one_line
 from vlmray.models import lora
-from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.loading import load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.training.arguments import optimizer_of, sft_arguments
 from vlmray.training.collator import DataCollatorForVLMSFT
@@ -315,18 +315,13 @@ class WorkerSession:
 
 def load_model(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, Any]:
     """Load the base for training, on this worker's device."""
-    dtype = config.dtype
-    if dtype == "auto" and not config.use_peft:
-        dtype = "float32"  # the optimizer's steps are too small for bfloat16 weights
-    model, processor = load_qwen_vl_model_and_processor(
+    if config.dtype == "auto" and not config.use_peft:
+        # The optimizer's steps are too small for bfloat16 weights.
+        config = replace(config, dtype="float32")
+    model, processor = load_checkpoint(
         resolve_model_id(config.model_id),
-        quantization=config.quantization,
-        dtype=dtype,
+        config,
         device_map=None if config.fsdp else {"": arguments.device.index or 0},
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
     )
     if config.quantization != "none":
         from peft import prepare_model_for_kbit_training

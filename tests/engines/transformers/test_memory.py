@@ -24,7 +24,7 @@ from vlmray.engines.transformers.memory import (
     limit_memory,
 )
 from vlmray.models.checks import REFUSED_TYPES, check_model_kind
-from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.loading import load_checkpoint
 
 GB = 2**30
 
@@ -73,7 +73,7 @@ def test_replicas_that_share_a_card_plan_no_more_than_it_has(monkeypatch: pytest
 def test_a_share_of_a_card_is_set_before_the_model_loads(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    load = load_qwen_vl_model_and_processor
+    load = load_checkpoint
     happened: list[Any] = []
 
     def load_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def test_a_share_of_a_card_is_set_before_the_model_loads(
         return load(*args, **kwargs)
 
     monkeypatch.setattr(module, "limit_memory", happened.append)
-    monkeypatch.setattr(module, "load_qwen_vl_model_and_processor", load_and_note)
+    monkeypatch.setattr(module, "load_checkpoint", load_and_note)
     monkeypatch.setattr(module, "find_batch_tokens", lambda model, fraction: happened.append(fraction) or 77)
     engine: Any = build_engine(engine="transformers", model_id=str(tiny_model), memory_fraction=0.25)
     assert happened == [0.25, "load", 0.25]

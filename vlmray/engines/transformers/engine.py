@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.batching import Batcher, count_visual_tokens
@@ -44,7 +45,7 @@ from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter
 from vlmray.models.checks import check_adapter_folder
 from vlmray.models.inputs import encode_text, row_signature
-from vlmray.models.loading import load_qwen_vl_model_and_processor
+from vlmray.models.loading import load_checkpoint
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -93,13 +94,12 @@ class TransformersEngine:
     def from_pretrained(
         cls,
         model_id: str,
+        config: EngineConfig,
         *,
         adapter: str | None = None,
         batch_size: int = 16,
-        max_batch_tokens: int | None = None,
         num_threads: int | None = None,
         memory_fraction: float = 1.0,
-        **options: Any,
     ) -> TransformersEngine:
         """Load a model and wrap it; `adapter` becomes the default adapter.
 
@@ -107,12 +107,11 @@ class TransformersEngine:
 
         Args:
             model_id: Local checkpoint folder or hub id.
+            config: How the model is loaded, and the most tokens in one forward pass.
             adapter: Folder of a LoRA adapter, or None.
             batch_size: Most rows in one forward pass.
-            max_batch_tokens: Most prompt tokens in one; None: what the memory holds.
             num_threads: CPU threads of torch in this process; None leaves torch's own choice.
             memory_fraction: Share of the GPU's memory that this process may take, from then on.
-            **options: Passed to `vlmray.models.loading.load_qwen_vl_model_and_processor`, which checks them.
 
         Raises:
             ValueError: Unusable option, model or adapter.
@@ -121,7 +120,7 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         limit_memory(memory_fraction)
-        model, processor = load_qwen_vl_model_and_processor(model_id, adapter=adapter, **options)
+        model, processor = load_checkpoint(model_id, config, adapter=adapter)
         pack_attention(model)
         if model.device.type == "cpu":
             keep_freed_memory()
@@ -130,7 +129,7 @@ class TransformersEngine:
             model,
             processor,
             batch_size=batch_size,
-            max_batch_tokens=max_batch_tokens or find_batch_tokens(model, memory_fraction),
+            max_batch_tokens=config.max_batch_tokens or find_batch_tokens(model, memory_fraction),
             default_adapter=adapter and "default",
         )
 
