@@ -37,7 +37,7 @@ from vlmray.finetune.job import fit
 from vlmray.finetune.plan import FinetuneRun, open_training_data
 from vlmray.models.loading import load_qwen_vl_model_and_processor
 from vlmray.models.source import resolve_model_id
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.storage.run_folder import RunFolder
 from vlmray.training.arguments import sft_arguments
 from vlmray.training.run import TRAIN, TrainingData, TrainingRun
 from vlmray.training.samples import open_images, to_feature
@@ -168,7 +168,7 @@ def train_on_ray(
 ) -> tuple[list[float], list[float]]:
     """Train as the job does, on one worker of Ray Train fed by Ray Data."""
     with tempfile.TemporaryDirectory() as folder:
-        ready = FinetuneRun(training=run, data=data, workers=workers, folder=OutputDirectory.create(folder))
+        ready = FinetuneRun(training=run, data=data, workers=workers, folder=RunFolder.create(folder))
         outcome, _ = fit(ready)
     return outcome.step_ends, losses_of(outcome.history)
 

@@ -10,7 +10,7 @@ so they pickle, compare and print; between Ray stages the same values travel as 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,5 +97,29 @@ class Score:
     value: float
 
 
-Row = dict[str, Any]
-"""A row of a dataset on its way to a result: plain values under the names of the result's columns."""
+class Row(TypedDict, total=False):
+    """A question on its way from a dataset to a result; every stage adds its columns."""
+
+    sample_id: str
+    row_index: int
+    question: str
+    choices: list[str]
+    answers: list[str]
+    family: str | None
+    prompt: str | None
+    prediction: str | None
+    metric: str | None
+    score: float | None
+    num_prompt_tokens: int | None
+    num_completion_tokens: int | None
+    finish_reason: FinishReason | None
+    error: str | None
+    """Why there is no answer; the last column of a result. What follows is left behind on the way."""
+
+    image: bytes | None
+    jpeg: bytes | None
+    """The image as it is kept."""
+
+    image_url: str | None
+    messages: str | None
+    """As JSON."""

@@ -16,14 +16,14 @@ from PIL import Image
 
 from helpers.charts import dataset
 from vlmray.builtin import charts
-from vlmray.builtin.charts import KINDS, SPLITS, ChartsConfig, Row, parse_charts_name
+from vlmray.builtin.charts import KINDS, SPLITS, ChartRow, ChartsConfig, parse_charts_name
 from vlmray.builtin.questions import FAMILIES
 from vlmray.builtin.sampling import PLAIN
 
 
 def test_a_row_has_the_documented_columns() -> None:
     row = dataset()[3]
-    assert set(row) == set(Row.__annotations__)
+    assert set(row) == set(ChartRow.__annotations__)
     assert Image.open(io.BytesIO(row["image"])).format == "PNG"
     assert row["image_id"] == "train-000001"
     assert row["question"].endswith("?")

@@ -6,9 +6,12 @@ import random
 from itertools import groupby
 from typing import Any
 
+import pytest
+
 from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
+from vlmray.builtin import charts
 from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
-from vlmray.dataset.rows import read_chunk, read_rows
+from vlmray.dataset.rows import read_chunk, read_image, read_rows
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import open_source
 from vlmray.inference.stages import (
@@ -105,3 +108,20 @@ def test_a_row_that_is_no_sample_is_an_error_row() -> None:
     assert broken["error"] == "the row has 2 images; one a question is supported"
     assert fine["error"] is None
     check_arrow(prepare_rows([broken, fine], TASK))
+
+
+def test_the_image_of_a_row() -> None:
+    images = [make_image(1), None, {"bytes": make_image(2), "path": "x"}, "http://127.0.0.1:9/a.png"]
+    source = ListSource([{"question": "", "image": image, "answer": "x"} for image in images])
+    found = [read_image(source, SPEC, "test", index) for index in range(4)]
+    assert found == [make_image(1), None, make_image(2), None]
+
+
+def test_chunks_of_charts_are_cut_without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("charts?num_rows=40&questions_per_image=4", "train")
+    spec = get_dataset_columns("charts", source.column_names)
+    monkeypatch.setattr(charts, "draw_chart", lambda chart: pytest.fail("a chart was drawn"))
+    monkeypatch.setattr("vlmray.dataset.rows.read_rows", lambda source, spec, split, indices: indices)
+    chunks = [read_chunk(source, spec, "train", range(40), start, start + 6) for start in range(0, 40, 6)]
+    assert [index for chunk in chunks for index in chunk] == list(range(40))
+    assert all(chunk[0] % 4 == 0 for chunk in chunks if chunk)

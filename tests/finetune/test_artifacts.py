@@ -22,7 +22,7 @@ from vlmray.finetune.artifacts import training_record, write_artifacts
 from vlmray.finetune.results import Check
 from vlmray.models.loading import generate_text_from_sample
 from vlmray.models.processors import load_processor
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.storage.run_folder import RunFolder
 from vlmray.training.run import TrainingRun
 from vlmray.training.samples import first_question
 from vlmray.training.worker import Outcome
@@ -63,7 +63,7 @@ class Trained:
 
 def write(config: FinetuneConfig, outcome: Outcome, checkpoint: Path, folder: Path) -> dict[str, Check]:
     run = TrainingRun.of(config, open_data(config))
-    checks = write_artifacts(run, outcome, checkpoint, OutputDirectory.create(str(folder)))
+    checks = write_artifacts(run, outcome, checkpoint, RunFolder.create(str(folder)))
     return {check.name: check for check in checks}
 
 
@@ -234,7 +234,7 @@ def test_a_run_that_diverged_is_recorded_and_fails(tiny_model: Path, tmp_path: P
     record = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
     assert len(record["history"]) == len(trained.outcome.history)
     run = TrainingRun.of(config, open_data(config))
-    OutputDirectory.create(str(tmp_path / "out")).finish(training_record(run, trained.outcome, ()), "report")
+    RunFolder.create(str(tmp_path / "out")).finish(training_record(run, trained.outcome, ()), "report")
 
 
 def test_writing_again_replaces_what_was_there(adapted: Trained, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.processes import wait_until
 from vlmray.config import FinetuneConfig, InferConfig
+from vlmray.dataset.sources import open_source
 from vlmray.finetune.job import run_finetune
 from vlmray.finetune.plan import open_training_data, plan_finetune
 from vlmray.finetune.report import format_training_table
@@ -122,6 +123,17 @@ def test_what_a_run_leaves(trained: tuple[FinetuneConfig, Path, TrainingReport])
     table = format_training_table(report)
     assert "120 samples in = 120 trained on + 0 failed" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_the_gallery_shows_each_question_with_its_image(
+    trained: tuple[FinetuneConfig, Path, TrainingReport],
+) -> None:
+    _, _, report = trained
+    source = open_source(DATASET, "test")
+    rows = source.read(range(24))
+    assert [item.sample_id for item in report.gallery] == [f"test-{index:06d}" for index in range(24)]
+    assert [item.image for item in report.gallery] == [row["image"] for row in rows]
+    assert [item.question for item in report.gallery] == [row["question"] for row in rows]
 
 
 def test_inference_takes_the_adapter(

@@ -39,6 +39,7 @@ class Overwritten:
     """A source some of whose rows are others."""
 
     on_driver = False
+    same_image_column = None
     base_dir = None
 
     def __init__(self, source: Any, rows: Mapping[int, Mapping[str, Any]]) -> None:

@@ -29,6 +29,7 @@ class ListSource:
     """A source over rows in memory."""
 
     on_driver = True
+    same_image_column = None
     column_names = ("question", "image", "answer")
 
     def __init__(self, rows: list[dict[str, Any]], base_dir: str | None = None) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
 from vlmray.dataset.rows import fetch_images, read_chunk, sample_row
 from vlmray.engines.fake import FakeEngine
+from vlmray.inference.results import RESULT_SCHEMA, ResultFolder
 from vlmray.inference.stages import (
     Task,
     generate_rows,
@@ -24,7 +25,6 @@ from vlmray.inference.stages import (
     score_row,
 )
 from vlmray.schema import Completion, GenerationRequest, Sample
-from vlmray.storage.run_folder import RESULT_SCHEMA, prepare_output_directory
 
 
 def _prepared(image: Any = None, question: str = "Why?", task: Task = TASK, **fields: Any) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def test_scores(answers: list[str], score: float | None) -> None:
 
 
 def test_a_single_sample_is_saved(tmp_path: Path) -> None:
-    folder = prepare_output_directory(str(tmp_path), {})
+    folder = ResultFolder.open(str(tmp_path), {})
     sample = Sample(
         sample_id="test-000003", question="Größe?", answers=("42",), image=make_image(5), family="f"
     )
@@ -251,7 +251,7 @@ def test_a_single_sample_is_saved(tmp_path: Path) -> None:
 def test_what_was_not_asked_or_is_no_jpeg_leaves_no_picture(
     image: bytes | None, question: str, tmp_path: Path
 ) -> None:
-    folder = prepare_output_directory(str(tmp_path), {})
+    folder = ResultFolder.open(str(tmp_path), {})
     sample = Sample(sample_id="test-000000", question=question, image=image)
     process_single_sample(sample, FakeEngine(), TASK, folder)
     assert not (tmp_path / "test-000000_img.jpg").exists()
@@ -262,7 +262,7 @@ def test_what_was_not_asked_or_is_no_jpeg_leaves_no_picture(
 def test_rows_from_arrow_are_saved(tmp_path: Path) -> None:
     rows = [score_row(row, TASK) for row in generate_rows(_rows(9), FakeEngine(), TASK)]
     for output_format in ("files", "parquet", "both"):
-        folder = prepare_output_directory(str(tmp_path / output_format), {}, output_format=output_format)
+        folder = ResultFolder.open(str(tmp_path / output_format), {}, output_format=output_format)
         save_rows(check_arrow(rows), folder)
         results = sorted(folder.read_results().to_pylist(), key=lambda row: row["sample_id"])
         assert results == [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]

@@ -1,240 +1,48 @@
-"""Outputs: nothing is half there, nothing is there twice, and a killed run resumes from any point."""
+"""A run's folder: files are whole or not there, and only the run that it is of goes on with it."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import random
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from vlmray.storage import run_folder
-from vlmray.storage.run_folder import (
-    RESULT_SCHEMA,
-    OutputDirectory,
-    prepare_output_directory,
-    save_sample_outputs,
-)
+from vlmray.storage.resuming import Earlier
+from vlmray.storage.run_folder import RunFolder
 
-OPTIONS = {"model_id": "tiny", "max_new_tokens": 5, "choices": ("a", "b")}
-FORMATS = ("files", "parquet", "both")
-JPEG = b"\xff\xd8 as good as a picture here"
+OPTIONS = {"job": "tune", "model_id": "tiny", "max_new_tokens": 5, "choices": ("a", "b")}
 
 
-def _row(number: int, *, error: str | None = None, prediction: str = "first") -> dict[str, Any]:
-    return dict.fromkeys(RESULT_SCHEMA.names) | {
-        "sample_id": f"test-{number:06d}",
-        "row_index": number,
-        "question": f"Grüße {number}?",
-        "choices": [],
-        "answers": ["3", "three"],
-        "prediction": None if error else prediction,
-        "finish_reason": "error" if error else "stop",
-        "score": None if error else 1.0,
-        "error": error,
-    }
+class _Folder(RunFolder):
+    """The folder of a job whose results are a file and a folder."""
+
+    def written(self) -> list[str]:
+        return [name for name in ("result.txt", "results") if self.has(name)]
 
 
-def _save(folder: OutputDirectory, *rows: dict[str, Any]) -> None:
-    inputs = [{"sample_id": row["sample_id"], "question": row["question"]} for row in rows]
-    folder.save(rows, inputs, [JPEG] * len(rows))
+def _open(path: Path | str, earlier: Earlier = "resume", **options: Any) -> _Folder:
+    return _Folder.open(str(path), {**OPTIONS, **options}, earlier=earlier)
 
 
-def _open(path: Path | str, output_format: str = "both", **options: Any) -> OutputDirectory:
-    overwrite = options.pop("overwrite", False)
-    return prepare_output_directory(
-        str(path), {**OPTIONS, **options}, output_format=output_format, overwrite=overwrite
-    )
+def _answer(folder: RunFolder) -> None:
+    folder.write_text("result.txt", "1")
+    folder.write_text("results/more.txt", "2")
 
 
-def _names(path: Path) -> set[str]:
-    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _sorted_rows(folder: OutputDirectory) -> list[dict[str, Any]]:
-    return sorted(folder.read_results().to_pylist(), key=lambda row: row["sample_id"])
-
-
-def _resume(folder: OutputDirectory, numbers: range) -> list[int]:
-    """Do what a run does before it starts; return the rows it will answer."""
-    names = {f"test-{number:06d}": number for number in numbers}
-    finished = folder.finished()
-    pending = [name for name in names if not finished.get(name, False)]
-    if pending:
-        folder.reopen()
-        folder.discard(finished.keys() & set(pending))
-    return [names[name] for name in pending]
-
-
-def _check_complete(folder: OutputDirectory, rows: list[dict[str, Any]]) -> None:
-    """Each row is there once, in Parquet and in files alike."""
-    assert _sorted_rows(folder) == sorted(rows, key=lambda row: row["sample_id"])
-    if folder.output_format == "both":
-        assert _sorted_rows(OutputDirectory(folder.uri, "files")) == _sorted_rows(folder)
-
-
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_what_is_saved_is_read_back(output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    assert folder.finished() == {}
-    assert folder.read_results().schema == RESULT_SCHEMA
-    rows = [_row(0), _row(1, error="image has 0 bytes"), _row(2)]
-    _save(folder, *rows[:2])
-    _save(folder, rows[2])
-    assert folder.finished() == {"test-000000": True, "test-000001": False, "test-000002": True}
-    _check_complete(folder, rows)
-    assert folder.read_results().schema == RESULT_SCHEMA
-    assert folder.read_results(["sample_id", "error"]).column_names == ["sample_id", "error"]
-    assert folder.read_image("test-000000") == (None if output_format == "parquet" else JPEG)
-    assert folder.read_image("test-000009") is None
-
-
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_files_of_each_format(output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    _save(folder, _row(0), _row(1))
-    files = {f"test-00000{n}{suffix}" for n in (0, 1) for suffix in ("_in.json", "_img.jpg", "_out.json")}
-    names = _names(tmp_path)
-    parts = {name for name in names if name.startswith("predictions/part-test-000000-")}
-    assert len(parts) == (0 if output_format == "files" else 1)
-    assert names == {"options.json", *parts, *(set() if output_format == "parquet" else files)}
-    if output_format != "parquet":
-        text = (tmp_path / "test-000000_out.json").read_text(encoding="utf-8")
-        assert "Grüße 0?" in text
-        assert list(json.loads(text)) == RESULT_SCHEMA.names
-
-
-def test_a_row_without_an_image_has_no_picture(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    save_sample_outputs(folder, _row(0), {"question": "Why?"})
-    assert _names(tmp_path) == {"options.json", "test-000000_in.json", "test-000000_out.json"}
-
-
-def test_writing_rows_twice_is_writing_them_once(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    for prediction in ("first", "second"):
-        _save(folder, _row(0, prediction=prediction), _row(1, prediction=prediction))
-    _check_complete(folder, [_row(0, prediction="second"), _row(1, prediction="second")])
-
-
-# Resuming
-
-
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_failed_rows_are_answered_again_and_replaced(output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    _save(folder, *(_row(number, error="late" if number % 3 == 0 else None) for number in range(8)))
-    folder = _open(tmp_path, output_format)
-    assert _resume(folder, range(10)) == [0, 3, 6, 8, 9]
-    _save(folder, *(_row(number, prediction="second") for number in (0, 3, 6, 8, 9)))
-    assert _resume(_open(tmp_path, output_format), range(10)) == []
-    again = (0, 3, 6, 8, 9)
-    _check_complete(
-        folder, [_row(number, prediction="second" if number in again else "first") for number in range(10)]
-    )
-
-
-def test_killed_between_files_and_parquet(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    _save(folder, _row(0))
-    for row in (_row(1), _row(2, error="late")):
-        save_sample_outputs(folder, row, {}, JPEG)
-    (tmp_path / "test-000003_img.jpg").write_bytes(JPEG)  # and within a sample's files
-    (tmp_path / "test-000003_in.json").write_text("{}")
-    assert _resume(folder, range(4)) == [2, 3]
-    assert [row["sample_id"] for row in _sorted_rows(folder)] == ["test-000000", "test-000001"]
-    _save(folder, _row(2), _row(3))
-    assert _resume(folder, range(4)) == []
-    _check_complete(folder, [_row(number) for number in range(4)])
-
-
-@pytest.mark.parametrize("output_format", ["files", "both"])
-def test_a_deleted_answer_is_answered_again(output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    _save(folder, *(_row(number) for number in range(4)))
-    (tmp_path / "test-000002_out.json").unlink()
-    assert _resume(folder, range(4)) == [2]
-    _save(folder, _row(2, prediction="second"))
-    _check_complete(
-        folder, [_row(number, prediction="second" if number == 2 else "first") for number in range(4)]
-    )
-
-
-def test_a_deleted_part_is_made_again_from_the_files(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    _save(folder, _row(0), _row(1))
-    _save(folder, _row(2))
-    next((tmp_path / "predictions").glob("part-test-000000-*")).unlink()
-    assert _resume(folder, range(3)) == []
-    _check_complete(folder, [_row(0), _row(1), _row(2)])
-
-
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_resuming_after_any_death_gives_what_one_run_gives(output_format: str, tmp_path: Path) -> None:
-    """Kill runs at random writes, let rows fail at random, go on until all are answered."""
-    rng = random.Random(output_format)
-    for trial in range(6):
-        path = tmp_path / str(trial)
-        for _ in range(100):
-            folder = _Mortal(_open(path, output_format), rng.randint(1, 30))
-            try:
-                pending = _resume(folder, range(12))
-                size = rng.randint(1, 5)
-                for start in range(0, len(pending), size):
-                    failing = rng.random() < 0.2
-                    block = pending[start : start + size]
-                    _save(folder, *(_row(number, error="late" if failing else None) for number in block))
-            except KeyboardInterrupt:
-                continue
-            if not pending:
-                break
-        assert not pending
-        _check_complete(_open(path, output_format), [_row(number) for number in range(12)])
-        assert not [name for name in _names(path) if name.endswith(".tmp")]
-
-
-class _Mortal(OutputDirectory):
-    """An output folder whose process is killed at one of its writes, half of the time half written."""
-
-    def __init__(self, folder: OutputDirectory, num_writes: int) -> None:
-        super().__init__(folder.uri, folder.output_format)
-        object.__setattr__(self, "_lives", [num_writes])
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self._lives[0] -= 1
-        if self._lives[0] <= 0:
-            half_written = Path(self.uri) / f".{name.replace('/', '-')}-{'0' * 32}.tmp"
-            half_written.write_bytes(data[: len(data) // 2])
-            raise KeyboardInterrupt
-        super().write_bytes(name, data)
-
-
-def test_discard_touches_only_what_it_must(tmp_path: Path) -> None:
-    folder = _open(tmp_path, "parquet")
-    _save(folder, _row(0), _row(1))
-    _save(folder, _row(2), _row(3))
-    _save(folder, _row(4))
-    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "predictions").iterdir()}
-    folder.discard({"test-000001", "test-000004", "test-000009"})
-    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "predictions").iterdir()}
-    assert [row["row_index"] for row in _sorted_rows(folder)] == [0, 2, 3]
-    assert len(after) == 2
-    assert [name for name in after if after[name] == before[name]] == [max(after)]
-    folder.discard(set())
-    assert [row["row_index"] for row in _sorted_rows(folder)] == [0, 2, 3]
-
-
-# Options
+# Whose folder it is
 
 
 def test_other_options_are_named(tmp_path: Path) -> None:
-    _save(_open(tmp_path), _row(0))
+    _answer(_open(tmp_path))
     _open(tmp_path, choices=["a", "b"])  # the same in JSON
+    before = _tree(tmp_path)
     with pytest.raises(ValueError, match="holds another run") as error_info:
         _open(tmp_path, max_new_tokens=7, adapter="x\ny")
     message = str(error_info.value)
@@ -242,17 +50,15 @@ def test_other_options_are_named(tmp_path: Path) -> None:
     assert message.endswith("choose another folder, or pass --overwrite to delete it")
     assert "model_id" not in message
     assert "\n" not in message
-    assert OutputDirectory(str(tmp_path)).finished() == {"test-000000": True}
+    assert _tree(tmp_path) == before
 
 
-def test_results_without_options_are_not_resumed(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    _save(folder, _row(0))
-    (tmp_path / "options.json").unlink()
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"holds results but no options.json that says what they are of"):
-            _open(tmp_path, overwrite=overwrite)
-    assert folder.finished() == {"test-000000": True}
+def test_an_option_that_is_new_and_not_set_changes_nothing(tmp_path: Path) -> None:
+    _answer(_open(tmp_path))
+    _open(tmp_path, invented_later=None)
+    _open(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run \(invented_later was None, now 5\)"):
+        _open(tmp_path, invented_later=5)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
@@ -262,66 +68,73 @@ def test_damaged_options(text: str, tmp_path: Path) -> None:
         _open(tmp_path)
 
 
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_overwrite_deletes_what_is_ours(output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    _save(folder, _row(0), _row(1, error="late"))
-    folder.finish({"summary": 1}, "<html>")
-    foreign = {
-        "notes.txt", "my_in.json", "holiday_img.jpg", "x/test-000000_out.json", "predictions/notes.parquet",
-        "predictions/_SUCCESS", ".hidden.tmp", "test-1_img.jpg",
-    }  # fmt: skip
-    for name in foreign:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
-    folder = _open(tmp_path, output_format, overwrite=True, max_new_tokens=99)
-    assert _names(tmp_path) == {"options.json", *foreign}
-    assert all((tmp_path / name).read_text() == "mine" for name in foreign)
-    assert folder.finished() == {}
-    assert _open(tmp_path, output_format, max_new_tokens=99).read_options()["max_new_tokens"] == 99
-
-
-def test_overwrite_takes_no_folder_that_is_not_ours(tmp_path: Path) -> None:
-    for name in ("test-000000_img.jpg", "report.html", "run.json"):
-        (tmp_path / name).write_text("mine")
-    _open(tmp_path, overwrite=True)
-    assert _names(tmp_path) == {"options.json", "test-000000_img.jpg", "report.html", "run.json"}
-
-
-def test_an_option_that_is_new_and_not_set_changes_nothing(tmp_path: Path) -> None:
-    _save(_open(tmp_path), _row(0))
-    _open(tmp_path, invented_later=None)
-    _open(tmp_path)
-    with pytest.raises(ValueError, match=r"holds another run \(invented_later was None, now 5\)"):
-        _open(tmp_path, invented_later=5)
-
-
-def test_a_folder_of_another_job_is_left_alone(tmp_path: Path) -> None:
-    """It holds no answers, but its options, report and manifest are not those of a run that never began."""
-    folder = OutputDirectory.create(str(tmp_path))
-    folder.write_options({"job": "finetune", "lora_r": 4})
+@pytest.mark.parametrize("earlier", get_args(Earlier))
+@pytest.mark.parametrize("has_results", [False, True])
+def test_a_folder_of_another_job_is_left_alone(earlier: Earlier, has_results: bool, tmp_path: Path) -> None:
+    """Its options, report and manifest are not those of a run that never began, and not to be deleted."""
+    folder = _open(tmp_path)
+    if has_results:
+        _answer(folder)
     folder.finish({"steps": 9}, "<html>")
-    before = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
-    with pytest.raises(ValueError, match=r"holds another run \(job was 'finetune', now None\)"):
-        _open(tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)} == before
-    _open(tmp_path, overwrite=True)
-    assert _names(tmp_path) == {"options.json"}
+    before = _tree(tmp_path)
+    message = r"holds another run \(job was 'tune', now '{}'\); choose another folder$"
+    with pytest.raises(ValueError, match=message.format("drill")):
+        _open(tmp_path, earlier, job="drill")
+    with pytest.raises(ValueError, match=message.format("infer")):
+        RunFolder.open(str(tmp_path), {"model_id": "tiny"}, earlier=earlier)
+    with pytest.raises(ValueError, match=message.format("drill")):
+        RunFolder.find(str(tmp_path), "drill")
+    assert _tree(tmp_path) == before
+    assert RunFolder.find(str(tmp_path), "tune").uri == folder.uri
+    assert RunFolder.find(str(tmp_path / "new"), "tune").uri == str(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
-def test_options_are_checked_before_a_run_goes_on(tmp_path: Path) -> None:
-    folder = OutputDirectory.create(str(tmp_path))
-    with pytest.raises(
-        ValueError, match=f"--output_dir {tmp_path} holds no run to go on with; leave out --re"
-    ):
-        folder.check_options(OPTIONS)
-    folder.write_options(OPTIONS)
-    folder.check_options(OPTIONS)
-    folder.check_options({**OPTIONS, "choices": ["a", "b"], "new": None})  # the same in JSON
-    for changed in ({**OPTIONS, "model_id": "large"}, {**OPTIONS, "seed": 1}, {"model_id": "tiny"}):
+def test_a_run_that_has_to_be_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{tmp_path} holds no run to go on with; leave out --resume"):
+            _open(tmp_path, "require")
+    folder = _open(tmp_path)
+    _open(tmp_path, "require", seed=1)  # it ended before its first result, and binds nobody
+    _open(tmp_path, "require")
+    _answer(folder)
+    before = _tree(tmp_path)
+    _open(tmp_path, "require", choices=["a", "b"], new=None)  # the same in JSON
+    for changed in ({"model_id": "large"}, {"seed": 1}, {"max_new_tokens": None}):
         with pytest.raises(ValueError, match=r"holds another run \(\w+ was .+, now .+\); choose another"):
-            folder.check_options(changed)
-    assert folder.read_options() == json.loads(json.dumps(OPTIONS))
+            _open(tmp_path, "require", **changed)
+    assert folder.read_options() == {**json.loads(json.dumps(OPTIONS)), "new": None}
+    assert _tree(tmp_path).keys() == before.keys()
+
+
+def test_a_run_that_must_not_be_there(tmp_path: Path) -> None:
+    _open(tmp_path, "refuse")
+    folder = _open(tmp_path, "refuse", seed=1)
+    _answer(folder)
+    before = _tree(tmp_path)
+    for options in ({"seed": 1}, {"seed": 2}):
+        with pytest.raises(ValueError, match="holds an earlier run; pass --resume to go on with it, --overw"):
+            _open(tmp_path, "refuse", **options)
+    assert _tree(tmp_path) == before
+
+
+def test_deleting_takes_what_is_ours(tmp_path: Path) -> None:
+    folder = _open(tmp_path)
+    _answer(folder)
+    folder.finish({"steps": 9}, "<html>")
+    (tmp_path / "notes.txt").write_text("mine")
+    _open(tmp_path, "delete", seed=1)
+    assert _tree(tmp_path).keys() == {"options.json", "notes.txt"}
+    assert not (tmp_path / "results").exists()
+    assert folder.read_options() == json.loads(json.dumps({**OPTIONS, "seed": 1}))
+
+
+@pytest.mark.parametrize("earlier", get_args(Earlier))
+def test_results_that_nothing_says_what_they_are_of(earlier: Earlier, tmp_path: Path) -> None:
+    (tmp_path / "result.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds results but no options.json that says what they are of"):
+        _open(tmp_path, earlier)
+    assert _tree(tmp_path) == {"result.txt": b"mine"}
 
 
 # Folders
@@ -331,9 +144,9 @@ def test_options_are_checked_before_a_run_goes_on(tmp_path: Path) -> None:
 def test_a_folder_is_made_or_opened(by_uri: bool, tmp_path: Path) -> None:
     path = tmp_path / "a b" / "c"
     name = path.as_uri() if by_uri else str(path)
-    OutputDirectory.create(name).write_text("x.txt", "x")
+    RunFolder.create(name).write_text("x.txt", "x")
     assert path.is_dir()
-    again = OutputDirectory.create(name)
+    again = RunFolder.create(name)
     assert (again.has("x.txt"), again.has("y.txt"), again.has("x.txt/z")) == (True, False, False)
 
 
@@ -342,19 +155,14 @@ def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a regular file")
     for output_dir in (str(tmp_path / name), (tmp_path / name).as_uri(), "s4://bucket/x"):
         with pytest.raises(ValueError, match=f"--output_dir {output_dir} cannot be written: ") as error_info:
-            OutputDirectory.create(output_dir)
+            RunFolder.create(output_dir)
         assert "\n" not in str(error_info.value)
 
 
 def test_a_folder_that_takes_no_files(tmp_path: Path) -> None:
-    folder = OutputDirectory.create(str(tmp_path))
     (tmp_path / "options.json" / "in the way").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path} cannot be written: "):
-        folder.write_options(OPTIONS)
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        _open(tmp_path)
 
 
 def _local_folder(path: Path, text: str, *names: str) -> Path:
@@ -369,7 +177,7 @@ def test_a_folder_replaces_the_one_before(by_uri: bool, tmp_path: Path) -> None:
     first = _local_folder(tmp_path / "first", "1", "a.json", "only-first.bin", "sub/deep/b")
     second = _local_folder(tmp_path / "second", "2", "a.json", "sub/c")
     out = tmp_path / "out"
-    folder = OutputDirectory.create(out.as_uri() if by_uri else str(out))
+    folder = RunFolder.create(out.as_uri() if by_uri else str(out))
     folder.write_folder("adapter_2", first)
     for source in (first, second, first):
         folder.write_folder("adapter", source)
@@ -377,8 +185,8 @@ def test_a_folder_replaces_the_one_before(by_uri: bool, tmp_path: Path) -> None:
         assert folder.has("adapter")
     assert _tree(out / "adapter_2") == _tree(first)
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "adapter_2"]
-    folder.delete_folder("adapter")
-    folder.delete_folder("adapter")
+    folder.delete("adapter")
+    folder.delete("adapter")
     assert not folder.has("adapter")
     assert _tree(out / "adapter_2") == _tree(first)
 
@@ -388,7 +196,7 @@ def test_a_folder_that_was_not_copied_to_its_end_does_not_show(
 ) -> None:
     first, second = (_local_folder(tmp_path / text, text, "a", "b/c") for text in ("1", "2"))
     out = tmp_path / "out"
-    folder = OutputDirectory.create(str(out))
+    folder = RunFolder.create(str(out))
     folder.write_folder("adapter", first)
 
     def die_midway(source: str, target: str, **filesystems: Any) -> None:
@@ -425,20 +233,6 @@ def test_a_uri_that_cannot_be_opened(uri: str) -> None:
         _open(uri)
 
 
-@pytest.mark.parametrize("output_format", FORMATS)
-def test_a_file_uri_is_a_local_folder(output_format: str, tmp_path: Path) -> None:
-    path = tmp_path / "with space" / "50%"
-    by_uri = _open(path.as_uri() + "/", output_format)
-    assert by_uri.is_local
-    _save(by_uri, _row(0), _row(1, error="late"))
-    by_path = _open(path, output_format)
-    assert by_path.is_local
-    assert by_path.finished() == by_uri.finished() == {"test-000000": True, "test-000001": False}
-    assert _sorted_rows(by_path) == _sorted_rows(by_uri)
-    by_path.discard({"test-000001"})
-    assert not OutputDirectory("s3://bucket/x").is_local
-
-
 def test_a_relative_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -446,104 +240,36 @@ def test_a_relative_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.
     assert _open("~/c").uri == str(tmp_path / "home" / "c")
 
 
-def test_a_folder_travels(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    pickled = pickle.dumps(folder)
-    assert len(pickled) < 500
-    _save(pickle.loads(pickled), _row(0))
-    assert folder.finished() == {"test-000000": True}
-
-
-def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    folder = _Mortal(_open(tmp_path), 2)
-    with pytest.raises(KeyboardInterrupt):
-        _save(folder, _row(0))
-    assert [name for name in _names(tmp_path) if name.endswith(".tmp")]
-    (tmp_path / ".mine.tmp").write_text("mine")
-    _open(tmp_path)
-    assert _names(tmp_path) == {"options.json", ".mine.tmp"}
-
-
-@pytest.mark.parametrize("damage", [b"", b"PAR1", b"\x00" * 500, None])
-def test_a_damaged_part_is_named(damage: bytes | None, tmp_path: Path) -> None:
-    folder = _open(tmp_path, "parquet")
-    _save(folder, _row(0))
-    (part,) = (tmp_path / "predictions").iterdir()
-    part.write_bytes(part.read_bytes()[:-40] if damage is None else damage)
-    for read in (folder.finished, folder.read_results, lambda: folder.discard({"test-000000"})):
-        with pytest.raises(ValueError, match="is damaged") as error_info:
-            read()
-        assert f"{tmp_path}/predictions/{part.name} is damaged" in str(error_info.value)
-        assert str(error_info.value).endswith("delete it to have its samples answered again")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sample_id": "test-000009", "error": null}'])
-@pytest.mark.parametrize("output_format", ["files", "both"])
-def test_a_damaged_answer_is_named(text: str, output_format: str, tmp_path: Path) -> None:
-    folder = _open(tmp_path, output_format)
-    (tmp_path / "test-000000_out.json").write_text(text)
-    with pytest.raises(ValueError, match="is damaged") as error_info:
-        folder.finished()
-    assert f"{tmp_path}/test-000000_out.json is damaged" in str(error_info.value)
+# Files
 
 
 def test_nothing_is_ever_seen_half_written(tmp_path: Path) -> None:
-    folder = _open(tmp_path, "parquet")
+    folder = RunFolder.create(str(tmp_path))
     texts = [letter * 400_000 for letter in "ab"]
-    rows = [[_row(number, prediction=letter) for number in range(300)] for letter in "ab"]
-    folder.write_text("file.txt", texts[0])
-    folder.write_part(rows[0])
+    folder.write_text("below/file.txt", texts[0])
     done = threading.Event()
 
     def write() -> None:
         for turn in range(60):
-            folder.write_text("file.txt", texts[turn % 2])
-            folder.write_part(rows[turn % 2])
+            folder.write_text("below/file.txt", texts[turn % 2])
         done.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     num_reads = 0
     while not done.is_set():
-        assert (tmp_path / "file.txt").read_text() in texts
-        assert len(set(folder.read_results(["prediction"])["prediction"].to_pylist())) == 1
+        assert (tmp_path / "below" / "file.txt").read_text() in texts
         num_reads += 1
     writer.join()
     assert num_reads > 5
-    assert len(_names(tmp_path)) == 3
+    assert _tree(tmp_path).keys() == {"below/file.txt"}
 
 
-def test_the_manifest_is_there_exactly_when_a_run_completed(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    manifest = tmp_path / "run.json"
-    _resume(folder, range(2))
-    _save(folder, _row(0), _row(1))
-    assert not manifest.exists()
-    folder.finish({"summary": {"num_rows": 2}}, "<html>")
-    assert json.loads(manifest.read_text()) == {"summary": {"num_rows": 2}}
-    assert manifest.stat().st_mtime_ns >= (tmp_path / "report.html").stat().st_mtime_ns
-    assert _resume(_open(tmp_path), range(2)) == []
-    assert manifest.exists()
-    assert _resume(_open(tmp_path), range(3)) == [2]
-    assert not manifest.exists()
-    folder.finish({}, "<html>")
-    _open(tmp_path, overwrite=True)
-    assert not manifest.exists()
-
-
-def test_the_parts_are_plain_parquet(tmp_path: Path) -> None:
-    folder = _open(tmp_path)
-    _save(folder, _row(0), _row(1))
-    _save(folder, _row(2))
-    table = pq.read_table(tmp_path / "predictions")
-    assert table.schema.remove_metadata() == RESULT_SCHEMA
-    assert sorted(table["sample_id"].to_pylist()) == ["test-000000", "test-000001", "test-000002"]
-    assert pa.types.is_list(table.schema.field("answers").type)
-
-
-def test_a_run_that_ended_before_its_first_result_binds_nobody(tmp_path: Path) -> None:
-    prepare_output_directory(str(tmp_path), {"model_id": "a"})
-    (tmp_path / "test-000000_in.json").write_text("{}")  # died between this file and the answer
-    prepare_output_directory(str(tmp_path), {"model_id": "b"})
-    assert json.loads((tmp_path / "options.json").read_text()) == {"model_id": "b"}
-    assert not (tmp_path / "test-000000_in.json").exists()
+def test_json_is_read_back_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder = RunFolder.create(str(tmp_path))
+    assert folder.read_json("a.json", cure="delete it") is None
+    folder.write_json("a.json", {"name": "Grüße", "values": (1, None)})
+    assert folder.read_json("a.json", cure="delete it") == {"name": "Grüße", "values": [1, None]}
+    folder.write_text("a.json", "[")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a.json is damaged \(not JSON: .+\); delete it$"):
+        folder.read_json("a.json", cure="delete it")

@@ -53,6 +53,7 @@ class _ListSource:
     """A source over rows in memory."""
 
     on_driver = True
+    same_image_column = None
 
     def __init__(self, rows: list[dict[str, Any]], base_dir: str | None = None) -> None:
         self._rows = rows

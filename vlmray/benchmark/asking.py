@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from vlmray.benchmark.endpoint import Endpoint
 from vlmray.benchmark.plan import Benchmark
@@ -13,7 +12,7 @@ from vlmray.benchmark.samples import CHUNK, read_requests
 from vlmray.config import ServeConfig, shared_options
 from vlmray.inference import stages
 from vlmray.inference.job import check_errors, progress_bar
-from vlmray.schema import GenerationRequest
+from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
 
 
@@ -62,9 +61,9 @@ def served_name(benchmark: Benchmark, name: str) -> str:
 async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, served: str) -> None:
     """Ask one model what it was not asked yet, and write the answers as they come."""
     run = benchmark.runs[name]
-    finished: list[dict[str, Any]] = []
+    finished: list[Row] = []
     num_failed = 0
-    flying: list[dict[str, Any] | None] = []
+    flying: list[Row | None] = []
 
     def requests() -> Iterator[GenerationRequest]:
         for row, request in read_requests(run, run.pending):

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmray.errors import OptionError
+from vlmray.schema import Row
 
 PREDICTIONS = "predictions.parquet"
 
 
-def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
     """Read an earlier run's answers.
 
     Raises:
@@ -36,7 +37,7 @@ def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Any]
                 raise OptionError(
                     "baseline", f"{path} is not comparable: its {name} was {before!r} and is {value!r} now"
                 )
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(row["model"], {})[row["sample_id"]] = row
     return found

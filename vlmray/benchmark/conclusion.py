@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,18 +16,24 @@ from vlmray.benchmark.plan import RESULTS, Benchmark, BenchmarkError
 from vlmray.benchmark.report import format_markdown, render_benchmark_html
 from vlmray.benchmark.results import Results
 from vlmray.benchmark.samples import SampleFacts, describe_samples
-from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard, answer_type, score_answer, score_models
+from vlmray.benchmark.scoreboard import (
+    GroupDifference,
+    Rows,
+    Scoreboard,
+    answer_type,
+    score_answer,
+    score_models,
+)
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.config import BenchmarkConfig
-from vlmray.dataset.rows import read_rows
 from vlmray.dataset.sources import display_name
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
 from vlmray.reports.errors import group_errors
 from vlmray.reports.gallery import GalleryItem
+from vlmray.schema import Row
 
 _GALLERY_SIZE = 24
-
 
 # ---------------------------------------------------------------------------------------------
 # What came of it
@@ -79,19 +85,19 @@ def _given_options(config: BenchmarkConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
 
 
-def _read_rows(benchmark: Benchmark) -> dict[str, dict[str, dict[str, Any]]]:
+def _read_rows(benchmark: Benchmark) -> Rows:
     """Return the result rows by model and sample id."""
     names = [sample.sample_id for sample in benchmark.samples]
-    rows = {}
+    rows: dict[str, dict[str, Row]] = {}
     for name, run in benchmark.runs.items():
-        found = run.folder.read_results(sample_ids=names).to_pylist()
+        found = run.folder.rows(sample_ids=names)
         rows[name] = {row["sample_id"]: row for row in found}
         if len(rows[name]) != len(names):
             raise BenchmarkError(f"{name}: {len(names)} rows in, {len(rows[name])} answers")
     return rows
 
 
-def _predictions(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+def _predictions(benchmark: Benchmark, rows: Rows) -> bytes:
     """Write what every model said to every sample, with all scores, as Parquet."""
     names = [name for name in benchmark.metrics if name != metrics.BLEU]
     table = []
@@ -120,7 +126,7 @@ def _predictions(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Mapping[s
 
 
 def _against_baseline(
-    benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard | None
+    benchmark: Benchmark, rows: Rows, board: Scoreboard | None
 ) -> dict[str, GroupDifference]:
     """Compare each model with the one of its name in the earlier run, by the deciding metric."""
     if board is None or benchmark.baseline is None:
@@ -142,7 +148,7 @@ def _against_baseline(
     return found
 
 
-def _galleries(benchmark: Benchmark, rows: Mapping[str, Any], board: Scoreboard) -> dict[str, Any]:
+def _galleries(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> dict[str, Any]:
     """Choose samples that the first model and the second answer differently, or both wrong."""
     metric = board.metrics[0]
     base, *others = board.models
@@ -172,11 +178,8 @@ def _spread(samples: Sequence[SampleFacts]) -> list[SampleFacts]:
     return [samples[int(place * step)] for place in range(min(len(samples), _GALLERY_SIZE))]
 
 
-def _card(
-    run: InferenceRun, sample: SampleFacts, rows: Mapping[str, Any], board: Scoreboard, shown: str
-) -> GalleryItem:
+def _card(run: InferenceRun, sample: SampleFacts, rows: Rows, board: Scoreboard, shown: str) -> GalleryItem:
     row = rows[shown][sample.sample_id]
-    (source_row,) = read_rows(run.source, run.spec, run.config.dataset_split, [row["row_index"]])
     others = [name for name in board.models if name != shown]
     return GalleryItem(
         sample_id=sample.sample_id,
@@ -186,6 +189,6 @@ def _card(
         score=None if row["error"] else score_answer(board.metrics[0], row, sample),
         error=row["error"],
         family=sample.family or answer_type(sample.answers),
-        image=source_row.get("image"),
+        image=run.read_image(row),
         beside=tuple((name, rows[name][sample.sample_id]["prediction"] or "(failed)") for name in others),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmray import metrics
@@ -13,7 +12,8 @@ from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, shared_options
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.schema import Row
+from vlmray.storage.run_folder import RunFolder
 
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
 SPEED = "speed.json"
@@ -36,9 +36,9 @@ class Benchmark:
     runs: Mapping[str, InferenceRun]
     """What each model is asked and where its answers go, by its name."""
 
-    folder: OutputDirectory
+    folder: RunFolder
     samples: tuple[SampleFacts, ...]
-    baseline: Mapping[str, Mapping[str, Any]] | None
+    baseline: Mapping[str, Mapping[str, Row]] | None
     """Rows of the earlier run by model and sample id."""
 
 
@@ -50,10 +50,10 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
         FileNotFoundError: a model or adapter is not there.
     """
     candidates = config.candidates()
+    folder = RunFolder.find(config.output_dir, "benchmark")
     runs = {candidate.name: _plan(config, candidate) for candidate in candidates}
     first = runs[candidates[0].name]
     names = _metric_names(config, first.spec.metric)
-    folder = OutputDirectory.create(config.output_dir, "parquet")
     samples = tuple(read_facts(first))
     if names and not any(sample.answers for sample in samples):
         raise OptionError(
@@ -62,7 +62,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
             "pass --metrics none to measure speed alone",
         )
     if config.overwrite:
-        (Path(folder.uri) / SPEED).unlink(missing_ok=True)
+        folder.delete(SPEED)
     baseline = (
         read_baseline(config.baseline, describe_samples(config, first, samples)) if config.baseline else None
     )

@@ -13,6 +13,7 @@ from vlmray.dataset.rows import read_rows
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
+from vlmray.schema import GenerationRequest, Row
 
 CHUNK = 32  # rows read, and written, at a time
 
@@ -40,7 +41,9 @@ def _num_pixels(image: bytes | None) -> int | None:
         return None  # its row says why
 
 
-def read_requests(run: InferenceRun, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+def read_requests(
+    run: InferenceRun, indices: Sequence[int]
+) -> Iterator[tuple[Row, GenerationRequest | None]]:
     """Read and prepare rows; yield each with its request, or None where it cannot be asked."""
     for start in range(0, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]

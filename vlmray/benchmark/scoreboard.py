@@ -12,14 +12,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from vlmray import metrics
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.metrics.significance import ALPHA, Difference, Interval, holm, mean_interval, paired_difference
 from vlmray.reports.errors import NO_FAMILY
+from vlmray.schema import Row
 
-Row = Mapping[str, Any]
+Rows = Mapping[str, Mapping[str, Row]]
+"""Result rows by model and sample id."""
+
 Verdict = Literal["better", "worse", "no significant change"]
 
 _NUMBER = re.compile(r"[-+]?[$€£]?\s*\d[\d,.]*\s*%?")
@@ -97,7 +100,7 @@ class Scoreboard:
 
 def score_models(
     samples: Sequence[SampleFacts],
-    rows: Mapping[str, Mapping[str, Row]],
+    rows: Rows,
     metric_names: Sequence[str],
     *,
     num_resamples: int = 9_999,

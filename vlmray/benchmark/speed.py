@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmray.benchmark.endpoint import Endpoint, Timed
@@ -16,6 +14,7 @@ from vlmray.benchmark.samples import read_requests
 from vlmray.config import BenchmarkConfig, options_that_affect
 from vlmray.errors import OptionError
 from vlmray.schema import GenerationRequest
+from vlmray.storage.resuming import changed_options
 
 
 async def measure_speed(
@@ -81,11 +80,10 @@ def to_measure(
 
 def read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
     """Return what an earlier start of this run measured."""
-    path = Path(benchmark.folder.uri) / SPEED
-    if benchmark.config.offline or not path.is_file():
+    if benchmark.config.offline:
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["options"] != _speed_options(benchmark.config):
+    found = benchmark.folder.read_json(SPEED, cure="delete it to have speed measured again")
+    if found is None or changed_options(found["options"], _speed_options(benchmark.config)):
         return []
     return [SpeedPoint.from_json(point) for point in found["points"]]
 
@@ -95,7 +93,7 @@ def write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
         "options": _speed_options(benchmark.config),
         "points": [dataclasses.asdict(point) for point in speed],
     }
-    benchmark.folder.write_text(SPEED, json.dumps(found, indent=2) + "\n")
+    benchmark.folder.write_json(SPEED, found)
 
 
 def _speed_options(config: BenchmarkConfig) -> dict[str, Any]:

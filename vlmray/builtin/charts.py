@@ -163,7 +163,7 @@ class QuestionRow(TypedDict):
     family: str
 
 
-class Row(QuestionRow):
+class ChartRow(QuestionRow):
     """One question about one chart."""
 
     image: bytes
@@ -200,14 +200,14 @@ class ChartDataset:
     def __len__(self) -> int:
         return self.config.num_rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> ChartRow:
         """Return a row.
 
         Raises:
             IndexError: `index` is negative or not below the number of rows.
         """
         png = self._png(self._locate(index)[0])
-        return Row(image=png, image_id=self.image_id(index), **self.ask(index))
+        return ChartRow(image=png, image_id=self.image_id(index), **self.ask(index))
 
     def image_id(self, index: int) -> str:
         """Name the image of a row; rows of one image follow each other."""
@@ -219,7 +219,7 @@ class ChartDataset:
         family, question = self._ask(self._chart(image_index), image_index, slot)
         return QuestionRow(question=question.text, answers=[question.answer], family=family)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[ChartRow]:
         return (self[index] for index in range(len(self)))
 
     def chart(self, index: int) -> Chart:
@@ -264,6 +264,7 @@ class ChartsSource:
     column_names = ("image", "image_id", "question", "answers", "family")
     on_driver = False
     base_dir = None
+    same_image_column = "image_id"
 
     def __init__(self, name: str, split: str) -> None:
         with mistake_in("dataset_name"):

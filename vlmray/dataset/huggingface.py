@@ -151,6 +151,7 @@ class HFSource:
     """A split that `datasets` loaded: memory-mapped on the driver's machine, pickled as its path."""
 
     on_driver = True
+    same_image_column = None
 
     def __init__(
         self, dataset: datasets.Dataset, base_dir: Path | None = None, path: Path | None = None,

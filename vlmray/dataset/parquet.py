@@ -25,6 +25,7 @@ class ParquetSource:
     """Parquet files behind a URI, read where the rows are needed and never through the driver."""
 
     on_driver = False
+    same_image_column = None
     base_dir = None
 
     def __init__(self, uri: str, split: str) -> None:

@@ -40,13 +40,19 @@ def read_rows(source: Source, spec: DatasetSpec, split: str, indices: Sequence[i
     ]
 
 
+def read_image(source: Source, spec: DatasetSpec, split: str, index: int) -> bytes | None:
+    """Read the image of a row, still encoded; None where it has none, or only a URL."""
+    (row,) = read_rows(source, spec, split, [index])
+    return row.get("image")
+
+
 def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border: int, reach: int) -> int:
-    column = spec.image_column
+    column = source.same_image_column or spec.image_column
     if column is None or not 0 < border < len(selected):
         return min(border, len(selected))
 
     def image(position: int) -> Any:
-        return source.read([selected[position]])[0][column]
+        return source.read([selected[position]], [column])[0][column]
 
     last = image(border - 1)
     if last is None:
@@ -55,7 +61,7 @@ def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border:
     return next((at for at in range(border, farthest) if image(at) != last), farthest)
 
 
-def _read_row(row: Row, source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
+def _read_row(row: dict[str, Any], source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
     name = sample_id(split, index)
     try:
         asked_row = sample_row(to_sample(row, spec, name), source.base_dir)

@@ -36,6 +36,11 @@ class Source(Protocol):
         """Folder that relative image paths start from, where the source has one."""
         ...
 
+    @property
+    def same_image_column(self) -> str | None:
+        """Column whose values tell which rows have an image in common; None: the images themselves do."""
+        ...
+
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:

@@ -30,10 +30,11 @@ from vlmray.finetune.results import TrainingReport
 from vlmray.inference.job import run_inference
 from vlmray.inference.plan import plan_inference
 from vlmray.reports.errors import group_errors
-from vlmray.reports.gallery import GalleryItem, Row
+from vlmray.reports.gallery import GalleryItem
 from vlmray.reports.page import Fact
 from vlmray.reports.text import format_duration
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.schema import Row
+from vlmray.storage.run_folder import RunFolder
 
 _TRAINED = trained_charts()
 """Its families are asked along in training: taught one family alone, the model would forget the others."""
@@ -71,7 +72,7 @@ def run_demo(config: DemoConfig) -> ComparisonReport:
         gallery=tuple(_gallery(config, before, after)),
         options=dataclasses.asdict(config),
     )
-    OutputDirectory.create(config.output_dir).write_text("report.html", render_comparison_html(report))
+    RunFolder.create(config.output_dir).write_text("report.html", render_comparison_html(report))
     return report
 
 
@@ -87,7 +88,7 @@ def _charts(num_charts: int, families: Sequence[str]) -> ChartsConfig:
     )  # fmt: skip
 
 
-def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[dict[str, Any]]:
+def _answer(config: DemoConfig, folder: str, adapter: str | None) -> list[Row]:
     """Answer the held-out charts, and return the result rows."""
     run = plan_inference(
         InferConfig(

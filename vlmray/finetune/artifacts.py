@@ -28,7 +28,7 @@ from vlmray.models import lora
 from vlmray.models.merging import copy_side_files, merge_adapter
 from vlmray.models.processors import load_processor
 from vlmray.models.source import ModelSource
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.storage.run_folder import RunFolder
 from vlmray.training.run import TrainingRun
 from vlmray.training.worker import ANSWERS_FILE, Outcome
 
@@ -36,7 +36,7 @@ _WEIGHTS = {ADAPTER: ("adapter_config.json", "adapter_model*"), MODEL: ("config.
 
 
 def write_artifacts(
-    run: TrainingRun, outcome: Outcome, checkpoint: Path, folder: OutputDirectory
+    run: TrainingRun, outcome: Outcome, checkpoint: Path, folder: RunFolder
 ) -> tuple[Check, ...]:
     """Write adapter (or model) and merged model into the output folder, and check them.
 

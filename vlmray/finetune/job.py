@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 from ray.train import ScalingConfig
@@ -24,6 +24,8 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConf
 from ray.train.v2.api.result import Result
 
 from vlmray import cluster
+from vlmray.dataset.rows import read_image
+from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
 from vlmray.finetune.artifacts import training_record, write_artifacts
 from vlmray.finetune.plan import CHECKPOINTS, FinetuneError, FinetuneRun
@@ -33,7 +35,9 @@ from vlmray.finetune.report import render_training_html
 from vlmray.finetune.results import Check, TrainingReport
 from vlmray.reports.errors import group_errors
 from vlmray.reports.gallery import GalleryItem
-from vlmray.storage.run_folder import OutputDirectory, open_filesystem
+from vlmray.schema import Row
+from vlmray.storage.filesystem import open_filesystem
+from vlmray.storage.run_folder import RunFolder
 from vlmray.training.run import EVALUATION, TRAIN, TrainingRun
 from vlmray.training.samples import Conversations
 from vlmray.training.worker import Outcome
@@ -120,7 +124,7 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
     )
 
 
-def _storage(folder: OutputDirectory) -> dict[str, Any]:
+def _storage(folder: RunFolder) -> dict[str, Any]:
     """Return where Ray Train keeps checkpoints; a URI is opened here, since it may say how to."""
     if folder.is_local:
         return {"storage_path": folder.uri}
@@ -152,7 +156,7 @@ def _write_artifacts(
 
 
 def _write_artifacts_here(
-    run: TrainingRun, outcome: Outcome, checkpoint: ray.train.Checkpoint, folder: OutputDirectory
+    run: TrainingRun, outcome: Outcome, checkpoint: ray.train.Checkpoint, folder: RunFolder
 ) -> tuple[Check, ...]:
     with checkpoint.as_directory() as local:
         return write_artifacts(run, outcome, Path(local), folder)
@@ -179,14 +183,15 @@ def _report(run: FinetuneRun, outcome: Outcome, checks: Sequence[Check], elapsed
         checks=tuple(checks),
         errors=group_errors({"sample_id": name, "error": failed[name]} for name in sorted(failed)),
         options=dataclasses.asdict(config),
-        gallery=tuple(_gallery(run.data.evaluation, outcome.answered[:_GALLERY_SIZE])),
+        gallery=tuple(_gallery(run.data.evaluation, cast(list[Row], outcome.answered[:_GALLERY_SIZE]))),
     )
 
 
-def _gallery(evaluation: Conversations | None, answered: Sequence[dict[str, Any]]) -> Iterator[GalleryItem]:
+def _gallery(evaluation: Conversations | None, answered: Sequence[Row]) -> Iterator[GalleryItem]:
     """Show answered evaluation samples with their images, read again from the source."""
+    if evaluation is None:
+        return
+    source, spec, split = evaluation.source, evaluation.spec, evaluation.split
+    indices = {sample_id(split, index): index for sample in evaluation.turns for index in sample}
     for row in answered:
-        assert evaluation is not None
-        index = int(row["sample_id"].rpartition("-")[2])
-        (sample,) = dataclasses.replace(evaluation, turns=[(index,)]).read([0])
-        yield GalleryItem.from_row(row, sample.get("image"))
+        yield GalleryItem.from_row(row, read_image(source, spec, split, indices[row["sample_id"]]))

@@ -12,7 +12,7 @@ from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
 from vlmray.models.source import ModelSource
-from vlmray.storage.run_folder import OutputDirectory
+from vlmray.storage.run_folder import RunFolder
 from vlmray.training.arguments import check_sft_options
 from vlmray.training.run import TrainingData, TrainingRun
 from vlmray.training.samples import Conversations, check_answers, group_turns
@@ -32,7 +32,7 @@ class FinetuneRun:
     training: TrainingRun
     data: TrainingData
     workers: cluster.WorkerPlan
-    folder: OutputDirectory
+    folder: RunFolder
 
     @property
     def config(self) -> FinetuneConfig:
@@ -100,43 +100,31 @@ def _check_lora_targets(config: FinetuneConfig, model: ModelSource) -> None:
     lora.find_lora_targets(skeleton, lora_config_of(config))
 
 
-def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) -> OutputDirectory:
+class _TrainingFolder(RunFolder):
+    """The folder of a fine-tuning run: checkpoints, and what was made of one."""
+
+    def written(self) -> list[str]:
+        return [name for name in (CHECKPOINTS, ADAPTER, MODEL, MERGED) if self.has(name)]
+
+
+def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) -> RunFolder:
     """Open the output folder for a new run, or for the one it holds if that is to be resumed.
 
     Raises:
         ValueError: it holds another run, or none to resume.
     """
     config = training.config
-    folder = OutputDirectory.create(config.output_dir)
-    options = {
-        "job": "finetune",
-        **options_that_affect(config, "result"),
-        **model.fingerprints,
-        "dataset_fingerprint": data.train.source.fingerprint(),
-        "samples_per_step": training.samples_per_step,
-        **dataclasses.asdict(data.train.spec),
-    }
-    found = folder.read_options()
-    results = [name for name in (CHECKPOINTS, ADAPTER, MODEL, MERGED) if folder.has(name)]
-    if (found is None and results) or (found is not None and found.get("job") != options["job"]):
-        raise ValueError(
-            f"--output_dir {config.output_dir} holds what no fine-tuning run left; choose another folder"
-        )
-    if config.resume:
-        if found is None:
-            raise ValueError(
-                f"--output_dir {config.output_dir} holds no run to go on with; leave out --resume"
-            )
-        if results:  # a run that ended before its first checkpoint binds nobody to its options
-            folder.check_options(options)
-    elif results and not config.overwrite:
-        raise ValueError(
-            f"--output_dir {config.output_dir} holds an earlier run; pass --resume to go on with it, "
-            "--overwrite to delete it, or choose another folder"
-        )
-    else:
-        for name in results:
-            folder.delete_folder(name)
+    folder = _TrainingFolder.open(
+        config.output_dir,
+        {
+            "job": "finetune",
+            **options_that_affect(config, "result"),
+            **model.fingerprints,
+            "dataset_fingerprint": data.train.source.fingerprint(),
+            "samples_per_step": training.samples_per_step,
+            **dataclasses.asdict(data.train.spec),
+        },
+        earlier="require" if config.resume else "delete" if config.overwrite else "refuse",
+    )
     folder.reopen()
-    folder.write_options(options)
     return folder

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from vlmray import __version__, cluster
 from vlmray.config import InferConfig
-from vlmray.dataset.rows import read_rows
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
 from vlmray.errors import RunError
@@ -99,7 +98,7 @@ def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm:
 def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
     names = [sample_id(run.config.dataset_split, index) for index in run.selected]
-    rows = run.folder.read_results(_SUMMARY_COLUMNS, sample_ids=names).to_pylist()
+    rows = run.folder.rows(_SUMMARY_COLUMNS, sample_ids=names)
     if len(rows) != len(run.selected):
         raise InferenceError(f"{len(run.selected)} rows in, {len(rows)} results; run the same command again")
     pending = {sample_id(run.config.dataset_split, index) for index in run.pending}
@@ -138,16 +137,5 @@ def _title(config: InferConfig) -> str:
 
 def _gallery(run: InferenceRun, rows: Sequence[Row]) -> tuple[GalleryItem, ...]:
     chosen = [row["sample_id"] for row in choose_gallery(rows)]
-    found = run.folder.read_results(sample_ids=chosen).to_pylist()
-    by_name = {row["sample_id"]: row for row in found}
-    return tuple(GalleryItem.from_row(by_name[name], _image_of(run, by_name[name])) for name in chosen)
-
-
-def _image_of(run: InferenceRun, row: Row) -> bytes | None:
-    """Return the image of a result: as written, or from its source where only Parquet was written."""
-    image = run.folder.read_image(row["sample_id"])
-    if image is not None or run.folder.output_format != "parquet" or row["error"]:
-        return image
-    index = row["row_index"]
-    (source_row,) = read_rows(run.source, run.spec, run.config.dataset_split, [index])
-    return source_row.get("image")
+    found = {row["sample_id"]: row for row in run.folder.rows(sample_ids=chosen)}
+    return tuple(GalleryItem.from_row(found[name], run.read_image(found[name])) for name in chosen)

@@ -32,10 +32,10 @@ from vlmray.dataset.rows import read_chunk
 from vlmray.engines import load_engine
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
+from vlmray.inference.results import ResultFolder, pick
 from vlmray.inference.stages import ROW_SCHEMA, Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row
-from vlmray.storage.run_folder import OutputDirectory
 
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
@@ -211,13 +211,13 @@ class _Replica:
             self._spans = []  # the first chunk says when the model was loaded
 
 
-def _score_and_save(chunk: pa.Table, *, task: Task, folder: OutputDirectory) -> pa.Table:
+def _score_and_save(chunk: pa.Table, *, task: Task, folder: ResultFolder) -> pa.Table:
     """Score and write rows, and leave of them what the driver counts."""
     rows, spans = _unpack(chunk)
     watch = Watch()
     rows = [stages.score_row(row, task) for row in rows]
     stages.save_rows(rows, folder)
-    left = [{name: row.get(name) for name in _PROGRESS_COLUMNS} for row in rows]
+    left = [pick(row, _PROGRESS_COLUMNS) for row in rows]
     return _pack(Chunk(left, [*spans, watch.span("write")]))
 
 

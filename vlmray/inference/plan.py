@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from vlmray.config import InferConfig, options_that_affect
 from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
+from vlmray.inference.results import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
-from vlmray.storage.run_folder import OutputDirectory, prepare_output_directory
+from vlmray.schema import Row
 
 
 def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
@@ -31,7 +33,7 @@ def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> Infer
     questions = open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
-    folder = prepare_output_directory(
+    folder = ResultFolder.open(
         config.output_dir,
         {
             **options_that_affect(config, "result"),
@@ -40,8 +42,8 @@ def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> Infer
             "dataset_fingerprint": source.fingerprint(),
             "endpoint": endpoint,
         },
+        earlier="delete" if config.overwrite else "resume",
         output_format=config.output_format,
-        overwrite=config.overwrite,
     )
     finished = folder.finished()
     names = {index: sample_id(config.dataset_split, index) for index in selected}
@@ -80,10 +82,17 @@ class InferenceRun:
     source: Source
     spec: DatasetSpec
     task: Task
-    folder: OutputDirectory
+    folder: ResultFolder
 
     selected: Sequence[int]
     """Row indices of the selection."""
 
     pending: Sequence[int]
     """Row indices still to answer."""
+
+    def read_image(self, row: Row) -> bytes | None:
+        """Read the image of a result: as it was written, or else from its source."""
+        written = self.folder.read_image(row["sample_id"])
+        if written is not None:
+            return written
+        return read_image(self.source, self.spec, self.config.dataset_split, row["row_index"])

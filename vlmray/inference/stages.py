@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,8 +25,8 @@ from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, sample_row
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
+from vlmray.inference.results import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample
-from vlmray.storage.run_folder import RESULT_SCHEMA, OutputDirectory
 
 ROW_SCHEMA = pa.schema(
     [
@@ -122,18 +123,21 @@ def generate_rows(
 
 def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
     """Turn prepared rows into requests; the engine decodes their images while it generates."""
-    return [
-        GenerationRequest(
-            request_id=row["sample_id"],
-            messages=json.loads(row["messages"]),
-            images=[] if row.get("image") is None else [row["image"]],
-            max_new_tokens=task.max_new_tokens,
-            temperature=task.temperature,
-            top_p=task.top_p,
-            seed=task.seed,
-        )
-        for row in rows
-    ]
+    return [_make_request(row, task) for row in rows]
+
+
+def _make_request(row: Row, task: Task) -> GenerationRequest:
+    messages, image = row["messages"], row.get("image")
+    assert messages is not None
+    return GenerationRequest(
+        request_id=row["sample_id"],
+        messages=json.loads(messages),
+        images=[] if image is None else [image],
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        top_p=task.top_p,
+        seed=task.seed,
+    )
 
 
 def answered(completion: Completion) -> Row:
@@ -152,30 +156,29 @@ def score_row(row: Row, task: Task) -> Row:
     """Score an answered row that has answers to compare with; mark a failed one."""
     if row["error"] is not None:
         row["finish_reason"] = "error"
-    elif row["answers"]:
+    elif row["answers"] and (prediction := row["prediction"]) is not None:
         row["metric"] = task.metric
-        row["score"] = metrics.score(task.metric, row["prediction"], row["answers"]).value
+        row["score"] = metrics.score(task.metric, prediction, row["answers"]).value
     return row
 
 
-def asked(row: Row) -> Row:
+def asked(row: Row) -> dict[str, Any]:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
     messages = row.get("messages")
     return {
-        **{name: row.get(name) for name in ASKED_COLUMNS},
+        **pick(row, ASKED_COLUMNS),
         "messages": json.loads(messages) if messages else None,
         "image": f"{row['sample_id']}_img.jpg" if row.get("jpeg") else None,
     }
 
 
-def save_rows(rows: Sequence[Row], folder: OutputDirectory) -> None:
+def save_rows(rows: Sequence[Row], folder: ResultFolder) -> None:
     """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
-    results = [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
-    folder.save(results, [asked(row) for row in rows], [row.get("jpeg") for row in rows])
+    folder.save(rows, [asked(row) for row in rows], [row.get("jpeg") for row in rows])
 
 
 def process_single_sample(
-    sample: Sample, engine: Engine, task: Task, folder: OutputDirectory | None = None
+    sample: Sample, engine: Engine, task: Task, folder: ResultFolder | None = None
 ) -> Row:
     """Answer one sample without Ray: prepare, generate, score, and write it if a folder is given.
 

@@ -13,8 +13,9 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from vlmray.reports.errors import NO_FAMILY, is_failed
-from vlmray.reports.gallery import Row, Verdict, verdict_of
+from vlmray.reports.gallery import Verdict, verdict_of
 from vlmray.reports.text import read_number
+from vlmray.schema import Row
 
 
 def _family_of(row: Row) -> str:

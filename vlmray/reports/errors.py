@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmray.reports.gallery import Row
 from vlmray.reports.tables import Column, Table
 from vlmray.reports.text import shorten
+from vlmray.schema import Row
 
 NO_FAMILY = "(no family)"
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
 from vlmray.reports.text import read_number
-
-Row = Mapping[str, Any]
-"""A result row; `GalleryItem.from_row` says what it reads."""
+from vlmray.schema import Row
 
 Verdict = Literal["wrong", "partial", "failed", "right", "unscored"]
 

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy
 from vlmray.config import NAME
 from vlmray.models.checks import check_adapter_folder
 from vlmray.storage.cache import cache_folder, make_once
-from vlmray.storage.run_folder import open_filesystem
+from vlmray.storage.filesystem import open_filesystem
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

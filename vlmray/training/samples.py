@@ -14,13 +14,12 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from vlmray.builtin.charts import ChartsSource
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import fetch_images, read_rows
@@ -52,6 +51,17 @@ SAMPLE_SCHEMA = pa.schema(
     }
 )
 """Columns of a sample on its way to a training worker; a row without a sample_id is an empty slot."""
+
+
+class SampleRow(Row, total=False):
+    """A sample on its way to a training worker: the first of its rows, all their turns as messages."""
+
+    pixels: bytes | None
+    """RGB, row by row."""
+
+    width: int
+    height: int
+
 
 _NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
 _ROWS_PER_READ = 256
@@ -104,7 +114,7 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.turns)
 
-    def read(self, samples: Sequence[int | None]) -> list[Row]:
+    def read(self, samples: Sequence[int | None]) -> list[SampleRow]:
         """Read samples, images still encoded; None gives an empty slot."""
         wanted = [row for sample in samples if sample is not None for row in self.turns[sample]]
         rows = iter(read_rows(self.source, self.spec, self.split, wanted))
@@ -113,9 +123,9 @@ class Conversations:
             for sample in samples
         ]
 
-    def _join(self, rows: Sequence[Row]) -> Row:
+    def _join(self, rows: Sequence[Row]) -> SampleRow:
         """Make one sample of rows that ask about one image; the first row names it."""
-        sample = {name: rows[0].get(name) for name in SAMPLE_SCHEMA.names}
+        sample = cast(SampleRow, {name: rows[0].get(name) for name in SAMPLE_SCHEMA.names})
         sample["error"] = next((row["error"] for row in rows if row["error"] is not None), None)
         if sample["error"] is None:
             try:
@@ -172,8 +182,7 @@ def _group(
 
 def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:
     """Yield what tells the image of each row from others."""
-    # The charts say which rows share an image; elsewhere, whatever a column is called, images are compared.
-    column = "image_id" if isinstance(source, ChartsSource) else spec.image_column
+    column = source.same_image_column or spec.image_column
     for start in range(0, len(selected), _ROWS_PER_READ):
         indices = selected[start : start + _ROWS_PER_READ]
         if column is None:
@@ -227,7 +236,7 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
     )
 
 
-def open_images(rows: Sequence[Row]) -> list[Row]:
+def open_images(rows: Sequence[SampleRow]) -> list[SampleRow]:
     """Fetch and decode the images of samples: their pixels take the place of the encoded bytes."""
     asked = [row for row in rows if row.get("sample_id") and row["error"] is None]
     fetch_images(asked)
@@ -244,18 +253,19 @@ def open_images(rows: Sequence[Row]) -> list[Row]:
     return list(rows)
 
 
-def to_feature(row: Row) -> Row | None:
+def to_feature(row: SampleRow) -> Feature | None:
     """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
     if not row.get("sample_id"):
         return None
     feature = {name: row.get(name) for name in ("sample_id", "question", "answers", "family")}
     if row["error"] is not None:
         return {**feature, "error": row["error"]}
-    images = []
-    if row.get("pixels") is not None:
+    images, messages = [], row["messages"]
+    if (pixels := row.get("pixels")) is not None:
         size = (row["width"], row["height"])
-        images.append(Image.frombuffer("RGB", size, row["pixels"], "raw", "RGB", 0, 1))
-    return {**feature, "messages": json.loads(row["messages"]), "images": images}
+        images.append(Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1))
+    assert messages is not None
+    return {**feature, "messages": json.loads(messages), "images": images}
 
 
 def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:
