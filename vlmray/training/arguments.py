@@ -40,8 +40,13 @@ _SET_BY_VLMRAY = (
 """Fields of SFTConfig that are decided here or make no sense with images, planned batches or Ray."""
 
 
-def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
+def sft_arguments(run: TrainingRun, scratch: Path, *, goes_on: bool = False) -> SFTConfig:
     """Translate the options into TRL's.
+
+    Args:
+        run: What to do.
+        scratch: Folder for checkpoints.
+        goes_on: There is a checkpoint: the model before training was evaluated when that began.
 
     Raises:
         ValueError: bfloat16 where this worker's device has none.
@@ -72,7 +77,7 @@ def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
         "logging_nan_inf_filter": False,  # a loss that is not a number must show
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps,
-        "eval_on_start": evaluates,
+        "eval_on_start": evaluates and not goes_on,
         "metric_for_best_model": run.eval_metric if evaluates else None,
         "greater_is_better": run.greater_is_better,
         "save_strategy": "steps",
