@@ -21,6 +21,7 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.processes import finished, parquet_rows, run, start, wait_until
+from vlmray.benchmark.asking import free_port
 
 SLICE = ROOT.parent / "shared" / "data" / "chartqa"
 FAKE = ["--engine", "fake", "--dataset_name", "charts?num_rows=96&seed=3", "--sample_slices", "[:]"]
@@ -176,11 +177,6 @@ def cluster() -> Iterator[str]:
 
 def ray_executable() -> str:
     return str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def answers(port: int) -> bool:

@@ -10,6 +10,7 @@ from ray.train import UserCallback
 from tqdm import tqdm
 
 from vlmray import cluster
+from vlmray.reports.bar import open_bar
 from vlmray.reports.text import shorten
 
 
@@ -97,9 +98,4 @@ class ProgressBar:
         self._bar.update(step - self._bar.n)
 
     def _open(self, step: int) -> tqdm:
-        # In a file or a job's log every refresh is a line of its own, so there are few of them.
-        interval = 0.2 if sys.stderr.isatty() else 15
-        return tqdm(
-            total=self._num_steps, initial=step, unit=" steps", mininterval=interval, dynamic_ncols=True,
-            smoothing=0.05,
-        )  # fmt: skip
+        return open_bar(self._num_steps, step, "steps", smoothing=0.05)
