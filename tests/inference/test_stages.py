@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from PIL import Image
 
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
-from vlmray.dataset.rows import fetch_images, read_chunk, read_rows, sample_row
-from vlmray.dataset.slices import parse_sample_slices
-from vlmray.dataset.sources import open_source
+from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
+from vlmray.dataset.rows import fetch_images, read_chunk, sample_row
 from vlmray.engines.fake import FakeEngine
 from vlmray.inference.stages import (
-    ROW_SCHEMA,
     Task,
     generate_rows,
     prepare_rows,
@@ -33,145 +26,16 @@ from vlmray.inference.stages import (
 from vlmray.schema import Completion, GenerationRequest, Sample
 from vlmray.storage.run_folder import RESULT_SCHEMA, prepare_output_directory
 
-SPEC = DatasetSpec(question_column="question", image_column="image", answer_column="answer")
-TASK = Task(prompt_template="{question}", metric="exact_match")
-
-
-def _image(number: int = 0, *, kind: str = "PNG", size: tuple[int, int] = (32, 24)) -> bytes:
-    buffer = BytesIO()
-    Image.new("RGB", size, (number % 256, 0, 0)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-class _ListSource:
-    """A source over rows in memory."""
-
-    on_driver = True
-    column_names = ("question", "image", "answer")
-
-    def __init__(self, rows: list[dict[str, Any]], base_dir: str | None = None) -> None:
-        self._rows = rows
-        self.base_dir = base_dir
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        return [{name: self._rows[index][name] for name in columns or self.column_names} for index in indices]
-
-
-def _runs(rng: random.Random) -> _ListSource:
-    """Make rows in runs of equal images, some without an image, some runs alike."""
-    rows: list[dict[str, Any]] = []
-    for _ in range(rng.randint(1, 15)):
-        image = rng.choice([None, b"0", b"1", {"bytes": b"2", "path": "x"}, "http://127.0.0.1:9/a.png"])
-        rows += [{"question": "Why?", "image": image, "answer": "x"}] * rng.randint(1, 6)
-    return _ListSource(rows)
-
-
-def _random_selection(rng: random.Random, num_rows: int) -> list[int]:
-    while True:
-        start, stop = (rng.choice([None, rng.randint(-num_rows, num_rows)]) for _ in range(2))
-        selected = list(range(num_rows))[start : stop : rng.choice([1, 1, 1, 2, 3, -1, -2])]
-        if rng.random() < 0.2:
-            selected = [index for index in selected if rng.random() < 0.7]  # what resuming leaves
-        if selected:
-            return selected
-
-
-def test_chunks_partition_the_selection() -> None:
-    rng = random.Random(0)
-    for _ in range(1500):
-        source = _runs(rng)
-        selected = _random_selection(rng, len(source))
-        size = rng.randint(1, 9)
-        chunks = []
-        for start in range(0, len(selected), size):
-            # A Ray task is given the row before its chunk and a chunk more, not the whole selection.
-            first = max(0, start - 1)
-            near = selected[first : start + 2 * size + 1]
-            whole = read_chunk(source, SPEC, "test", selected, start, start + size)
-            assert read_chunk(source, SPEC, "test", near, start - first, start - first + size) == whole
-            chunks.append([row["row_index"] for row in whole])
-        assert [index for chunk in chunks for index in chunk] == selected
-        _check_runs(source, selected, size, chunks)
-
-
-def _check_runs(source: _ListSource, selected: list[int], size: int, chunks: list[list[int]]) -> None:
-    """A run of one image that is not longer than a chunk is in one chunk; no chunk is over twice its size."""
-    assert max(map(len, chunks)) <= 2 * size
-    chunk_of = {index: number for number, chunk in enumerate(chunks) for index in chunk}
-    for image, run in groupby(selected, key=lambda index: source.read([index])[0]["image"]):
-        indices = list(run)
-        if image is not None and len(indices) <= size:
-            assert len({chunk_of[index] for index in indices}) == 1
-
-
-def test_rows_without_images_are_not_moved() -> None:
-    rows = [{"question": f"{number}?", "image": None, "answer": "x"} for number in range(10)]
-    plain = DatasetSpec(question_column="question")
-    for spec in (SPEC, plain):
-        chunks = [read_chunk(_ListSource(rows), spec, "test", range(10), at, at + 4) for at in (0, 4, 8)]
-        assert [len(chunk) for chunk in chunks] == [4, 4, 2]
-
-
-def test_rows_carry_what_the_dataset_says() -> None:
-    name = "charts?num_rows=40&seed=5"
-    source = open_source(name, "test")
-    spec = get_dataset_columns(name, source.column_names)
-    selected = parse_sample_slices("[-3:],[::13]", len(source))
-    rows = read_chunk(source, spec, "test", selected, 0, len(selected))
-    for index, row in zip(selected, rows, strict=True):
-        (expected,) = source.read([index])
-        assert row["sample_id"] == f"test-{index:06d}"
-        assert row["row_index"] == index
-        assert row["error"] is None
-        for column in ("image", "question", "answers", "family"):
-            assert row[column] == expected[column]
-
-
-def test_rows_by_index_are_those_of_chunks() -> None:
-    name = "charts?num_rows=20"
-    source = open_source(name, "test")
-    spec = get_dataset_columns(name, source.column_names)
-    whole = read_chunk(source, spec, "test", range(20), 0, 20)
-    for order in ([7, 3, 3, 19, 0], [], range(20)):
-        assert read_rows(source, spec, "test", order) == [whole[index] for index in order]
-
-
-def test_a_row_that_is_no_sample_is_an_error_row() -> None:
-    rows = [
-        {"question": "Why?", "image": ["a.png", "b.png"], "answer": "x"},
-        {"question": "Why?", "image": _image(), "answer": "x"},
-    ]
-    broken, fine = read_chunk(_ListSource(rows), SPEC, "test", [0, 1], 0, 2)
-    assert (broken["sample_id"], broken["row_index"]) == ("test-000000", 0)
-    assert broken["error"] == "the row has 2 images; one a question is supported"
-    assert fine["error"] is None
-    _check_arrow(prepare_rows([broken, fine], TASK))
-
-
-def _check_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Send rows through Arrow, as between Ray stages, and see that nothing is lost."""
-    back = pa.Table.from_pylist(rows, ROW_SCHEMA).to_pylist()
-    for row, sent in zip(back, rows, strict=True):
-        assert set(sent) <= set(ROW_SCHEMA.names)
-        assert {name: row[name] for name in sent} == sent
-    return back
-
-
-# Prepare
-
 
 def _prepared(image: Any = None, question: str = "Why?", task: Task = TASK, **fields: Any) -> dict[str, Any]:
     sample = Sample(sample_id="test-000007", question=question, image=image, **fields)
-    (row,) = prepare_rows(_check_arrow([sample_row(sample)]), task)
+    (row,) = prepare_rows(check_arrow([sample_row(sample)]), task)
     return row
 
 
 def test_messages_are_built() -> None:
     task = Task(prompt_template="Q: {question}\n{choices}", system_prompt="Be brief.", metric="exact_match")
-    row = _prepared(_image(), "Größe?", task, choices=("red", "blue"))
+    row = _prepared(make_image(), "Größe?", task, choices=("red", "blue"))
     assert row["error"] is None
     system, user = json.loads(row["messages"])
     assert system["content"] == [{"type": "text", "text": "Be brief."}]
@@ -186,7 +50,7 @@ def test_messages_are_built() -> None:
         (None, " \n", "empty question"),
         (b"", "Why?", "image has 0 bytes"),
         (b"not an image", "Why?", "cannot identify image"),
-        (_image(kind="JPEG", size=(200, 200))[:-300], "Why?", "truncated image"),
+        (make_image(kind="JPEG", size=(200, 200))[:-300], "Why?", "truncated image"),
         ("gone.png", "Why?", "no such file: gone.png"),
         ("", "Why?", "image source is an empty string"),
         ("data:image/png;base64,%%%", "Why?", "data URI is not valid base64"),
@@ -209,7 +73,7 @@ def test_a_bad_row_hurts_no_neighbour_with_the_same_image() -> None:
     def row(number: int, image: bytes | None, question: str = "Why?") -> dict[str, Any]:
         return sample_row(Sample(sample_id=f"test-{number:06d}", question=question, image=image))
 
-    good, bad = _image(1), b"broken"
+    good, bad = make_image(1), b"broken"
     rows = [
         row(0, good),
         row(1, good, ""),
@@ -226,17 +90,17 @@ def test_a_bad_row_hurts_no_neighbour_with_the_same_image() -> None:
 
 def test_paths_start_at_the_sources_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.png").write_bytes(_image(3))
+    (tmp_path / "data" / "a.png").write_bytes(make_image(3))
     monkeypatch.chdir(tmp_path)
     rows = [{"question": "Why?", "image": path, "answer": "x"} for path in ("a.png", "gone.png")]
-    found, missing = read_chunk(_ListSource(rows, str(tmp_path / "data")), SPEC, "test", [0, 1], 0, 2)
-    assert found["image"] == _image(3)
+    found, missing = read_chunk(ListSource(rows, str(tmp_path / "data")), SPEC, "test", [0, 1], 0, 2)
+    assert found["image"] == make_image(3)
     assert missing["error"] == f"no such file: {tmp_path}/data/gone.png"
 
 
 class _Pictures(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = {"/a.png": _image(9), "/text.png": b"hello"}.get(self.path)
+        body = {"/a.png": make_image(9), "/text.png": b"hello"}.get(self.path)
         self.send_response(200 if body else 404)
         self.send_header("Content-Length", str(len(body or b"")))
         self.end_headers()
@@ -260,10 +124,10 @@ def test_urls_are_fetched_when_rows_are_prepared(address: str, monkeypatch: pyte
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     urls = [f"{address}/a.png", f"{address}/gone.png", f"{address}/text.png", "http://127.0.0.1:9/a.png"]
     samples = [Sample(sample_id=f"test-{n:06d}", question="Why?", image=url) for n, url in enumerate(urls)]
-    rows = _check_arrow([sample_row(sample) for sample in samples])
+    rows = check_arrow([sample_row(sample) for sample in samples])
     assert [row["image"] for row in rows] == [None] * 4
-    rows = _check_arrow(prepare_rows(rows, TASK))
-    assert rows[0]["image"] == _image(9)
+    rows = check_arrow(prepare_rows(rows, TASK))
+    assert rows[0]["image"] == make_image(9)
     assert rows[0]["error"] is None
     assert rows[1]["error"] == f"HTTP 404 for {address}/gone.png"
     assert "cannot identify image" in rows[2]["error"]
@@ -272,16 +136,13 @@ def test_urls_are_fetched_when_rows_are_prepared(address: str, monkeypatch: pyte
 
 def test_only_urls_are_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    images = [_image(1), None, f"{address}/a.png", f"{address}/gone.png"]
+    images = [make_image(1), None, f"{address}/a.png", f"{address}/gone.png"]
     rows = [sample_row(Sample(sample_id="test-000000", question="Why?", image=image)) for image in images]
     before = [dict(row) for row in rows]
     fetch_images(rows)
     assert rows[:2] == before[:2]
-    assert rows[2] == {**before[2], "image": _image(9)}
+    assert rows[2] == {**before[2], "image": make_image(9)}
     assert rows[3] == {**before[3], "error": f"HTTP 404 for {address}/gone.png"}
-
-
-# Generate and score
 
 
 def _rows(num_rows: int) -> list[dict[str, Any]]:
@@ -291,7 +152,7 @@ def _rows(num_rows: int) -> list[dict[str, Any]]:
             sample_id=f"test-{n:06d}",
             question="" if n % 4 == 3 else f"Question {n}?",
             answers=("x",),
-            image=_image(n // 3),
+            image=make_image(n // 3),
         )
         for n in range(num_rows)
     ]
@@ -300,9 +161,9 @@ def _rows(num_rows: int) -> list[dict[str, Any]]:
 
 def test_answers_do_not_depend_on_chunks() -> None:
     engine = FakeEngine.from_model_id("fake")
-    together = _check_arrow(generate_rows(_rows(14), engine, TASK))
+    together = check_arrow(generate_rows(_rows(14), engine, TASK))
     alone = [generate_rows([row], engine, TASK)[0] for row in _rows(14)]
-    assert _check_arrow(alone) == together
+    assert check_arrow(alone) == together
     answered = [row for row in together if row["error"] is None]
     assert [row["sample_id"] for row in together] == [f"test-{n:06d}" for n in range(14)]
     assert len({row["prediction"] for row in answered}) == len(answered) == 11
@@ -358,12 +219,11 @@ def test_scores(answers: list[str], score: float | None) -> None:
     assert row.get("metric") == (None if score is None else "exact_match")
 
 
-# Save
-
-
 def test_a_single_sample_is_saved(tmp_path: Path) -> None:
     folder = prepare_output_directory(str(tmp_path), {})
-    sample = Sample(sample_id="test-000003", question="Größe?", answers=("42",), image=_image(5), family="f")
+    sample = Sample(
+        sample_id="test-000003", question="Größe?", answers=("42",), image=make_image(5), family="f"
+    )
     row = process_single_sample(sample, FakeEngine.from_model_id("fake?answer=42"), TASK, folder)
     asked = json.loads((tmp_path / "test-000003_in.json").read_text(encoding="utf-8"))
     result = json.loads((tmp_path / "test-000003_out.json").read_text(encoding="utf-8"))
@@ -383,9 +243,9 @@ def test_a_single_sample_is_saved(tmp_path: Path) -> None:
     [
         (None, "Why?"),
         (b"broken", "Why?"),
-        (_image(kind="JPEG", size=(200, 200))[:-300], "Why?"),  # its header is fine
-        (_image(), ""),
-        (_image(size=(70_000, 2)), "Why?"),  # no JPEG has so many pixels to a side
+        (make_image(kind="JPEG", size=(200, 200))[:-300], "Why?"),  # its header is fine
+        (make_image(), ""),
+        (make_image(size=(70_000, 2)), "Why?"),  # no JPEG has so many pixels to a side
     ],
 )
 def test_what_was_not_asked_or_is_no_jpeg_leaves_no_picture(
@@ -403,7 +263,7 @@ def test_rows_from_arrow_are_saved(tmp_path: Path) -> None:
     rows = [score_row(row, TASK) for row in generate_rows(_rows(9), FakeEngine(), TASK)]
     for output_format in ("files", "parquet", "both"):
         folder = prepare_output_directory(str(tmp_path / output_format), {}, output_format=output_format)
-        save_rows(_check_arrow(rows), folder)
+        save_rows(check_arrow(rows), folder)
         results = sorted(folder.read_results().to_pylist(), key=lambda row: row["sample_id"])
         assert results == [{name: row.get(name) for name in RESULT_SCHEMA.names} for row in rows]
         pictures = sorted(path.name for path in (tmp_path / output_format).glob("*_img.jpg"))

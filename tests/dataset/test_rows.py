@@ -1,0 +1,107 @@
+"""Rows of a selection: read once, in any chunks, by their index."""
+
+from __future__ import annotations
+
+import random
+from itertools import groupby
+from typing import Any
+
+from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
+from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.rows import read_chunk, read_rows
+from vlmray.dataset.slices import parse_sample_slices
+from vlmray.dataset.sources import open_source
+from vlmray.inference.stages import (
+    prepare_rows,
+)
+
+
+def _runs(rng: random.Random) -> ListSource:
+    """Make rows in runs of equal images, some without an image, some runs alike."""
+    rows: list[dict[str, Any]] = []
+    for _ in range(rng.randint(1, 15)):
+        image = rng.choice([None, b"0", b"1", {"bytes": b"2", "path": "x"}, "http://127.0.0.1:9/a.png"])
+        rows += [{"question": "Why?", "image": image, "answer": "x"}] * rng.randint(1, 6)
+    return ListSource(rows)
+
+
+def _random_selection(rng: random.Random, num_rows: int) -> list[int]:
+    while True:
+        start, stop = (rng.choice([None, rng.randint(-num_rows, num_rows)]) for _ in range(2))
+        selected = list(range(num_rows))[start : stop : rng.choice([1, 1, 1, 2, 3, -1, -2])]
+        if rng.random() < 0.2:
+            selected = [index for index in selected if rng.random() < 0.7]  # what resuming leaves
+        if selected:
+            return selected
+
+
+def test_chunks_partition_the_selection() -> None:
+    rng = random.Random(0)
+    for _ in range(1500):
+        source = _runs(rng)
+        selected = _random_selection(rng, len(source))
+        size = rng.randint(1, 9)
+        chunks = []
+        for start in range(0, len(selected), size):
+            # A Ray task is given the row before its chunk and a chunk more, not the whole selection.
+            first = max(0, start - 1)
+            near = selected[first : start + 2 * size + 1]
+            whole = read_chunk(source, SPEC, "test", selected, start, start + size)
+            assert read_chunk(source, SPEC, "test", near, start - first, start - first + size) == whole
+            chunks.append([row["row_index"] for row in whole])
+        assert [index for chunk in chunks for index in chunk] == selected
+        _check_runs(source, selected, size, chunks)
+
+
+def _check_runs(source: ListSource, selected: list[int], size: int, chunks: list[list[int]]) -> None:
+    """A run of one image that is not longer than a chunk is in one chunk; no chunk is over twice its size."""
+    assert max(map(len, chunks)) <= 2 * size
+    chunk_of = {index: number for number, chunk in enumerate(chunks) for index in chunk}
+    for image, run in groupby(selected, key=lambda index: source.read([index])[0]["image"]):
+        indices = list(run)
+        if image is not None and len(indices) <= size:
+            assert len({chunk_of[index] for index in indices}) == 1
+
+
+def test_rows_without_images_are_not_moved() -> None:
+    rows = [{"question": f"{number}?", "image": None, "answer": "x"} for number in range(10)]
+    plain = DatasetSpec(question_column="question")
+    for spec in (SPEC, plain):
+        chunks = [read_chunk(ListSource(rows), spec, "test", range(10), at, at + 4) for at in (0, 4, 8)]
+        assert [len(chunk) for chunk in chunks] == [4, 4, 2]
+
+
+def test_rows_carry_what_the_dataset_says() -> None:
+    name = "charts?num_rows=40&seed=5"
+    source = open_source(name, "test")
+    spec = get_dataset_columns(name, source.column_names)
+    selected = parse_sample_slices("[-3:],[::13]", len(source))
+    rows = read_chunk(source, spec, "test", selected, 0, len(selected))
+    for index, row in zip(selected, rows, strict=True):
+        (expected,) = source.read([index])
+        assert row["sample_id"] == f"test-{index:06d}"
+        assert row["row_index"] == index
+        assert row["error"] is None
+        for column in ("image", "question", "answers", "family"):
+            assert row[column] == expected[column]
+
+
+def test_rows_by_index_are_those_of_chunks() -> None:
+    name = "charts?num_rows=20"
+    source = open_source(name, "test")
+    spec = get_dataset_columns(name, source.column_names)
+    whole = read_chunk(source, spec, "test", range(20), 0, 20)
+    for order in ([7, 3, 3, 19, 0], [], range(20)):
+        assert read_rows(source, spec, "test", order) == [whole[index] for index in order]
+
+
+def test_a_row_that_is_no_sample_is_an_error_row() -> None:
+    rows = [
+        {"question": "Why?", "image": ["a.png", "b.png"], "answer": "x"},
+        {"question": "Why?", "image": make_image(), "answer": "x"},
+    ]
+    broken, fine = read_chunk(ListSource(rows), SPEC, "test", [0, 1], 0, 2)
+    assert (broken["sample_id"], broken["row_index"]) == ("test-000000", 0)
+    assert broken["error"] == "the row has 2 images; one a question is supported"
+    assert fine["error"] is None
+    check_arrow(prepare_rows([broken, fine], TASK))
