@@ -52,6 +52,7 @@ def free_port() -> int:
 
 
 def served_name(benchmark: Benchmark, name: str) -> str:
+    """Return the name that the server knows a model by."""
     if not benchmark.config.endpoint:
         return name
     return next(candidate.model_id for candidate in benchmark.candidates if candidate.name == name)

@@ -99,6 +99,7 @@ class QuestionsConfig(ModelConfig):
 
 
 def parse_replica_range(num_replicas: str | None, *, least: int) -> tuple[int, int] | None:
+    """Read `--num_replicas`: one number, or the least and the most with a comma between them."""
     if num_replicas is None:
         return None
     try:
@@ -113,12 +114,14 @@ def parse_replica_range(num_replicas: str | None, *, least: int) -> tuple[int, i
 
 
 def check_not_empty(config: Any, *, except_for: str = "") -> None:
+    """Refuse options that are an empty string."""
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == "" and field.name != except_for:
             raise ValueError(f"--{field.name} is empty")
 
 
 def check_at_least(config: object, minimum: float, *names: str) -> None:
+    """Refuse options below a minimum; those that are None are not given."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too

@@ -50,6 +50,7 @@ class TellFailures(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Note which worker was lost and why."""
         # A worker that died takes the others' connections with it; theirs is not the cause.
         dead = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
         rank = min(dead or worker_exceptions)
@@ -97,5 +98,5 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def _open(self, step: int) -> tqdm:
+    def _open(self, step: int) -> tqdm[Any]:
         return open_bar(self._num_steps, step, "steps", smoothing=0.05)

@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import ray
 from tqdm import tqdm
@@ -77,7 +78,7 @@ def check_errors(num_failed: int, max_errors: int | None) -> None:
         raise InferenceError(f"{num_failed} rows failed, --max_errors allows {max_errors}")
 
 
-def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm:
+def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm[Any]:
     """Make the bar of a run, with what earlier runs did already on it."""
     done = len(run.selected) - len(run.pending)
     return open_bar(len(run.selected), done, "samples", name=name)

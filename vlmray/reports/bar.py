@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 
-def open_bar(total: int, done: int, unit: str, *, name: str | None = None, smoothing: float = 0) -> tqdm:
+def open_bar(total: int, done: int, unit: str, *, name: str | None = None, smoothing: float = 0) -> tqdm[Any]:
     """Show how far a job is.
 
     Args:

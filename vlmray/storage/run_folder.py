@@ -243,7 +243,7 @@ class OutputDirectory:
     def has(self, name: str) -> bool:
         """Tell whether a file or folder of this name is in here."""
         filesystem, root = open_filesystem(self.uri)
-        return filesystem.get_file_info(f"{root}/{name}").type != FileType.NotFound
+        return bool(filesystem.get_file_info(f"{root}/{name}").type != FileType.NotFound)
 
     def reopen(self) -> None:
         """Mark the folder as holding an unfinished run."""
@@ -323,7 +323,7 @@ class OutputDirectory:
     def _read(self, name: str) -> bytes:
         filesystem, root = open_filesystem(self.uri)
         with filesystem.open_input_file(f"{root}/{name}") as file:
-            return file.read()
+            return bytes(file.read())
 
     def _delete(self, name: str) -> None:
         filesystem, root = open_filesystem(self.uri)
@@ -435,6 +435,7 @@ def _absolute(output_dir: str) -> str:
 
 
 def open_filesystem(uri: str) -> tuple[FileSystem, str]:
+    """Return the filesystem of a folder or URI, and the path in it."""
     if "://" not in uri:
         return LocalFileSystem(), uri
     filesystem, path = FileSystem.from_uri(uri)

@@ -233,11 +233,13 @@ class RunCallback(TrainerCallback):
         """Whether all was made that training needs."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell where training begins."""
         self.begun = True
         self._worker.tell(step=state.global_step, num_steps=state.max_steps, started=True)
         self._saving_since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of a step, and stop after too many errors."""
         self._saving_since = time.perf_counter()
         self.step_ends.append(self._saving_since)
         self._worker.tell(step=state.global_step, num_steps=state.max_steps)
@@ -248,10 +250,12 @@ class RunCallback(TrainerCallback):
                 control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Tell the losses."""
         self._worker.tell(**{name: value for name, value in (logs or {}).items() if "loss" in name})
         self._saving_since = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Keep the metrics for the next checkpoint."""
         self._eval_metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if control.should_training_stop:  # stopped early: what there is has to be kept
             control.should_save = True

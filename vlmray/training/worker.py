@@ -82,16 +82,19 @@ class LocalWorker:
         self._folder = folder
 
     def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
+        """Yield the samples of batches, read here and now."""
         samples = self._data.of(name)
         for batch in self._run.plan(name, self.world_size).batches(self.rank, start, stop):
             yield [to_feature(row) for row in open_images(samples.read(batch))]
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
+        """Give the kept checkpoint."""
         found = self._folder is not None and (self._folder / STATE_FILE).is_file()
         yield self._folder if found else None
 
     def save(self, metrics: Mapping[str, float], folder: Path) -> None:
+        """Keep a checkpoint in place of the last."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             shutil.move(folder, self._folder)
