@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from helpers import processes
@@ -56,6 +57,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LoRA adapter for `tiny_model`, built once."""
     return build_tiny_random_adapter(tmp_path_factory.mktemp("adapters") / "first", tiny_model, seed=1)
+
+
+@pytest.fixture
+def hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of `org/name` in a hub cache of the test's own; it is empty, so no model yet."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    return snapshot
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,9 @@ class JobConfig(Protocol):
     """What every job's options have."""
 
     @property
-    def log_level(self) -> str: ...
+    def log_level(self) -> str:
+        """How much is said."""
+        ...
 
 
 C = TypeVar("C", bound=JobConfig)

@@ -228,7 +228,7 @@ def root_cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)  # of Ray Train, by rank
     if failures:
         error = failures[min(failures)]
-    while (cause := getattr(error, "cause", None) or getattr(error, "_base_exc", None)) is not None:
+    while (cause := getattr(error, "cause", None)) is not None:
         error = cause
     if isinstance(error, OptionError):
         return str(error)

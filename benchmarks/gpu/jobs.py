@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from benchmarks.gpu.setting import Figures, Setting
 from benchmarks.pipeline.overhead import measure_engine, measure_pipeline, read_requests
 from benchmarks.serving import measure_clients, read_samples
 from vlmray import cluster
+from vlmray.benchmark.asking import free_port
 from vlmray.builtin.models import BUILTIN_FOLDER
 from vlmray.config import InferConfig
 from vlmray.engines import build_engine
@@ -102,7 +102,7 @@ def finetune(setting: Setting) -> Figures:
 
 def serve(setting: Setting) -> Figures:
     """Ask a server from 1, 8 and 32 clients, for whole answers and for streams."""
-    port = _free_port()
+    port = free_port()
     options = argparse.Namespace(
         model_id="served",
         dataset_name=setting.dataset_name,
@@ -203,9 +203,3 @@ def _answers(port: int) -> bool:
             return bool(reply.status == 200)
     except (OSError, urllib.error.URLError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

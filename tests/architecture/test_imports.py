@@ -63,7 +63,7 @@ WITH_RAY = {
 WITH_TORCH = {
     "models.loading", "models.inputs", "models.vision", "models.processors", "models.families",
     "models.families.base", "models.families.patches", "models.families.qwen2_5_vl",
-    "training.worker", "training.trainer",
+    "training.worker", "training.trainer", "training.evaluation", "training.checkpoint",
     "training.collator", "training.vision_cache", "training.arguments", "training.optimizers",
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from benchmarks.quality.train_batches import ChartBatches, load, see_images
-from benchmarks.quality.train_builtin import TRAINED, WEIGHTS, Clock, main, scale_of, scratch_folder
+from benchmarks.quality.train_builtin import TRAINED, WEIGHTS, main, scratch_folder
+from benchmarks.quality.train_clock import Clock, scale_of
 from helpers.paths import ROOT
 from helpers.processes import wait_until
 from vlmray.builtin.charts import KINDS, ChartsConfig, ChartsSource, parse_charts_name

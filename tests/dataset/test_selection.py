@@ -116,8 +116,7 @@ def test_an_option_is_not_guessed_from_words() -> None:
 
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     ModelSource.open("tiny-random")
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -54,7 +54,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         run_job("infer", shlex.split(options))
@@ -184,7 +184,7 @@ def test_mistakes_in_training_are_found_without_ray(
 
     monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("the mistake was not found"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.chdir(tmp_path)
     assert message in _mistake_in_training(options, tmp_path)
     assert not (tmp_path / "out").exists()

@@ -73,17 +73,10 @@ def test_pickle_weights_are_refused_with_the_way_out(tmp_path: Path, adapter: Pa
         {"model_type": "new", "text_config": {"is_encoder_decoder": True}},
     ],
 )
-def test_encoder_decoders_are_refused_in_one_line(
-    config: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text(json.dumps(config))
-    (snapshot / "model.safetensors").touch()
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for model_id in (str(snapshot), "org/name"):
+def test_encoder_decoders_are_refused_in_one_line(config: dict[str, object], hub_snapshot: Path) -> None:
+    (hub_snapshot / "config.json").write_text(json.dumps(config))
+    (hub_snapshot / "model.safetensors").touch()
+    for model_id in (str(hub_snapshot), "org/name"):
         with pytest.raises(
             ValueError, match="is an encoder-decoder model; vlmray runs decoder-only"
         ) as caught:
@@ -170,17 +163,12 @@ def test_shapes_are_read_from_the_header(tiny_adapter: Path) -> None:
     assert shapes == {name: array.shape for name, array in arrays.items()}
 
 
-def test_the_hub_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+def test_the_hub_cache_is_found(hub_snapshot: Path) -> None:
     assert local_folder("org/name") is None
-    repository = tmp_path / "hub" / "models--org--name"
-    snapshot = repository / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text("{}")
-    assert local_folder("org/name") == snapshot
+    (hub_snapshot / "config.json").write_text("{}")
+    assert local_folder("org/name") == hub_snapshot
+    assert local_folder("org/other") is None
+    assert local_folder("/no/such/folder") is None  # nor a name that the hub could have
 
 
 def test_a_fingerprint_changes_when_and_only_when_the_checkpoint_does(
@@ -259,17 +247,14 @@ def test_the_built_in_model_is_known_by_its_weights(
     assert len({released, following, ModelSource.open("builtin").fingerprint}) == 3
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    hub_snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether its files are here, or will be once a worker has fetched them."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(models.hub, "check_reachable", lambda *_, **__: "abc")
     source = ModelSource.open("org/name")
     assert (source.folder, source.path, source.fingerprint) == (None, "org/name", "abc")
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    (hub_snapshot / "config.json").write_text("{}")
     source = ModelSource.open("org/name")
-    assert (source.folder, source.path, source.fingerprint) == (snapshot, "org/name", "abc")
+    assert (source.folder, source.path, source.fingerprint) == (hub_snapshot, "org/name", "abc")
     assert ModelSource(name="a", path="a").fingerprint != ModelSource(name="b", path="b").fingerprint

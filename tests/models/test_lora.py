@@ -202,18 +202,13 @@ def test_an_attention_layer_whose_projection_is_never_called_is_refused() -> Non
 
 
 def test_the_skeleton_has_the_modules_of_the_loaded_model_and_no_weights(
-    tiny_model: Path, skeleton: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, skeleton: Any, hub_snapshot: Path
 ) -> None:
     loaded = AutoModelForImageTextToText.from_pretrained(tiny_model)
     assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in loaded.named_modules()]
     assert count_parameters(skeleton) == count_parameters(loaded)
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    shutil.copy(tiny_model / "config.json", snapshot)
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shutil.copy(tiny_model / "config.json", hub_snapshot)
     assert type(build_skeleton("org/name")) is type(loaded)
 
 

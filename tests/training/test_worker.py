@@ -500,7 +500,10 @@ def test_lora_leaves_the_base_as_it_was(tiny_model: Path, tmp_path: Path) -> Non
         make_config(tiny_model, max_steps=2, lora_vision=True, lora_merger=True), tmp_path
     )
     before = AutoModelForImageTextToText.from_pretrained(tiny_model).state_dict()
-    after = {name.replace(".base_layer", ""): w for name, w in session.model.state_dict().items()}
+    after = {
+        name.replace(".base_layer", ""): w
+        for name, w in session.trainer.model.get_base_model().state_dict().items()
+    }
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     adapter = {name: w for name, w in after.items() if "lora_" in name}
     assert sum(w.numel() for w in adapter.values()) == outcome.num_trainable
@@ -548,7 +551,7 @@ def test_several_questions_on_one_image_are_all_answered(tiny_model: Path, tmp_p
     for feature in read_features(data.train):
         batch = session.collator([feature])
         labels = batch["labels"][0]
-        taught.append(session.processor.tokenizer.decode(labels[labels != -100]))
+        taught.append(session.collator.processor.tokenizer.decode(labels[labels != -100]))
         assert len(feature["images"]) == 1
     answers = [row["answers"][0] for row in data.train.source.read(range(12))]
     assert taught == ["".join(answer + END for answer in answers[at : at + 3]) for at in (0, 3, 6, 9)]

@@ -29,7 +29,7 @@ def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Ite
     options = shared_options(config, ServeConfig) | {
         "model_id": base,
         "served_model_name": plain[0] if plain else None,
-        "port": _free_port(),
+        "port": free_port(),
         "adapters": ",".join(adapters) or None,
         "max_adapters": max(1, len(adapters)),
         "max_batch_size": config.batch_size,
@@ -43,7 +43,8 @@ def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Ite
         yield server.url
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

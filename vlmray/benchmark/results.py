@@ -97,8 +97,10 @@ def _sentence(found: GroupDifference) -> str:
 
 
 def format_range(difference: Difference) -> str:
+    """Format the interval of a difference, in points."""
     return f"{format_points(difference.low)} to {format_points(difference.high)}"
 
 
 def format_p(value: float) -> str:
+    """Format the p-value of a test."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

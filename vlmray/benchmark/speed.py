@@ -89,6 +89,7 @@ def read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
 
 
 def write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
+    """Write what was measured so far, with the options that it depends on."""
     found = {
         "options": _speed_options(benchmark.config),
         "points": [dataclasses.asdict(point) for point in speed],

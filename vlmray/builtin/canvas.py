@@ -139,14 +139,17 @@ class Box(NamedTuple):
 
     @property
     def width(self) -> float:
+        """Pixels from left to right."""
         return self.right - self.left
 
     @property
     def height(self) -> float:
+        """Pixels from top to bottom."""
         return self.bottom - self.top
 
     @property
     def centre(self) -> Point:
+        """Where the diagonals meet."""
         return (self.left + self.right) / 2, (self.top + self.bottom) / 2
 
     def inset(self, *, left: float = 0, top: float = 0, right: float = 0, bottom: float = 0) -> Box:

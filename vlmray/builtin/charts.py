@@ -280,6 +280,7 @@ class ChartsSource:
         return digest(VERSION, self._charts.config.name, self._charts.split)
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Draw the charts of some rows, or only word their questions if no image is asked for."""
         charts = self._charts
         if columns is None or "image" in columns:
             rows = [dict(charts[index]) for index in indices]

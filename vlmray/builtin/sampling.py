@@ -35,6 +35,7 @@ SMALLEST_SHARE, SHARE_GAP = 9, 2  # per cent: room for the printed number, and s
 
 
 def sample_chart(rng: random.Random, kinds: tuple[Kind, ...], *, plain: bool) -> Chart:
+    """Draw lots for a chart: its kind, values, labels and looks."""
     kind, count = rng.choice(kinds), rng.choice(NUM_MARKS)
     style = PLAIN if plain else _sample_style(rng)
     if kind == "pie":

@@ -179,7 +179,8 @@ class RunConfig(Options):
         check_at_least(self, 0, "seed", "max_errors")
 
 
-def check_at_least(config: Any, minimum: float, *names: str) -> None:
+def check_at_least(config: object, minimum: float, *names: str) -> None:
+    """Refuse options below a minimum; those that are None are not given."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too

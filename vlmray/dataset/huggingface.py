@@ -202,6 +202,7 @@ class HFSource:
         return fingerprint_path(self._path)
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Read rows, with their images as encoded bytes."""
         dataset = self._dataset if columns is None else self._dataset.select_columns(list(columns))
         return [name_classes(row, self._class_names) for row in dataset[list(indices)].to_pylist()]
 

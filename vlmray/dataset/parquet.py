@@ -97,6 +97,7 @@ class ParquetSource:
         return HFSource(copied, fingerprint=self._fingerprint)
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Read rows, a row group at a time."""
         names = None if columns is None else tuple(columns)
         return [self._read_row(index, names) for index in indices]
 
@@ -122,9 +123,10 @@ def _filesystem(uri: str) -> tuple[FileSystem, str]:
     from pyarrow.fs import FileSystem
 
     try:
-        return FileSystem.from_uri(uri)
+        filesystem, path = FileSystem.from_uri(uri)
     except (ValueError, OSError, ImportError) as error:
         raise OptionError("dataset_name", f"{uri} cannot be opened: {one_line(error)}") from error
+    return filesystem, path
 
 
 def _list_parquet(uri: str) -> list[FileInfo]:

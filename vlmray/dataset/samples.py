@@ -73,4 +73,5 @@ def _image(value: Any) -> bytes | str | None:
     if isinstance(value, Mapping):
         # Empty bytes are a broken image, not a missing one: only None falls through to the path.
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    return value
+    image: bytes | str | None = value
+    return image

@@ -24,7 +24,9 @@ class Source(Protocol):
     """Rows of one split, addressed by index."""
 
     @property
-    def column_names(self) -> Sequence[str]: ...
+    def column_names(self) -> Sequence[str]:
+        """Names of all columns."""
+        ...
 
     @property
     def on_driver(self) -> bool:

@@ -29,8 +29,9 @@ from vlmray.models.merging import copy_side_files, merge_adapter
 from vlmray.models.processors import load_processor
 from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import RunFolder
+from vlmray.training.checkpoint import ANSWERS_FILE
 from vlmray.training.run import TrainingRun
-from vlmray.training.worker import ANSWERS_FILE, Outcome
+from vlmray.training.worker import Outcome
 
 _WEIGHTS = {ADAPTER: ("adapter_config.json", "adapter_model*"), MODEL: ("config.json", "*.safetensors*")}
 

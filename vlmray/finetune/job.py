@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray.train
-from ray.train import ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
-from ray.train.v2.api.result import Result
 
 from vlmray import cluster
 from vlmray.dataset.rows import read_image
@@ -109,7 +107,7 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
             use_gpu="GPU" in run.workers.resources,
             resources_per_worker=run.workers.resources,
         ),
-        run_config=RunConfig(  # type: ignore[arg-type]
+        run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's first version
             **_storage(run.folder),
             name=CHECKPOINTS,
             failure_config=FailureConfig(max_failures=config.max_failures),
@@ -118,7 +116,7 @@ def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
                 checkpoint_score_attribute=training.eval_metric if config.load_best_model_at_end else None,
                 checkpoint_score_order="max" if training.greater_is_better else "min",
             ),
-            callbacks=[TellFailures(board)],
+            callbacks=[TellFailures(board)],  # type: ignore[list-item]
             logging_config=LoggingConfig("DEBUG" if config.log_level == "DEBUG" else "CRITICAL"),
         ),
     )

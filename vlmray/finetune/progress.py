@@ -10,6 +10,7 @@ from ray.train import UserCallback
 from tqdm import tqdm
 
 from vlmray import cluster
+from vlmray.reports.bar import open_bar
 from vlmray.reports.text import shorten
 
 
@@ -49,6 +50,7 @@ class TellFailures(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Note which worker was lost and why."""
         # A worker that died takes the others' connections with it; theirs is not the cause.
         dead = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
         rank = min(dead or worker_exceptions)
@@ -96,10 +98,5 @@ class ProgressBar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def _open(self, step: int) -> tqdm:
-        # In a file or a job's log every refresh is a line of its own, so there are few of them.
-        interval = 0.2 if sys.stderr.isatty() else 15
-        return tqdm(
-            total=self._num_steps, initial=step, unit=" steps", mininterval=interval, dynamic_ncols=True,
-            smoothing=0.05,
-        )  # fmt: skip
+    def _open(self, step: int) -> tqdm[Any]:
+        return open_bar(self._num_steps, step, "steps", smoothing=0.05)

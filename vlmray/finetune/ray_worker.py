@@ -120,10 +120,12 @@ class RayWorker:
         self._board = board
 
     def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
+        """Yield the samples of this worker's batches, read and decoded by tasks."""
         return self._shards[name].read(self._run.plan(name, self.world_size), self.rank, start, stop)
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
+        """Give the last checkpoint of the run's storage, as a local folder."""
         last = ray.train.get_checkpoint()
         if last is None:
             yield None
@@ -132,9 +134,11 @@ class RayWorker:
                 yield Path(folder)
 
     def save(self, metrics: Mapping[str, float], folder: Path) -> None:
+        """Copy a checkpoint to the run's storage, and delete it here."""
         ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
         shutil.rmtree(folder)
 
     def tell(self, **progress: Any) -> None:
+        """Tell the board how far training is; one worker does for all."""
         if self.rank == 0:
             self._board.tell.remote(progress)

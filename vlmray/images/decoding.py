@@ -9,7 +9,7 @@ import io
 import re
 from typing import cast
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Default limit on width x height: 8000 x 8000, 192 MB once decoded."""
@@ -91,6 +91,7 @@ def image_size(image: Image.Image | bytes) -> tuple[int, int]:
 
 
 def check_num_bytes(num_bytes: int, max_bytes: int) -> None:
+    """Refuse an image of more bytes than allowed."""
     if num_bytes > max_bytes:
         raise ImageError(f"image of {num_bytes} bytes or more exceeds the limit of {max_bytes} bytes")
 
@@ -104,7 +105,7 @@ def _open_header(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("image has 0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         expected = ", ".join(FORMATS)
         raise ImageError(f"cannot identify image (first bytes {data[:12]!r}); expected {expected}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -9,10 +9,10 @@ The answers themselves are in the output folder; the driver sees a few values pe
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import ray
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from vlmray.inference.plan import InferenceRun
 from vlmray.inference.report import Report, render_html
 from vlmray.inference.summary import Summary, choose_gallery, summarize
 from vlmray.inference.timeline import Timeline
+from vlmray.reports.bar import open_bar
 from vlmray.reports.errors import group_errors
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
@@ -79,20 +80,10 @@ def check_errors(num_failed: int, max_errors: int | None) -> None:
         raise InferenceError(f"{num_failed} rows failed, --max_errors allows {max_errors}")
 
 
-def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm:
+def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm[Any]:
     """Make the bar of a run, with what earlier runs did already on it."""
-    # In a file or a job's log every refresh is a line of its own, so there are few of them.
-    interval = 0.2 if sys.stderr.isatty() else 15
     done = len(run.selected) - len(run.pending)
-    return tqdm(
-        total=len(run.selected),
-        initial=done,
-        desc=name,
-        unit=" samples",
-        mininterval=interval,
-        dynamic_ncols=True,
-        smoothing=0,
-    )
+    return open_bar(len(run.selected), done, "samples", name=name)
 
 
 def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:

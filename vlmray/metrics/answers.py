@@ -224,6 +224,7 @@ def _best_of(metric: Callable[[str, str], float]) -> Metric:
 
 
 def check_answers(answers: Sequence[str]) -> None:
+    """Refuse accepted answers that are none, or a string in place of a list."""
     if isinstance(answers, str):  # A sequence too: its letters would be taken for answers.
         raise TypeError(f"answers must be a sequence of strings, got the string {answers!r}")
     if not answers:

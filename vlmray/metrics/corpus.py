@@ -23,7 +23,7 @@ def corpus_bleu(predictions: Sequence[str], answers: Sequence[Sequence[str]]) ->
     """
     if not predictions or len(predictions) != len(answers):
         raise ValueError(f"{len(predictions)} predictions and {len(answers)} lists of answers")
-    from sacrebleu.metrics import BLEU as SacreBLEU
+    from sacrebleu.metrics.bleu import BLEU as SacreBLEU
 
     for accepted in answers:
         check_answers(accepted)

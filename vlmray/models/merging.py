@@ -75,6 +75,7 @@ def merge_adapter(
 
 
 def load_base_config(model_id: str, *, trust_remote_code: bool) -> Any:
+    """Load the config of a model that can be adapted, from here or from the hub."""
     from transformers import AutoConfig
 
     from vlmray.models.loading import check_model_type

@@ -16,6 +16,7 @@ NO_FAMILY = "(no family)"
 
 
 def is_failed(row: Row) -> bool:
+    """Tell whether a row has an error in place of an answer."""
     return row.get("error") is not None
 
 

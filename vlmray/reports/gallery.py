@@ -138,4 +138,5 @@ def _encode(picture: Image.Image, image_format: str, **options: Any) -> tuple[st
 
 
 def thumbnail(image: bytes | None) -> str | None:
+    """Return a small copy of an image as a data URI, or None where there is no image."""
     return None if image is None else thumbnail_data_uri(image)

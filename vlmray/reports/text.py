@@ -104,6 +104,7 @@ def fit(text: str, width: int = TERMINAL_WIDTH) -> str:
 
 
 def pad(text: str, width: int, flush_right: bool) -> str:
+    """Fit a text to a column of the terminal."""
     text = fit(text, width)
     padding = " " * (width - display_width(text))
     return padding + text if flush_right else text + padding

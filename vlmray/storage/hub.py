@@ -6,7 +6,6 @@ instead of a minute of retries.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -62,15 +61,18 @@ def check_reachable(repo_id: str, repo_type: RepoType) -> str | None:
 
 
 def local_folder(model_id: str) -> Path | None:
-    """Return where a model's files lie on this machine: its folder or its hub cache snapshot, else None."""
+    """Return where a model's files lie on this machine: its folder or its hub cache snapshot, else None.
+
+    A snapshot that holds the config may lack weights; who loads the model fetches them.
+    """
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         return folder
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    repository = hub / f"models--{model_id.replace('/', '--')}"
-    reference = repository / "refs" / "main"
-    if not reference.is_file():
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError:
         return None
-    snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
-    return snapshot if (snapshot / "config.json").is_file() else None
+    return Path(config).parent if isinstance(config, str) else None

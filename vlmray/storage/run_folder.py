@@ -189,7 +189,7 @@ class RunFolder:
     def has(self, name: str) -> bool:
         """Tell whether a file or folder of this name is in here."""
         filesystem, root = open_filesystem(self.uri)
-        return filesystem.get_file_info(f"{root}/{name}").type != FileType.NotFound
+        return bool(filesystem.get_file_info(f"{root}/{name}").type != FileType.NotFound)
 
     def remove_leftovers(self, names: str = ".+") -> None:
         """Delete the half-written files and folders of a run that was killed; `names` is a pattern."""
@@ -206,7 +206,7 @@ class RunFolder:
     def _read(self, name: str) -> bytes:
         filesystem, root = open_filesystem(self.uri)
         with filesystem.open_input_file(f"{root}/{name}") as file:
-            return file.read()
+            return bytes(file.read())
 
     def _list(self, folder: str = "") -> list[str]:
         """List the files in here, or in a folder in here."""

@@ -42,16 +42,22 @@ _SET_BY_VLMRAY = (
 planned batches or Ray."""
 
 
-def sft_arguments(run: TrainingRun, scratch: Path) -> SFTConfig:
+def sft_arguments(run: TrainingRun, scratch: Path, *, goes_on: bool = False) -> SFTConfig:
     """Translate the options into TRL's.
+
+    Args:
+        run: What to do.
+        scratch: Folder for checkpoints.
+        goes_on: There is a checkpoint: the model before training was evaluated when that began.
 
     Raises:
         ValueError: bfloat16 where this worker's device has none.
     """
-    return SFTConfig(**{**_translate(run, scratch), **parse_sft_config(run.config.sft_config)})
+    given = parse_sft_config(run.config.sft_config)
+    return SFTConfig(**{**_translate(run, scratch, goes_on=goes_on), **given})
 
 
-def _translate(run: TrainingRun, scratch: Path) -> dict[str, Any]:
+def _translate(run: TrainingRun, scratch: Path, *, goes_on: bool) -> dict[str, Any]:
     config = run.config
     on_gpu = torch.cuda.is_available()
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -80,7 +86,7 @@ def _translate(run: TrainingRun, scratch: Path) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # a loss that is not a number must show
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": config.eval_steps,
-        "eval_on_start": evaluates,
+        "eval_on_start": evaluates and not goes_on,
         "metric_for_best_model": run.eval_metric if evaluates else None,
         "greater_is_better": run.greater_is_better,
         "save_strategy": "steps",

@@ -79,6 +79,7 @@ class DataCollatorForVLMSFT:
         max_length: Most tokens of a row, visual ones included; None sets no limit.
         vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
             which is then one for `VisionCache.encode`. None: pixels of all images.
+        errors: What `errors` begins with, of rows that were left out before.
 
     Raises:
         ValueError: `max_length` below 1, or a tokenizer without a padding token.
@@ -89,7 +90,12 @@ class DataCollatorForVLMSFT:
     this one where a data loader has workers of its own."""
 
     def __init__(
-        self, processor: Any, *, max_length: int | None = None, vision_cache: VisionCache | None = None
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        vision_cache: VisionCache | None = None,
+        errors: Mapping[str, str] | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise OptionError("max_length", f"must be at least 1, got {max_length}")
@@ -98,7 +104,7 @@ class DataCollatorForVLMSFT:
         self.processor = processor
         self.max_length = max_length
         self.vision_cache = vision_cache
-        self.errors = {}
+        self.errors = dict(errors or {})
         names = ("image_token", "video_token")
         placeholders = {token for name in names if (token := getattr(processor, name, None))}
         self._placeholder = _pattern(placeholders)

@@ -16,11 +16,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +32,10 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from vlmray import metrics
-from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models.adapters import is_peft_model
-from vlmray.training.collator import DataCollatorForVLMSFT
-from vlmray.training.samples import Feature, Features, first_question
+from vlmray.training.checkpoint import CheckpointWriter
+from vlmray.training.evaluation import Evaluation, is_good
+from vlmray.training.samples import Feature, Features
 from vlmray.training.vision_cache import VisionCache
 
 logger = logging.getLogger(__name__)
@@ -90,66 +89,31 @@ class VLMTrainer(SFTTrainer):
 
     Args:
         batches: What is to be trained.
-        collator: What made the batches.
-        read_evaluation: Gives the evaluation samples of this worker anew, a list for each batch; every
-            worker gives as many lists.
-        vision_cache_bytes: Room for what a frozen vision tower makes of images.
-        epochs_repeat: Whether samples are trained more than once, so that keeping that is worth it.
-        metric: Of the answers.
-        num_answered: How many evaluation samples are answered, over all workers.
-        max_new_tokens: Tokens per answer, at most.
-        **options: Passed to `SFTTrainer`.
+        evaluation: How it is evaluated.
+        vision_cache: What the frozen vision tower makes of images; None where the model sees pixels.
+        **options: Passed to `SFTTrainer`; the model as it is to be trained, with its adapter.
     """
 
     def __init__(
         self,
         *,
         batches: PlannedBatches,
-        collator: DataCollatorForVLMSFT,
-        read_evaluation: Callable[[], Iterable[Features]] | None,
-        vision_cache_bytes: float,
-        epochs_repeat: bool,
-        metric: str,
-        num_answered: int,
-        max_new_tokens: int,
+        evaluation: Evaluation,
+        vision_cache: VisionCache | None,
         **options: Any,
     ) -> None:
         # SFTTrainer looks at one row to learn that there are images, and takes nothing from it.
         stub = Dataset.from_dict({"images": [[]], "messages": [[]]})
-        super().__init__(
-            train_dataset=stub,
-            eval_dataset=stub if read_evaluation else None,
-            data_collator=collator,
-            **options,
-        )
+        super().__init__(train_dataset=stub, eval_dataset=stub if evaluation.read else None, **options)
         self.remove_callback(PrinterCallback)
         # Let TRL divide the loss by the answer tokens of the whole step. Some models (Qwen2.5-VL is one) say
         # that their own loss cannot do that, and transformers would average the batches' means instead.
         self.model_accepts_loss_kwargs = True
         self._batches = batches
-        self._read_evaluation = read_evaluation
-        self._metric = metric
-        self._num_answered = num_answered
-        self._max_new_tokens = max_new_tokens
-        # Sharded weights cannot be used outside of the whole model's forward pass.
-        self.vision_cache = None if self.is_fsdp_enabled else VisionCache.of(self.model, vision_cache_bytes)
-        collator.vision_cache = self.vision_cache if epochs_repeat else None
-        self._eval_collator = DataCollatorForVLMSFT(
-            collator.processor, max_length=collator.max_length, vision_cache=self.vision_cache
-        )
-        self.answered: list[dict[str, Any]] = []
-        """Evaluation samples with the answers of the last evaluation, from all workers."""
-
+        self._evaluation = evaluation
+        self._vision_cache = vision_cache
         self.evaluation_s = 0.0
         """Seconds spent on evaluations."""
-
-        self.saving_s = 0.0
-        """Seconds spent on writing checkpoints."""
-
-    @property
-    def eval_errors(self) -> dict[str, str]:
-        """Why evaluation samples of this worker were left out, by sample id."""
-        return self._eval_collator.errors
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the planned batches: already collated, already this worker's."""
@@ -157,8 +121,8 @@ class VLMTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the evaluation samples of this worker, a list for each batch."""
-        assert self._read_evaluation is not None
-        return self._read_evaluation()
+        assert self._evaluation.read is not None
+        return self._evaluation.read()
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -167,33 +131,33 @@ class VLMTrainer(SFTTrainer):
         started = time.perf_counter()
         assert self.model is not None
         self.model.eval()
+        evaluation = self._evaluation
         totals = torch.zeros(2, device=self.args.device)
         asked: list[Feature] = []
         num_samples = 0
         for number, features in enumerate(dataloader):
             totals += self._sum_loss(features)
-            num_samples += sum(map(_is_good, features))
+            num_samples += sum(map(is_good, features))
             # The first samples of all workers' together, so that the number of workers does not matter.
             batches_before = number * self.accelerator.num_processes + self.accelerator.process_index
-            left = self._num_answered - batches_before * self.args.per_device_eval_batch_size
-            asked += filter(_is_good, features[: max(0, left)])
+            asked += evaluation.first(features, batches_before)
         loss, num_tokens = self.accelerator.reduce(totals, "sum").tolist()
         found = {f"{metric_key_prefix}_loss": loss / num_tokens if num_tokens else math.nan}
-        if self._num_answered:
-            self.answered = gather_object(self.answer(asked))
-            scores = [row["score"] for row in self.answered if row["score"] is not None]
+        if evaluation.num_answered:
+            evaluation.answered = gather_object(evaluation.answer(self.model, asked))
+            scores = [row["score"] for row in evaluation.answered if row["score"] is not None]
             mean = sum(scores) / len(scores) if scores else math.nan
-            found[f"{metric_key_prefix}_{self._metric}"] = mean
+            found[f"{metric_key_prefix}_{evaluation.metric}"] = mean
         self.evaluation_s += time.perf_counter() - started
         return EvalLoopOutput(np.empty(0), label_ids=None, metrics=found, num_samples=num_samples)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, and images through the vision tower where no gradient has to."""
         inputs = super()._prepare_inputs(inputs)
-        if self.vision_cache is None:
+        if self._vision_cache is None:
             return inputs
         with self.accelerator.autocast():  # as the forward pass
-            return self.vision_cache.encode(inputs)
+            return self._vision_cache.encode(inputs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss."""
@@ -202,7 +166,7 @@ class VLMTrainer(SFTTrainer):
 
     def _sum_loss(self, features: Features) -> torch.Tensor:
         """Return the summed loss and the number of answer tokens of a batch."""
-        batch = self._eval_collator(features)
+        batch = self._evaluation.collator(features)
         num_tokens = int((batch["labels"][:, 1:] != -100).sum())
         loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
         return torch.stack([loss.float() * num_tokens, loss.new_tensor(num_tokens, dtype=torch.float)])
@@ -219,40 +183,6 @@ class VLMTrainer(SFTTrainer):
             return
         saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
         own.load_state_dict(saved.state_dict())
-
-    def _save_checkpoint(self, *args: Any) -> None:
-        started = time.perf_counter()
-        super()._save_checkpoint(*args)
-        self.saving_s += time.perf_counter() - started
-
-    def answer(self, features: Sequence[Feature]) -> list[dict[str, Any]]:
-        """Answer the first question of samples greedily, as inference would; return them as result rows."""
-        assert self.model is not None
-        self.model.eval()
-        default = "default" if is_peft_model(self.model) else None
-        engine = TransformersEngine(
-            self.model,
-            self.processing_class,
-            batch_size=self.args.per_device_eval_batch_size,
-            default_adapter=default,
-        )
-        requests = [first_question(feature, self._max_new_tokens) for feature in features]
-        try:
-            completions = engine.generate(requests)
-        finally:
-            engine.close()  # only its threads go: the model is the trainer's too
-        return [
-            {
-                **{name: feature[name] for name in ("sample_id", "question", "answers", "family")},
-                "prediction": completion.text,
-                "error": completion.error,
-                "num_completion_tokens": completion.num_completion_tokens,
-                "score": _score(self._metric, completion.text, feature["answers"])
-                if completion.error is None
-                else None,
-            }
-            for feature, completion in zip(features, completions, strict=True)
-        ]
 
 
 @contextlib.contextmanager
@@ -272,14 +202,6 @@ def _scoring_labels_alone() -> Iterator[None]:
         trl.trainer.utils._use_triton = decide
 
 
-def _score(metric: str, prediction: str, answers: Sequence[str]) -> float:
-    return metrics.score(metric, prediction, answers).value
-
-
-def _is_good(feature: Feature | None) -> TypeGuard[Feature]:
-    return feature is not None and "error" not in feature
-
-
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -289,49 +211,60 @@ class RunCallback(TrainerCallback):
 
     Args:
         worker: See `vlmray.training.worker.Worker`.
-        collator: Knows which samples could not be trained on.
+        errors: Samples that could not be trained on so far, by id.
         max_errors: Stop once more samples than this have failed, over all workers.
+        writer: Adds to a checkpoint what the trainer does not write.
     """
 
-    def __init__(self, worker: Any, collator: DataCollatorForVLMSFT, max_errors: int | None) -> None:
+    def __init__(
+        self, worker: Any, errors: Mapping[str, str], max_errors: int | None, writer: CheckpointWriter
+    ) -> None:
         self._worker = worker
-        self._collator = collator
+        self._errors = errors
         self._max_errors = max_errors
+        self._writer = writer
         self._eval_metrics: dict[str, float] = {}
-        self.complete: Callable[[Path], None] = lambda folder: None
-        """Adds to a checkpoint's folder what the trainer does not write."""
-
+        self._saving_since = 0.0  # if a checkpoint follows: the trainer writes its part and tells of it after
         self.saving_s = 0.0
+        """Seconds spent on writing checkpoints and handing them over."""
+
         self.step_ends: list[float] = []
         self.begun = False
         """Whether all was made that training needs."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell where training begins."""
         self.begun = True
         self._worker.tell(step=state.global_step, num_steps=state.max_steps, started=True)
+        self._saving_since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_ends.append(time.perf_counter())
+        """Tell of a step, and stop after too many errors."""
+        self._saving_since = time.perf_counter()
+        self.step_ends.append(self._saving_since)
         self._worker.tell(step=state.global_step, num_steps=state.max_steps)
         if self._max_errors is not None and state.global_step % state.logging_steps == 0:
             # By name: in another epoch another worker may have met the same sample.
-            failed = {name for names in gather_object([list(self._collator.errors)]) for name in names}
+            failed = {name for names in gather_object([list(self._errors)]) for name in names}
             if len(failed) > self._max_errors:
                 control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Tell the losses."""
         self._worker.tell(**{name: value for name, value in (logs or {}).items() if "loss" in name})
+        self._saving_since = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Keep the metrics for the next checkpoint."""
         self._eval_metrics = {name: float(value) for name, value in (metrics or {}).items()}
         if control.should_training_stop:  # stopped early: what there is has to be kept
             control.should_save = True
+        self._saving_since = time.perf_counter()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Complete the checkpoint and hand it over; every worker comes here for every checkpoint."""
-        started = time.perf_counter()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        self.complete(folder)
+        self._writer.write(model, folder)
         self._worker.save({"step": state.global_step, **self._eval_metrics}, folder)
-        self.saving_s += time.perf_counter() - started
+        self.saving_s += time.perf_counter() - self._saving_since

@@ -10,24 +10,19 @@ is how training is measured and tested alone.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import io
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
-from PIL.Image import Image
 from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
@@ -37,18 +32,13 @@ from vlmray.models import lora
 from vlmray.models.loading import load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.training.arguments import optimizer_of, sft_arguments
+from vlmray.training.checkpoint import STATE_FILE, CheckpointWriter, Earlier, Probes
 from vlmray.training.collator import DataCollatorForVLMSFT
+from vlmray.training.evaluation import Evaluation
 from vlmray.training.run import EVALUATION, TRAIN, TrainingData, TrainingRun
 from vlmray.training.samples import Features, open_images, to_feature
 from vlmray.training.trainer import PlannedBatches, RunCallback, VLMTrainer
-
-NUM_PROBES = 8
-"""Samples whose answers go with every checkpoint, to be compared with those of the loaded adapter."""
-
-# What a checkpoint holds beside the trainer's own files:
-ANSWERS_FILE = "answers.json"  # the probes, as the model of this checkpoint answers them
-EVALUATED_FILE = "evaluated.json"  # what the last evaluation answered
-ERRORS_FILE = "errors-{rank}.json"  # why samples of a worker were left out: {"train": ..., "evaluation": ...}
+from vlmray.training.vision_cache import VisionCache
 
 
 class Worker(Protocol):
@@ -92,16 +82,19 @@ class LocalWorker:
         self._folder = folder
 
     def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
+        """Yield the samples of batches, read here and now."""
         samples = self._data.of(name)
         for batch in self._run.plan(name, self.world_size).batches(self.rank, start, stop):
             yield [to_feature(row) for row in open_images(samples.read(batch))]
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
-        found = self._folder is not None and (self._folder / "trainer_state.json").is_file()
+        """Give the kept checkpoint."""
+        found = self._folder is not None and (self._folder / STATE_FILE).is_file()
         yield self._folder if found else None
 
     def save(self, metrics: Mapping[str, float], folder: Path) -> None:
+        """Keep a checkpoint in place of the last."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             shutil.move(folder, self._folder)
@@ -190,31 +183,62 @@ class WorkerSession:
     """
 
     def __init__(self, run: TrainingRun, worker: Worker, scratch: Path, folder: Path | None = None) -> None:
-        self.run = run
-        self.worker = worker
-        self.probes: list[Mapping[str, Any]] = []
+        config = run.config
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
-        config = run.config
-        self.arguments = sft_arguments(run, scratch)
-        set_seed(config.seed)
-        model, processor = load_model(config, self.arguments)
-        processor.tokenizer.padding_side = "right"
-        self.lora_config = lora_config_of(config) if config.use_peft else None
-        self.targets = lora.find_lora_targets(model, self.lora_config) if self.lora_config else []
-        if config.freeze_vision:
-            lora.freeze_vision(model)
-        self.collator = DataCollatorForVLMSFT(processor, max_length=config.max_length)
-        self.model, self.processor = model, processor
-        self.folder = folder
-        self.trainer, self.callback, self.first_step = self._trainer(folder)
+        arguments = sft_arguments(run, scratch, goes_on=folder is not None)
+        model, processor, targets = load_trainable(config, arguments)
+        plan = run.plan(TRAIN, worker.world_size)
+        earlier = Earlier.read(folder, worker.rank, worker.world_size)
+        # Sharded weights cannot be used outside of the whole model's forward pass.
+        cache = None if config.fsdp else VisionCache.of(model, config.vision_cache_gib * 2**30)
+        self.collator = DataCollatorForVLMSFT(
+            processor,
+            max_length=config.max_length,
+            vision_cache=cache if run.num_steps > plan.steps_per_epoch else None,
+            errors=earlier.errors,
+        )
+        self.evaluation = Evaluation(
+            read=functools.partial(_read_evaluation, run, worker) if run.num_eval_samples else None,
+            collator=DataCollatorForVLMSFT(
+                processor, max_length=config.max_length, vision_cache=cache, errors=earlier.eval_errors
+            ),
+            metric=run.metric,
+            num_answered=config.eval_samples,
+            batch_size=config.per_device_eval_batch_size,
+            max_new_tokens=config.max_new_tokens,
+            answered=earlier.answered,
+        )
+        probes = Probes(self.collator)
+        writer = CheckpointWriter(
+            rank=worker.rank, errors=self.collator.errors, probes=probes, evaluation=self.evaluation
+        )
+        early_stopping, stopped = _early_stopping(config, earlier.state)
+        first = earlier.step * plan.accumulation
+        last = first if stopped else run.num_steps * plan.accumulation
+        self.callback = RunCallback(worker, self.collator.errors, config.max_errors, writer)
+        self.trainer = VLMTrainer(
+            model=model,
+            args=arguments,
+            processing_class=processor,
+            data_collator=self.collator,
+            optimizer_cls_and_kwargs=optimizer_of(config, arguments),
+            callbacks=[*early_stopping, self.callback],
+            batches=PlannedBatches(
+                worker.read(TRAIN, first, last), probes.collate, plan.batches_per_epoch, first
+            ),
+            evaluation=self.evaluation,
+            vision_cache=cache,
+        )
+        self._run, self._folder, self._cache = run, folder, cache
+        self._targets, self._first_step = targets, earlier.step
 
     def train(self) -> Outcome:
         """Train from the last checkpoint to the end."""
-        run, trainer, callback, first_step = self.run, self.trainer, self.callback, self.first_step
+        run, trainer, callback = self._run, self.trainer, self.callback
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=None if self.folder is None else str(self.folder))
+            trainer.train(resume_from_checkpoint=None if self._folder is None else str(self._folder))
         except (ImportError, TypeError, ValueError) as error:
             if callback.begun:
                 raise
@@ -224,93 +248,50 @@ class WorkerSession:
         num_trainable, num_parameters = lora.count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         num_steps = trainer.state.global_step
         errors = _merge(gather_object([self.collator.errors]))
-        cache = trainer.vision_cache
+        cache = self._cache
         counts = gather_object([(cache.num_images, cache.num_encoded)]) if cache is not None else None
         num_images, num_encoded = map(sum, zip(*counts, strict=True)) if counts else (None, None)
         too_many = run.config.max_errors is not None and len(errors) > run.config.max_errors
         return Outcome(
             history=trainer.state.log_history,
             num_steps=num_steps,
-            num_trained_here=run.num_samples_of(num_steps) - run.num_samples_of(first_step),
-            training_s=elapsed_s - trainer.evaluation_s - trainer.saving_s - callback.saving_s,
+            num_trained_here=run.num_samples_of(num_steps) - run.num_samples_of(self._first_step),
+            training_s=elapsed_s - trainer.evaluation_s - callback.saving_s,
             step_ends=callback.step_ends,
             num_trainable=num_trainable,
             num_parameters=num_parameters,
-            targets=self.targets,
+            targets=self._targets,
             errors=errors,
-            eval_errors=_merge(gather_object([trainer.eval_errors])),
+            eval_errors=_merge(gather_object([self.evaluation.collator.errors])),
             num_images=num_images,
             num_encoded=num_encoded,
-            answered=sorted(trainer.answered, key=lambda row: row["sample_id"]),
+            answered=sorted(self.evaluation.answered, key=lambda row: row["sample_id"]),
             too_many_errors=len(errors) if too_many else None,
         )
 
-    def _trainer(self, folder: Path | None) -> tuple[VLMTrainer, RunCallback, int]:
-        """Make the trainer of the steps still to do; return the steps done before too."""
-        run, config, worker = self.run, self.run.config, self.worker
-        state = {} if folder is None else _read_json(folder / "trainer_state.json")
-        first_step = state.get("global_step", 0)
-        early_stopping, stopped = _early_stopping(config, state)
-        plan = run.plan(TRAIN, worker.world_size)
-        first = first_step * plan.accumulation
-        last = first if stopped else run.num_steps * plan.accumulation
-        batches = PlannedBatches(
-            worker.read(TRAIN, first, last), self._collate, plan.batches_per_epoch, first
-        )
-        callback = RunCallback(worker, self.collator, config.max_errors)
-        self.arguments.eval_on_start &= folder is None
-        trainer = VLMTrainer(
-            model=self.model,
-            args=self.arguments,
-            processing_class=self.processor,
-            collator=self.collator,
-            peft_config=self.lora_config,
-            optimizer_cls_and_kwargs=optimizer_of(config, self.arguments),
-            callbacks=[*early_stopping, callback],
-            batches=batches,
-            read_evaluation=self._read_evaluation if run.num_eval_samples else None,
-            vision_cache_bytes=config.vision_cache_gib * 2**30,
-            epochs_repeat=run.num_steps > plan.steps_per_epoch,
-            metric=run.metric,
-            num_answered=config.eval_samples,
-            max_new_tokens=config.max_new_tokens,
-        )
-        callback.complete = functools.partial(self._complete, trainer)
-        if folder is not None:
-            self._restore(trainer, folder)
-        return trainer, callback, first_step
 
-    def _complete(self, trainer: VLMTrainer, folder: Path) -> None:
-        """Add to a checkpoint what its artifacts and a resumed run need beside the trainer's own files."""
-        errors = {TRAIN: dict(self.collator.errors), EVALUATION: trainer.eval_errors}
-        _write_json(folder / ERRORS_FILE.format(rank=self.worker.rank), errors)
-        if self.worker.rank == 0:
-            probes = list(self.probes)  # the collator's thread may be adding to them
-            _write_json(folder / ANSWERS_FILE, _with_images(probes, trainer.answer(probes)))
-            _write_json(folder / EVALUATED_FILE, trainer.answered)
+def _read_evaluation(run: TrainingRun, worker: Worker) -> Iterator[Features]:
+    return worker.read(EVALUATION, 0, run.plan(EVALUATION, worker.world_size).batches_per_epoch)
 
-    def _restore(self, trainer: VLMTrainer, folder: Path) -> None:
-        """Take up what `_complete` wrote, by as many workers as there were or others."""
-        for path in folder.glob(ERRORS_FILE.format(rank="*")):
-            rank = int(path.stem.rpartition("-")[2])
-            if rank % self.worker.world_size == self.worker.rank:
-                errors = _read_json(path)
-                self.collator.errors.update(errors[TRAIN])
-                trainer.eval_errors.update(errors[EVALUATION])
-        trainer.answered = _read_json(folder / EVALUATED_FILE)
 
-    def _collate(self, features: Features) -> dict[str, torch.Tensor]:
-        """Make a batch, and keep the first samples that can be trained on to ask them about later."""
-        batch = self.collator(features)
-        if len(self.probes) < NUM_PROBES:
-            passed_over = {*self.collator.errors, *(probe["sample_id"] for probe in self.probes)}
-            good = (f for f in features if f is not None and f["sample_id"] not in passed_over)
-            self.probes += islice(good, NUM_PROBES - len(self.probes))
-        return batch
+def load_trainable(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, Any, list[str]]:
+    """Load the base and make of it what is trained: the adapter on it, or all that is not frozen.
 
-    def _read_evaluation(self) -> Iterator[Features]:
-        plan = self.run.plan(EVALUATION, self.worker.world_size)
-        return self.worker.read(EVALUATION, 0, plan.batches_per_epoch)
+    Returns:
+        The model, its processor, and the names of adapted modules.
+    """
+    model, processor = load_model(config, arguments)
+    processor.tokenizer.padding_side = "right"
+    if config.freeze_vision:
+        lora.freeze_vision(model)
+    if not config.use_peft:
+        return model, processor, []
+    from peft import get_peft_model
+
+    lora_config = lora_config_of(config)
+    targets = lora.find_lora_targets(model, lora_config)
+    set_seed(config.seed)  # the adapter begins with random weights
+    return get_peft_model(model, lora_config), processor, targets
 
 
 def load_model(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, Any]:
@@ -356,33 +337,6 @@ def _early_stopping(
     saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
     callback.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
     return [callback], callback.early_stopping_patience_counter >= patience
-
-
-def _with_images(probes: list[Mapping[str, Any]], answered: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complete answered samples by what it takes to ask them again elsewhere."""
-    return [
-        {
-            **row,
-            "messages": feature["messages"],
-            "images": [_encode_png(image) for image in feature["images"]],
-        }
-        for feature, row in zip(probes, answered, strict=True)
-    ]
-
-
-def _encode_png(image: Image) -> str:
-    """Encode an image without loss, as text."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _merge(parts: list[dict[str, str]]) -> dict[str, str]:

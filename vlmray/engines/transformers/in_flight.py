@@ -140,5 +140,6 @@ def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: i
 
 
 def end_ids(config: Any) -> set[int]:
+    """Return the tokens that end an answer."""
     ids = config.eos_token_id
     return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}
