@@ -15,10 +15,10 @@ class DemoConfig:
     family: str = "naming"
     """Family of chart questions to teach; the table in vlmray/builtin/charts.py has all of them."""
 
-    num_charts: int = 200
-    """Held-out charts that are answered before and after, with one question of every family each."""
+    num_charts: int = 100
+    """Held-out charts that are asked about before and after, with one question of every family each."""
 
-    max_steps: int = 100
+    max_steps: int = 48
     """Optimizer steps of the training."""
 
     output_dir: str = "outputs/demo"
