@@ -8,7 +8,7 @@ from vlmray.benchmark.report import breakdown_table
 from vlmray.benchmark.results import sentence
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import Scoreboard, score_models
-from vlmray.reports.tables import Cell
+from vlmray.reports.tables import Cell, Mark
 from vlmray.reports.text import TERMINAL_WIDTH
 
 
@@ -33,9 +33,10 @@ def test_two_models_stand_side_by_side() -> None:
     naming, other = table.rows
     assert isinstance(naming[3], Cell)
     assert (naming[0], naming[3].text, naming[4], naming[6]) == (
-        "naming", "100.0 % (91.2–100.0)", "+100.0", "better",
+        "naming", "100.0 % (91.2–100.0)", "+100.0", Mark("right", "better"),
     )  # fmt: skip
-    assert (other[0], other[4:]) == ("value_by_label", ("0.0", "1.00", "no significant change"))
+    unchanged = Mark("unscored", "no significant change")
+    assert (other[0], other[4:]) == ("value_by_label", ("0.0", "1.00", unchanged))
 
 
 @pytest.mark.parametrize("others", [(), ("tuned",), ("one", "two")])

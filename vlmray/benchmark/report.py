@@ -16,7 +16,7 @@ from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
 from vlmray.reports.page import Fact, Page, Section, render_page
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Cell, Column, Table
+from vlmray.reports.tables import Cell, Column, Mark, Table
 from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent, format_points, format_rate
 
 # ---------------------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ _DIFFERENCE_COLUMNS = (
 )  # fmt: skip
 
 
-def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
+def _difference_row(name: str, found: GroupDifference) -> tuple[str | Mark, ...]:
     difference = found.difference
     return (
         name,
-        found.verdict,
+        _MARKS[found.verdict],
         format_points(difference.mean),
         format_range(difference),
         format_p(found.p_corrected),
@@ -202,7 +202,7 @@ def breakdown_table(board: Scoreboard, kind: str, *, short: bool = False) -> Tab
     """One row for each group and model compared with the first; the short one fits a terminal."""
     metric = board.metrics[0]
     base, *others = board.models
-    rows: list[tuple[str | Cell, ...]] = []
+    rows: list[tuple[str | Cell | Mark, ...]] = []
     for group in board.groups(kind):
         score = board.score(base, metric, kind, group)
         first = (f"{score.num_samples:,}", _score_cell(score, not short))
@@ -228,9 +228,18 @@ def breakdown_table(board: Scoreboard, kind: str, *, short: bool = False) -> Tab
     )
 
 
-def _compared(found: GroupDifference, short: bool) -> tuple[str, str, str]:
+def _compared(found: GroupDifference, short: bool) -> tuple[str | Mark, ...]:
     points, p_value = format_points(found.difference.mean), format_p(found.p_corrected)
-    return (points, format_range(found.difference), p_value) if short else (points, p_value, found.verdict)
+    if short:
+        return points, format_range(found.difference), p_value
+    return points, p_value, _MARKS[found.verdict]
+
+
+_MARKS = {
+    "better": Mark("right", "better"),
+    "worse": Mark("wrong", "worse"),
+    "no significant change": Mark("unscored", "no significant change"),
+}
 
 
 def _speed_table(results: Results, *, short: bool = False) -> Table:
