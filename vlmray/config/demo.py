@@ -15,10 +15,10 @@ class DemoConfig:
     family: str = "naming"
     """Family of chart questions to teach; the table in vlmray/builtin/charts.py has all of them."""
 
-    num_charts: int = 100
+    num_charts: int = 100  # the interval of a large gain is then about 5 points either side
     """Held-out charts that are asked about before and after, with one question of every family each."""
 
-    max_steps: int = 48
+    max_steps: int = 60
     """Optimizer steps of the training."""
 
     output_dir: str = "outputs/demo"

@@ -85,7 +85,7 @@ def _train(config: DemoConfig) -> TrainingReport:
             num_workers=1,
             per_device_train_batch_size=_BATCH_SIZE,
             max_steps=config.max_steps,
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             lora_r=32,
             lora_alpha=64,
             lora_dropout=0.0,
