@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Tests of one file stay in one process, because they share what starts slowly.
+WORKERS ?= 2
+TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 SCALE ?= full
 PACK := .gpu
 
@@ -14,11 +18,11 @@ demo: setup
 	$(BIN)/vlmray demo --output_dir outputs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 # Without what starts Ray, other processes or trainings.
 test-fast: setup
-	$(BIN)/python -m pytest -m "not (ray or processes or training)"
+	$(TEST) -m "not (ray or processes or training)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,14 +22,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes long by what it uses, so that `make test-fast` can leave it out."""
     for item in items:
-        if "two_cpus" in item.fixturenames:
+        fixtures = getattr(item, "fixturenames", ())
+        if "two_cpus" in fixtures:
             item.add_marker("ray")
-        if "spare_time" in item.fixturenames:
+        if "spare_time" in fixtures:
             item.add_marker("training")
-        if any(getattr(item.module, name, None) is getattr(processes, name) for name in ("run", "start")):
+        module = getattr(item, "module", None)  # doctests have none
+        if any(getattr(module, name, None) is getattr(processes, name) for name in ("run", "start")):
             item.add_marker("processes")
 
 

@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from helpers.paths import ROOT
-from helpers.processes import wait_until
+from helpers.processes import descendants, free_port, wait_until
 from vlmray.benchmark.endpoint import Endpoint, EndpointError, Timed
 from vlmray.benchmark.job import run_benchmark
 from vlmray.benchmark.plan import plan_benchmark
@@ -168,13 +167,7 @@ def test_a_killed_replica_changes_no_answer(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         results = pool.submit(run, tmp_path / "killed", **options)
         wait_until(lambda: list((tmp_path / "killed" / "base" / "predictions").glob("part-*")))
-        victim = next(
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if process.info["cmdline"]
-            and process.info["cmdline"][0].startswith("ray::ServeReplica:vlmray:model")
-        )
-        victim.kill()
+        descendants("ray::ServeReplica:vlmray:model")[0].kill()
         assert results.result().num_answered == 400
     run(tmp_path / "whole", **options, offline=True)
     assert predictions(tmp_path / "killed") == predictions(tmp_path / "whole")
@@ -204,7 +197,7 @@ def test_failed_rows_are_wrong_and_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serve_app(ServeConfig(model_id="fake?latency_s=0.01", engine="fake", port=8110)) as running:
+    with serve_app(ServeConfig(model_id="fake?latency_s=0.01", engine="fake", port=free_port())) as running:
         yield running
 
 

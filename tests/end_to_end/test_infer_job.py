@@ -20,17 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.paths import ROOT
-from helpers.processes import finished, parquet_rows, run, start, wait_until
+from helpers.processes import descendants, finished, free_port, is_alive, parquet_rows, run, start, wait_until
 
 SLICE = ROOT.parent / "shared" / "data" / "chartqa"
 FAKE = ["--engine", "fake", "--dataset_name", "charts?num_rows=96&seed=3", "--sample_slices", "[:]"]
-
-
-def is_replica(process: psutil.Process) -> bool:
-    try:
-        return "_Replica" in " ".join(process.cmdline())
-    except psutil.Error:  # gone, or another user's
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +42,11 @@ def test_a_run_that_is_stopped_resumes(
     options = [*FAKE, "--model_id", f"fake?latency_s=0.05&log={log}", "--output_dir", out, "--batch_size", 2]
     job = start(*options)
     wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
+    replicas = descendants("_Replica", job.pid)
     job.send_signal(how)
     _, stderr = job.communicate(timeout=30)
     # The workers notice within moments; what they still write counts as finished.
-    wait_until(lambda: not any(map(is_replica, psutil.process_iter())))
+    wait_until(lambda: not any(map(is_alive, replicas)))
     if how != signal.SIGKILL:
         assert job.returncode == 130
         assert "the same command resumes" in stderr
@@ -79,7 +73,7 @@ def test_kill_9_of_the_replica_loses_and_repeats_nothing(
     out = tmp_path / "out"
     job = start(*FAKE, "--model_id", "fake?latency_s=0.05", "--output_dir", out, "--batch_size", "2")
     wait_until(lambda: len(finished(out)) >= 8 or job.poll() is not None)
-    (replica,) = filter(is_replica, psutil.Process(job.pid).children(recursive=True))
+    (replica,) = descendants("_Replica", job.pid)
     replica.kill()
     _, stderr = job.communicate(timeout=200)
     assert job.returncode == 0, stderr
@@ -176,11 +170,6 @@ def cluster() -> Iterator[str]:
 
 def ray_executable() -> str:
     return str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def answers(port: int) -> bool:

@@ -30,7 +30,7 @@ import requests
 from ray import serve
 
 from helpers.paths import ROOT
-from helpers.processes import http_server, huge_png
+from helpers.processes import descendants, free_port, http_server, huge_png, wait_until
 from vlmray import cluster
 from vlmray.builtin.charts import ChartsSource
 from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
@@ -75,8 +75,8 @@ def inferred(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def server(adapters: dict[str, Path], inferred: list[str]) -> Iterator[Server]:
     """The built-in model and two adapters on two replicas."""
     config = ServeConfig(
-        model_id=BUILTIN, adapters=",".join(f"{name}={path}" for name, path in adapters.items()), port=8101,
-        num_replicas="2", dtype="float32", allow_private_image_urls=True, max_new_tokens=32,
+        model_id=BUILTIN, adapters=",".join(f"{name}={path}" for name, path in adapters.items()),
+        port=free_port(), num_replicas="2", dtype="float32", allow_private_image_urls=True, max_new_tokens=32,
     )  # fmt: skip
     with serve_app(config) as running:
         yield running
@@ -106,24 +106,12 @@ def ask(
     return completion.choices[0].message.content or ""
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
 def num_running() -> int:
     return serve.status().applications[APP_NAME].deployments["model"].replica_states.get("RUNNING", 0)
 
 
 def replica_processes() -> list[psutil.Process]:
-    title = f"ServeReplica:{APP_NAME}:model"
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if title in " ".join(process.info["cmdline"] or [])
-    ]
+    return descendants(f"ServeReplica:{APP_NAME}:model")
 
 
 def test_models_are_the_base_and_its_adapters(client: openai.OpenAI) -> None:
@@ -195,14 +183,14 @@ def test_500_requests_are_each_answered_right_though_a_replica_is_killed(
     (victim, _) = replica_processes()
     with ThreadPoolExecutor(32) as pool:
         answers = pool.map(answer, tasks)
-        wait_for(lambda: num_done >= NUM_REQUESTS // 5)
+        wait_until(lambda: num_done >= NUM_REQUESTS // 5)
         victim.kill()
         found = list(answers)
     assert len(found) == NUM_REQUESTS
     for number, ((_, model), text) in enumerate(zip(tasks, found, strict=True)):
         assert text == expected[model][number % len(rows)], number
     assert len({tuple(expected[model]) for model in models}) == 3
-    wait_for(lambda: num_running() == 2)
+    wait_until(lambda: num_running() == 2)
     assert victim.pid not in [process.pid for process in replica_processes()]
 
 
@@ -210,12 +198,9 @@ def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: ope
     """Through Serve's own proxy: 100 MB with and without a declared length, and huge or broken images."""
 
     def private_bytes() -> int:
-        actors = ("ray::ProxyActor", "ray::ServeReplica")
-        return sum(
-            process.info["memory_info"].rss - process.info["memory_info"].shared
-            for process in psutil.process_iter(["cmdline", "memory_info"])
-            if process.info["cmdline"] and process.info["cmdline"][0].startswith(actors)
-        )
+        actors = [*descendants("ray::ProxyActor"), *descendants("ray::ServeReplica")]
+        usage = [process.memory_info() for process in actors]
+        return sum(each.rss - each.shared for each in usage)
 
     def post(body: Any) -> tuple[int, float]:
         started = time.monotonic()
@@ -261,8 +246,8 @@ def test_adapters_come_at_run_time_and_make_room_for_each_other(
     server.stop()
     rows = chart_rows()[:4]
     config = ServeConfig(
-        model_id=BUILTIN, served_model_name="reader", adapter_dir=str(tmp_path), max_adapters=1, port=8102,
-        dtype="float32", max_new_tokens=32,
+        model_id=BUILTIN, served_model_name="reader", adapter_dir=str(tmp_path), max_adapters=1,
+        port=free_port(), dtype="float32", max_new_tokens=32,
     )  # fmt: skip
     with serve_app(config) as changed:
         client = make_client(changed)
@@ -296,7 +281,7 @@ def answer_alone(engine: Any, row: dict[str, Any], adapter: str | None) -> str:
 @pytest.mark.usefixtures("server")  # which has stopped by now: one server at a time
 def test_load_starts_replicas_and_quiet_stops_them() -> None:
     config = ServeConfig(
-        model_id="fake?latency_s=0.2", engine="fake", num_replicas="1,3", max_batch_size=2, port=8103,
+        model_id="fake?latency_s=0.2", engine="fake", num_replicas="1,3", max_batch_size=2, port=free_port(),
         target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=2, max_queued_requests=100,
     )  # fmt: skip
     with serve_app(config) as server:
@@ -313,18 +298,22 @@ def test_load_starts_replicas_and_quiet_stops_them() -> None:
         with ThreadPoolExecutor(12) as pool:
             loads = [pool.submit(load) for _ in range(12)]
             try:
-                wait_for(lambda: num_running() == 3)
+                wait_until(lambda: num_running() == 3)
             finally:
                 stop.set()
             for each in loads:
                 each.result()
-        wait_for(lambda: num_running() == 1)
+        wait_until(lambda: num_running() == 1)
 
 
 @pytest.mark.usefixtures("server")
 def test_a_full_queue_is_refused_not_kept() -> None:
     config = ServeConfig(
-        model_id="fake?latency_s=0.5", engine="fake", max_batch_size=1, max_queued_requests=1, port=8104
+        model_id="fake?latency_s=0.5",
+        engine="fake",
+        max_batch_size=1,
+        max_queued_requests=1,
+        port=free_port(),
     )
     with serve_app(config) as server:
 
@@ -342,22 +331,24 @@ def test_a_full_queue_is_refused_not_kept() -> None:
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--engine", "fake", "--port", "8105"]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--engine", "fake", "--port", str(port)]
     process = subprocess.Popen(
         [*command, "--model_id", "fake?latency_s=3&answer=done"], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "RAY_ADDRESS": ""},
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        assert "is served at http://127.0.0.1:8105/v1" in process.stdout.readline()
-        client = openai.OpenAI(base_url="http://127.0.0.1:8105/v1", api_key="none", max_retries=0)
+        assert f"is served at {url}/v1" in process.stdout.readline()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         message: Any = {"role": "user", "content": "hi"}
         model = client.models.list().data[0].id
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.chat.completions.create, model=model, messages=[message])
-            wait_for(lambda: "in_flight 1.0" in requests.get("http://127.0.0.1:8105/metrics").text)
+            wait_until(lambda: "in_flight 1.0" in requests.get(f"{url}/metrics").text)
             process.send_signal(stop)
-            wait_for(lambda: requests.get("http://127.0.0.1:8105/health").status_code == 503)
+            wait_until(lambda: requests.get(f"{url}/health").status_code == 503)
             with pytest.raises(openai.InternalServerError, match="the server is stopping"):
                 client.chat.completions.create(model=model, messages=[message])
             assert answer.result().choices[0].message.content == "done"
@@ -371,10 +362,11 @@ def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> N
 @pytest.mark.usefixtures("server")
 def test_serve_itself_can_run_it() -> None:
     """What `serve run vlmray.serving:app model_id=fake engine=fake` does."""
-    serve.start(http_options={"port": 8106})
+    port = free_port()
+    serve.start(http_options={"port": port})
     serve.run(app({"model_id": "fake", "engine": "fake", "max_batch_size": "4"}), name=APP_NAME)
     try:
-        assert requests.get("http://127.0.0.1:8106/health").json() == {"status": "ok"}
+        assert requests.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
     finally:
         serve.shutdown()
 
@@ -402,11 +394,11 @@ def test_mistakes_are_named_before_anything_starts(
     ):
         serve_app(ServeConfig(model_id="fake", engine="fake", port=taken.getsockname()[1]))
     with pytest.raises(ValueError, match=r"was made for .* and does not fit"):
-        serve_app(ServeConfig(model_id=BUILTIN, adapters=f"alien={tiny_adapter}", port=8107))
+        serve_app(ServeConfig(model_id=BUILTIN, adapters=f"alien={tiny_adapter}", port=free_port()))
     with pytest.raises(FileNotFoundError, match=r"--adapter_dir .*gone"):
-        serve_app(ServeConfig(model_id=BUILTIN, adapter_dir=str(tmp_path / "gone"), port=8107))
+        serve_app(ServeConfig(model_id=BUILTIN, adapter_dir=str(tmp_path / "gone"), port=free_port()))
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        serve_app(ServeConfig(model_id="./gone", port=8107))
+        serve_app(ServeConfig(model_id="./gone", port=free_port()))
     with pytest.raises(ValueError, match="expected name=folder"):
         ServeConfig(adapters="first")
     with pytest.raises(ValueError, match=r"--num_replicas must be N or MIN,MAX of at least 0,1"):
