@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import os
 import signal
 from collections.abc import Iterator
@@ -31,8 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "spare_time" in fixtures:
             item.add_marker("training")
         module = getattr(item, "module", None)  # doctests have none
-        if any(getattr(module, name, None) is getattr(processes, name) for name in ("run", "start")):
+        starters = (getattr(module, name, None) is getattr(processes, name) for name in ("run", "start"))
+        if any(starters) or starts_processes(getattr(item, "function", None)):
             item.add_marker("processes")
+
+
+def starts_processes(function: object, depth: int = 3) -> bool:
+    """Tell whether a test, or a function that it calls, names `subprocess`."""
+    if not inspect.isfunction(function) or not depth:
+        return False
+    names = function.__code__.co_names
+    called = (function.__globals__.get(name) for name in names)
+    return "subprocess" in names or any(starts_processes(each, depth - 1) for each in called)
 
 
 @pytest.fixture(scope="session")

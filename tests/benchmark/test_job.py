@@ -87,7 +87,11 @@ def test_a_spoilt_model_is_called_worse(compared: tuple[Path, Results]) -> None:
     assert found["bleu"]["base"]["signature"]
     assert len(predictions(folder)) == 96
     assert results.num_answered == 96
-    assert "spoilt is worse than base" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<title>base, spoilt on Built-in charts, 48 rows</title>" in page
+    assert "spoilt is worse than base" in page
+    assert '<th scope="row">models</th>' in page
+    assert '<th scope="row">metric</th>' not in page  # it has no such option: --metrics says it
     assert "| exact\\_match |" in (folder / "report.md").read_text()
 
 
@@ -159,6 +163,15 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     names = ("verdicts", "scores", "differences", "bleu", "dataset", "prompt")
     reports = [json.loads((each / "results.json").read_text()) for each in (folder, whole)]
     assert [reports[0][name] for name in names] == [reports[1][name] for name in names]
+
+
+def test_a_model_may_be_compared_with_itself(tmp_path: Path) -> None:
+    options = {"sample_slices": "[:12]", "speed_samples": 2, "concurrency": "1"}
+    results = run(tmp_path, models=f"base={FAKE},same={FAKE}", **options)
+    found = predictions(tmp_path)
+    assert len(found) == 24
+    assert {text for (model, _), text in found.items() if model == "same"} == {"yes"}
+    assert [(point.model, point.num_failed) for point in results.speed] == [("base", 0), ("same", 0)]
 
 
 def test_a_killed_replica_changes_no_answer(tmp_path: Path) -> None:

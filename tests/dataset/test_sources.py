@@ -17,7 +17,7 @@ from vlmray.builtin.drawing import draw_chart
 from vlmray.dataset.registry import DATASETS, get_dataset_columns
 from vlmray.dataset.samples import to_sample
 from vlmray.dataset.slices import sample_id
-from vlmray.dataset.sources import Source, open_source
+from vlmray.dataset.sources import Source, display_name, open_source
 from vlmray.images.reading import load_image_pil
 
 
@@ -123,3 +123,27 @@ def test_nothing_at_the_path(tmp_path: Path) -> None:
     for name in (tmp_path / "gone", tmp_path / "gone.parquet", "./gone", "gone.jsonl", "~/gone"):
         assert mistake(name) == f"--dataset_name {name}: no such file or folder"
     assert mistake((tmp_path / "gone").as_uri()).endswith("/gone: no Parquet file there")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("charts", "Built-in charts, 1,000 rows"),
+        ("charts?seed=7&num_rows=2400&family=count", "Built-in charts, 2,400 rows"),
+        ("charts?num_rows=1", "Built-in charts, 1 row"),
+        ("HuggingFaceM4/ChartQA", "HuggingFaceM4/ChartQA"),
+        ("photos.jsonl", "photos.jsonl"),
+        ("data/photos/", "data/photos/"),
+        ("/data", "/data"),
+        ("/home/someone/photos/photos.jsonl", "…/photos/photos.jsonl"),
+        ("s3://bucket/receipts/2026/*.parquet", "…/2026/*.parquet"),
+        ("s3://bucket", "s3://bucket"),
+    ],
+)
+def test_a_dataset_has_a_name_to_read(name: str, shown: str) -> None:
+    assert display_name(name) == shown
+
+
+def test_a_registered_name_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS, "/mnt/our/receipts", DATASETS["charts"])
+    assert display_name("/mnt/our/receipts", "2026") == "/mnt/our/receipts, 2026"

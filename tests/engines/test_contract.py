@@ -8,6 +8,7 @@ import io
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -571,6 +572,89 @@ def test_a_batch_that_is_tried_again_streams_nothing_twice(
         found[index] += text
 
     assert texts(engine.generate(requests, on_text=collect)) == list(found.values()) == expected
+
+
+class Readers:
+    """Those who read answers: some leave after so many pieces, each with a place and a number."""
+
+    def __init__(self, leave_after: dict[int, int]) -> None:
+        self.pieces: dict[int, list[str]] = defaultdict(list)
+        self.ends: list[int] = []
+        self._leave_after = leave_after
+
+    def read(self, index: int, text: str) -> None:
+        assert not self.has_left(index), "told after it had left"
+        self.pieces[index].append(text)
+
+    def has_left(self, index: int) -> bool:
+        return len(self.pieces[index]) >= self._leave_after.get(index, 10**6)
+
+    def answer(self, engine: Engine, requests: list[GenerationRequest]) -> list[Completion]:
+        return engine.generate(
+            requests,
+            on_text=self.read,
+            on_end=lambda index, completion: self.ends.append(index),
+            cancelled=self.has_left,
+        )
+
+
+@pytest.fixture(params=["transformers", "transformers, rows unshared", "LLaVA", "fake"])
+def any_engine(
+    request: pytest.FixtureRequest, make_engine: Any, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
+    """Every engine, and every way that one of them takes."""
+    if request.param == "fake":
+        yield build_engine(engine="fake", model_id="fake?answer=one+two+three+four+five+six+seven+eight")
+    elif request.param == "LLaVA":
+        engine = build_engine(engine="transformers", model_id=str(tiny_llava), batch_size=4)
+        yield engine
+        engine.close()
+    else:
+        engine = make_engine(batch_size=4)
+        if request.param != "transformers":
+            copy_no_rows(engine, monkeypatch)
+        yield engine
+
+
+def test_a_row_that_nobody_wants_ends_and_no_other_row_notices(any_engine: Engine) -> None:
+    requests = make_mixed_requests(9, max_new_tokens=24)
+    undisturbed = Readers({})
+    whole = undisturbed.answer(any_engine, requests)
+    leavers = {1: 1, 2: 2, 5: 0, 7: 3}  # place and pieces; the batch of some goes on without them
+    assert min(len(undisturbed.pieces[place]) for place in leavers) > 4  # else nothing is cut off
+    readers = Readers(leavers)
+    found = readers.answer(any_engine, requests)
+    assert sorted(readers.ends) == list(range(9))
+    for place, (before, after) in enumerate(zip(whole, found, strict=True)):
+        assert after.text == "".join(readers.pieces[place])
+        if place not in leavers:
+            assert after == before
+            continue
+        assert (after.finish_reason, after.error) == ("cancelled", None)
+        assert before.text.startswith(after.text)
+        assert len(readers.pieces[place]) == leavers[place]
+        assert leavers[place] <= after.num_completion_tokens < before.num_completion_tokens
+    assert found[5].num_completion_tokens == 0
+
+
+def test_the_model_stops_within_a_token_once_everybody_has_left(model: Any, make_engine: Any) -> None:
+    engine, num_tokens = make_engine(batch_size=2), 0
+    left = False
+    language_model = model.model.language_model
+
+    def count(*_: Any) -> None:
+        nonlocal num_tokens, left
+        num_tokens += 1
+        left = left or num_tokens == 3
+
+    hook = language_model.register_forward_hook(count)
+    try:
+        found = engine.generate(make_mixed_requests(6, max_new_tokens=200), cancelled=lambda index: left)
+    finally:
+        hook.remove()
+    assert num_tokens == 3  # forward passes: none for what the others, who had not begun, asked
+    assert [completion.finish_reason for completion in found] == ["cancelled"] * 6
+    assert sorted(completion.num_completion_tokens for completion in found) == [0, 0, 0, 0, 2, 2]
 
 
 def test_an_answer_ends_before_a_stop_text(make_engine: Any) -> None:

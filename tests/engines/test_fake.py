@@ -68,6 +68,26 @@ def test_fake_answers_as_told() -> None:
     assert long.prompt == "user: <image> What is it?"
 
 
+def test_the_fake_engine_writes_word_by_word_while_it_is_wanted(tmp_path: Path) -> None:
+    log, token_log = tmp_path / "log", tmp_path / "tokens"
+    model_id = f"fake?answer=forty+two+or+so&token_s=0.01&log={log}&token_log={token_log}"
+    pieces: list[str] = []
+    start = time.perf_counter()
+    cut, unread, whole = FakeEngine.from_model_id(model_id).generate(
+        [ask(number) for number in (1, 2, 3)],
+        on_text=lambda index, text: pieces.append(f"{index}{text}"),
+        cancelled=lambda index: index == 1 or (index == 0 and len(pieces) == 2),
+    )
+    assert time.perf_counter() - start >= 6 * 0.01
+    assert pieces == ["0forty", "0 two", "2forty", "2 two", "2 or", "2 so"]
+    assert [(c.text, c.finish_reason) for c in (cut, unread, whole)] == [
+        ("forty two", "cancelled"), ("", "cancelled"), ("forty two or so", "stop")
+    ]  # fmt: skip
+    assert [c.num_completion_tokens for c in (cut, unread, whole)] == [2, 0, 4]
+    assert token_log.read_text().split() == ["forty", "two", "forty", "two", "or", "so"]
+    assert log.read_text().split() == ["test-000001", "test-000003"]
+
+
 def test_fake_errors_hit_the_same_rows_whatever_the_batch(tmp_path: Path) -> None:
     log = tmp_path / "log"
     engine = FakeEngine.from_model_id(f"fake?error_every=3&log={log}")
@@ -80,12 +100,11 @@ def test_fake_errors_hit_the_same_rows_whatever_the_batch(tmp_path: Path) -> Non
 def test_a_fake_crash_ends_the_process_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = (
-        "from tests.test_testing import *\n"
+        "import sys; sys.path += ['tests', 'tests/engines']\nfrom test_fake import *\n"
         f"FakeEngine.from_model_id('fake?crash_on=000002&log={log}').generate([ask(1), ask(2), ask(3)])"
     )
-    root = ROOT
     codes = [
-        subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode for _ in range(2)
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode for _ in range(2)
     ]
     assert codes == [1, 0]
     assert log.read_text().split() == ["test-000001", "test-000001", "test-000002", "test-000003"]

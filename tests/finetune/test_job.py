@@ -116,6 +116,7 @@ def test_what_a_run_leaves(trained: tuple[FinetuneConfig, Path, TrainingReport])
     assert not [*folder.glob(".*.tmp")]
     assert len(checkpoints(folder)) == config.save_total_limit
     page = (folder / "report.html").read_text()
+    assert f"<title>LoRA of {config.model_id} on Built-in charts, 400 rows, train split</title>" in page
     assert page.count("<svg") >= 2
     assert 'src="http' not in page
     table = format_training_table(report)

@@ -77,7 +77,9 @@ def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in manifest["stages_s"].values())
     assert 0 < manifest["overlap"]["model_busy_share"] <= 1
     assert 0 <= manifest["overlap"]["cpu_hidden_share"] <= 1
-    assert "<html" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>fake on Built-in charts, 48 rows</title>" in page
+    assert page.count("charts?num_<wbr>rows=48&amp;seed=3") == 1  # exact, among the options alone
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 
@@ -11,8 +10,8 @@ import pytest
 from vlmray.reports.axes import Unit, format_value, is_drawable, x_axis, y_axis
 
 
-def labels(values: list[float], *, log: bool = False) -> list[str]:
-    return [label for _, label in x_axis(values, is_log=log).ticks]
+def labels(values: list[float]) -> list[str]:
+    return [label for _, label in x_axis(values).ticks]
 
 
 def random_ranges() -> list[list[float]]:
@@ -36,11 +35,9 @@ def test_y_axis_holds_all_values_between_two_ticks(unit: Unit) -> None:
         assert all(-1e-6 <= axis.share(value) <= 1 + 1e-6 for value in values)
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_x_axis_spans_just_the_values(log: bool) -> None:
+def test_x_axis_spans_just_the_values() -> None:
     for values in random_ranges():
-        values = [abs(value) + 1e-9 for value in values] if log else values
-        axis = x_axis(values, is_log=log)
+        axis = x_axis(values)
         assert len(axis.ticks) <= 8
         assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick, _ in axis.ticks)
         assert all(-1e-6 <= axis.share(value) <= 1 + 1e-6 for value in values)
@@ -60,27 +57,6 @@ def test_x_axis_spans_just_the_values(log: bool) -> None:
 )
 def test_ticks_are_round(values: list[float], expected: list[str]) -> None:
     assert labels(values) == expected
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([1, 2, 4, 8, 2], ["1", "2", "4", "8"]),
-        (list(range(3, 500)), ["5", "10", "20", "50", "100", "200"]),
-        (list(range(1, 2000)), ["1", "10", "100", "1,000"]),
-        ([3 + index / 10 for index in range(20)], ["3", "3.5", "4", "4.5"]),
-        ([7], ["7"]),
-    ],
-)
-def test_ticks_of_a_logarithmic_axis(values: list[float], expected: list[str]) -> None:
-    assert labels(values, log=True) == expected
-
-
-def test_a_logarithmic_axis_gives_factors_equal_room() -> None:
-    axis = x_axis([1, 1000], is_log=True)
-    places = [axis.share(value) for value in (1, 10, 100, 1000)]
-    steps = [after - before for before, after in itertools.pairwise(places)]
-    assert steps == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize(

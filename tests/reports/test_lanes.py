@@ -35,9 +35,9 @@ def test_bars_stand_in_their_lane_where_it_was_at_work() -> None:
     tracks, curves = drawing.curves[::2], drawing.curves[1::2]
     assert [tick.label for tick in drawing.y_ticks] == ["l0", "l1"]
     assert [tick.at for tick in drawing.y_ticks] == [25, 75]
-    assert bars(curves[0].band) == [(250, 440, 60, 750), (750, 440, 250, 1000)]
-    assert bars(curves[1].band) == [(0, 940, 560, 250)]
-    assert [bars(track.band) for track in tracks] == [[(0, 440, 60, 1000)], [(0, 940, 560, 1000)]]
+    assert bars(curves[0].bars) == [(250, 440, 60, 750), (750, 440, 250, 1000)]
+    assert bars(curves[1].bars) == [(0, 940, 560, 250)]
+    assert [bars(track.bars) for track in tracks] == [[(0, 440, 60, 1000)], [(0, 940, 560, 1000)]]
     assert [curve.color for curve in drawing.curves] == [0, 0, 1, 1]
 
 
@@ -67,4 +67,4 @@ def test_without_time_there_is_nothing_to_draw() -> None:
 def test_the_worst_lane_is_small() -> None:
     rng = random.Random(0)
     drawing = drawn(make_plot([rng.random() for _ in range(300)]))
-    assert sum(len(curve.band) for curve in drawing.curves) < 10_000
+    assert sum(len(curve.bars) for curve in drawing.curves) < 10_000

@@ -74,11 +74,10 @@ def test_gaps_split_the_line_and_are_counted() -> None:
 
 
 def test_points_without_a_place_are_left_out() -> None:
-    plot = make_plot(((math.nan, 1.0), (math.inf, 1.0), (0, 9.0), (1, 1.0), (10, 2.0)), log_x=True)
+    plot = make_plot(((math.nan, 1.0), (math.inf, 1.0), (0, 9.0), (1, 1.0), (10, 2.0)))
     drawing = drawn(plot)
-    assert len(corners(drawing.curves[0].line)) == 2
-    assert "3 of 5 values are not drawn" in drawing.remarks[0]
-    assert "logarithmic" in drawing.remarks[0]
+    assert len(corners(drawing.curves[0].line)) == 3
+    assert drawing.remarks == ("s0: 2 of 5 values are not drawn (not finite).",)
 
 
 @pytest.mark.parametrize("points", [(), ((1, math.nan),), ((math.inf, 1.0),), ((1, 1e200),)])
@@ -102,10 +101,8 @@ def test_nothing_to_draw(points: Points) -> None:
         ((1e15, 1.0), (1e15 + 1, 1.0)),
     ],
 )
-@pytest.mark.parametrize("log_x", [False, True])
-def test_degenerate_values_stay_inside(points: Points, log_x: bool) -> None:
-    points = tuple((abs(x) + 1 if log_x else x, y) for x, y in points)
-    drawing = drawn(make_plot(points, log_x=log_x, y_unit="percent"))
+def test_degenerate_values_stay_inside(points: Points) -> None:
+    drawing = drawn(make_plot(points, y_unit="percent"))
     inside = corners(drawing.curves[0].line) + [(10 * dot.x, 10 * dot.y) for dot in drawing.curves[0].dots]
     assert inside
     assert all(-0.01 <= place <= 1000.01 for corner in inside for place in corner)
@@ -120,26 +117,6 @@ def test_dots_give_way_where_they_would_touch() -> None:
     few, many = (drawn(make_plot(noise(number), style="dots")).curves[0] for number in (plots.MAX_DOTS, 100))
     assert (few.style, len(few.dots)) == ("dots", plots.MAX_DOTS)
     assert (many.style, many.dots) == ("line", ())
-
-
-def test_intervals_are_bars_of_dots_and_bands_of_lines() -> None:
-    points = ((0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0))
-    intervals = ((0.0, 2.0), (1.0, 3.0), None, (3.0, math.nan))
-    series = [
-        Series(name=style, points=points, intervals=intervals, style=style) for style in ("dots", "line")
-    ]
-    dots, line = drawn(
-        Plot(title="T", x_label="x", y_label="y", series=tuple(series), y_include=(0.0, 4.0))
-    ).curves
-    assert [dot.bar for dot in dots.dots] == [(50, 100), (25, 75), None, None]
-    assert dots.dots[0].text == "dots: 1 (0 to 2) at x 0"
-    assert dots.band == ""
-    assert corners(line.band) == [(0, 500), (333.3, 250), (333.3, 750), (0, 1000)]
-
-
-def test_intervals_belong_to_points() -> None:
-    with pytest.raises(ValueError, match="2 points of 'a', 1 intervals"):
-        Series(name="a", points=((0, 1.0), (1, 2.0)), intervals=((0.0, 1.0),))
 
 
 def test_the_axis_reaches_what_it_is_told_to() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import inspect
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -15,12 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import openai
 import psutil
@@ -36,11 +38,12 @@ from vlmray.builtin.charts import ChartsSource
 from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
 from vlmray.config import InferConfig, ServeConfig
 from vlmray.engines import build_engine
-from vlmray.engines.fake import build_tiny_random_adapter
+from vlmray.engines.fake import FakeEngine, build_tiny_random_adapter
 from vlmray.inference.job import run_inference
 from vlmray.inference.plan import plan_inference
 from vlmray.schema import GenerationRequest
 from vlmray.serving import server as serving
+from vlmray.serving.backend import Reply
 from vlmray.serving.replica import ModelReplica
 from vlmray.serving.server import API_KEY, APP_NAME, Server, app, build_application, serve_app
 
@@ -96,13 +99,15 @@ def chart_rows() -> list[dict[str, Any]]:
     return source.read(list(range(len(source))), ["image", "question"])
 
 
-def ask(
-    client: openai.OpenAI, row: dict[str, Any], model: str = BUILTIN, url: str = "", **options: Any
-) -> str:
+def question(row: dict[str, Any], url: str = "") -> Any:
+    """The messages that ask about a row's image, or about one behind a URL."""
     url = url or f"data:image/png;base64,{base64.b64encode(row['image']).decode()}"
-    parts: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
-    messages: Any = [{"role": "user", "content": parts}]
-    completion = client.chat.completions.create(model=model, messages=messages, **options)
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
+    return [{"role": "user", "content": parts}]
+
+
+def ask(client: openai.OpenAI, row: dict[str, Any], model: str = BUILTIN, url: str = "") -> str:
+    completion = client.chat.completions.create(model=model, messages=question(row, url))
     return completion.choices[0].message.content or ""
 
 
@@ -140,13 +145,7 @@ def test_images_by_url_and_streams_give_the_same_text(client: openai.OpenAI, tmp
     with http_server(Handler) as files:
         url = f"{files}/chart.png"
         assert ask(client, row, url=url) == expected
-        parts: Any = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": row["question"]},
-        ]
-        chunks = client.chat.completions.create(
-            model=BUILTIN, messages=[{"role": "user", "content": parts}], stream=True
-        )
+        chunks = client.chat.completions.create(model=BUILTIN, messages=question(row, url), stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
@@ -192,6 +191,47 @@ def test_500_requests_are_each_answered_right_though_a_replica_is_killed(
     assert len({tuple(expected[model]) for model in models}) == 3
     wait_until(lambda: num_running() == 2)
     assert victim.pid not in [process.pid for process in replica_processes()]
+
+
+def figures(server: Server) -> dict[str, float]:
+    """The server's metrics by name and labels."""
+    lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in values}
+
+
+def in_progress(server: Server) -> float:
+    names = ("vlmray_requests_in_flight", "vlmray_requests_queued")
+    return sum(value for name, value in figures(server).items() if name.startswith(names))
+
+
+def test_answers_stay_right_while_many_come_and_leave(
+    server: Server, client: openai.OpenAI, inferred: list[str]
+) -> None:
+    """Leaving in line, in the middle of an answer, or while an adapter's neighbours are answered."""
+    rows, chance = chart_rows(), random.Random(0)
+    models = [BUILTIN, "first", "second"]
+
+    def visit(number: int) -> str | None:
+        row, kind = rows[number % len(rows)], number % 3
+        if kind == 0:
+            return ask(client, row)
+        model = models[number % 2]
+        if kind == 1:
+            client.chat.completions.create(model=model, messages=question(row), stream=True).close()
+        else:
+            with contextlib.suppress(openai.APITimeoutError):
+                ask(client.with_options(timeout=chance.uniform(0.05, 1)), row, model)
+        return None
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(visit, range(360)))
+    for number in range(0, 360, 3):
+        assert found[number] == inferred[number % len(rows)], number
+    wait_until(lambda: in_progress(server) == 0)
+    left = 'vlmray_requests_total{model="%s",status="499"}'
+    assert sum(figures(server).get(left % model, 0) for model in models) > 60
+    assert ask(client, rows[0]) == inferred[0]
 
 
 def test_floods_and_bombs_leave_the_server_as_it_was(server: Server, client: openai.OpenAI) -> None:
@@ -329,6 +369,55 @@ def test_a_full_queue_is_refused_not_kept() -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_the_model_is_free_within_a_token_of_the_client(tmp_path: Path) -> None:
+    """A client that closes its stream, one that waits no longer, and a request past its time limit."""
+    log = tmp_path / "tokens"
+    log.touch()
+    config = ServeConfig(
+        model_id=f"fake?answer={'+'.join('x' * 1000)}&token_s=0.05&token_log={log}", served_model_name="fake",
+        engine="fake", max_batch_size=1, max_queued_requests=4, stream_interval_s=0, port=free_port(),
+    )  # fmt: skip
+
+    def num_tokens() -> int:
+        return len(log.read_text().split())
+
+    with serve_app(config) as server:
+        client = make_client(server)
+        endless: dict[str, Any] = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+
+        def close_the_stream() -> None:
+            stream = client.chat.completions.create(**endless, stream=True)
+            assert [next(stream).choices[0].delta.content for _ in range(2)] == ["", "x"]
+            stream.close()
+
+        def wait_no_longer() -> None:
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.5).chat.completions.create(**endless)
+
+        def be_over_the_limit() -> None:
+            limit = {"x-request-timeout-seconds": "0.5"}  # Serve's own header
+            with pytest.raises(openai.APIStatusError, match="408"):
+                client.chat.completions.create(**endless, extra_headers=limit)
+
+        with client.chat.completions.create(**endless, stream=True) as stream:
+            next(stream)
+            for _ in range(3):  # those before it would fill the line, if they were still in it
+                with ThreadPoolExecutor(3) as pool:
+                    list(pool.map(lambda _: wait_no_longer(), range(3)))
+                wait_until(lambda: in_progress(server) == 1)
+        for leave in (close_the_stream, wait_no_longer, be_over_the_limit):
+            leave()
+            before = num_tokens()
+            answer = client.chat.completions.create(**endless, max_tokens=1)  # the model is for one at a time
+            assert answer.choices[0].message.content == "x"
+            assert num_tokens() <= before + 6 + 1, (
+                leave
+            )  # of 1000; some time passes on the way to the replica
+            wait_until(lambda: in_progress(server) == 0)
+        assert figures(server)['vlmray_requests_total{model="fake",status="499"}'] == 3 * 3 + 1 + 3
+
+
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> None:
     port = free_port()
@@ -369,6 +458,37 @@ def test_serve_itself_can_run_it() -> None:
         assert requests.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
     finally:
         serve.shutdown()
+
+
+@pytest.mark.parametrize("num_read", [1, 2])
+def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None:
+    completion = FakeEngine().generate([GenerationRequest(request_id="x", messages=[])])[0]
+    cancelled: list[bool] = []
+
+    class Handle:
+        """A handle and what a call of it returns."""
+
+        answer = property(lambda self: SimpleNamespace(remote=lambda *args: self))
+
+        def options(self, **options: Any) -> Handle:
+            return self
+
+        def cancel(self) -> None:
+            cancelled.append(True)
+
+        async def __aiter__(self) -> AsyncIterator[str | Reply]:
+            yield "piece"
+            yield Reply(completion, 1)
+
+    async def check() -> None:
+        request = GenerationRequest(request_id="x", messages=[])
+        pieces = serving._Replicas(cast(Any, Handle())).answer(request, stream=True)
+        for _ in range(num_read):
+            await anext(pieces)
+        await pieces.aclose()
+
+    asyncio.run(check())
+    assert cancelled == ([True] if num_read == 1 else [])
 
 
 def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

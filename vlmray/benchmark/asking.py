@@ -51,9 +51,12 @@ def _free_port() -> int:
 
 
 def served_name(benchmark: Benchmark, name: str) -> str:
-    if not benchmark.config.endpoint:
-        return name
-    return next(candidate.model_id for candidate in benchmark.candidates if candidate.name == name)
+    """Return the name by which a server knows a model; a base has one, under however many it is compared."""
+    asked = next(candidate for candidate in benchmark.candidates if candidate.name == name)
+    if benchmark.config.endpoint:
+        return asked.model_id
+    same = (each for each in benchmark.candidates if each.model_id == asked.model_id)
+    return name if asked.adapter else next(each.name for each in same if not each.adapter)
 
 
 async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, served: str) -> None:

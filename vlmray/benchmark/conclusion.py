@@ -18,7 +18,9 @@ from vlmray.benchmark.results import Results
 from vlmray.benchmark.samples import SampleFacts, describe_samples
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard, answer_type, score_answer, score_models
 from vlmray.benchmark.speed import SpeedPoint
+from vlmray.config import BenchmarkConfig
 from vlmray.dataset.rows import read_rows
+from vlmray.dataset.sources import display_name
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
 from vlmray.reports.errors import group_errors
@@ -38,8 +40,9 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     rows = _read_rows(benchmark) if benchmark.metrics else {}
     board = score_models(benchmark.samples, rows, benchmark.metrics) if benchmark.metrics else None
     first = benchmark.runs[benchmark.candidates[0].name]
+    dataset = display_name(config.dataset_name, config.dataset_config)
     results = Results(
-        title=f"{', '.join(rows or benchmark.runs)} on {config.dataset_name}",
+        title=f"{', '.join(rows or benchmark.runs)} on {dataset}",
         models={
             candidate.name: candidate.model_id + (f" + {candidate.adapter}" if candidate.adapter else "")
             for candidate in benchmark.candidates
@@ -52,7 +55,9 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
         num_samples=len(benchmark.samples),
         galleries=_galleries(benchmark, rows, board) if board else {},
         elapsed_s=elapsed_s,
-        options=dataclasses.asdict(config),
+        options={
+            field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init
+        },
     )
     written = {
         "vlmray": __version__,
@@ -67,6 +72,11 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     folder.write_text("report.html", render_benchmark_html(results))
     folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def _given_options(config: BenchmarkConfig) -> dict[str, Any]:
+    """Return the options that a command line can give."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
 
 
 def _read_rows(benchmark: Benchmark) -> dict[str, dict[str, dict[str, Any]]]:

@@ -110,6 +110,11 @@ class ChartsConfig:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return f"charts?{urlencode(given, safe=',')}"
 
+    @property
+    def title(self) -> str:
+        """What the dataset is called where people read it."""
+        return f"Built-in charts, {self.num_rows:,} row{'' if self.num_rows == 1 else 's'}"
+
 
 def _select(parameter: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
     if text is None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlmray.builtin.charts import ChartsSource
+from vlmray.builtin.charts import ChartsSource, parse_charts_name
 from vlmray.dataset.huggingface import HFSource, load_hf_dataset
 from vlmray.dataset.parquet import ParquetSource
+from vlmray.dataset.registry import DATASETS
 
 _URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
 
@@ -70,7 +71,7 @@ def open_source(
     """
     if "[" in split or "/" in split:
         raise ValueError(f"--dataset_split {split!r} is not a split name; rows are chosen by --sample_slices")
-    is_charts = dataset_name.partition("?")[0] == "charts"
+    is_charts = _is_charts(dataset_name)
     is_uri = dataset_name.partition("://")[0] in _URI_SCHEMES
     path = Path(dataset_name).expanduser()
     if config is not None and (is_charts or is_uri or path.is_file()):
@@ -82,3 +83,25 @@ def open_source(
         return remote.copy_here() if random_access else remote
     base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
     return HFSource(load_hf_dataset(dataset_name, split, config), base_dir, path if base_dir else None)
+
+
+def display_name(dataset_name: str, config: str | None = None) -> str:
+    """Return what a dataset is called where people read it, rather than what opens it.
+
+    >>> display_name("charts?num_rows=2400&seed=7")
+    'Built-in charts, 2,400 rows'
+    >>> display_name("lmms-lab/DocVQA", "InfographicVQA")
+    'lmms-lab/DocVQA, InfographicVQA'
+    >>> display_name("s3://bucket/receipts/2026/train.parquet")
+    '…/2026/train.parquet'
+    """
+    if _is_charts(dataset_name):
+        return parse_charts_name(dataset_name).title
+    parts = [part for part in dataset_name.split("/") if part]
+    is_whole = dataset_name in DATASETS or len(parts) <= 2
+    name = dataset_name if is_whole else "…/" + "/".join(parts[-2:])
+    return name if config is None else f"{name}, {config}"
+
+
+def _is_charts(dataset_name: str) -> bool:
+    return dataset_name.partition("?")[0] == "charts"

@@ -18,6 +18,9 @@ OnText = Callable[[int, str], None]
 OnEnd = Callable[[int, Completion], None]
 """Called with the place of a request and its completion."""
 
+Cancelled = Callable[[int], bool]
+"""Called with the place of a request; tells whether nobody wants its answer any more."""
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -39,6 +42,10 @@ class Engine(Protocol):
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
       its completion. `on_end` gets each completion as soon as it is there, after all its pieces. Both are
       called by the thread that called `generate`, before it returns.
+    * **A row that nobody wants ends.** `cancelled` is asked of every row before its first token and between
+      any two, in the thread that called `generate`. Once it is true the row gets no more of them: its
+      completion has what it got so far and `finish_reason="cancelled"`. Its neighbours are answered as if it
+      had gone on.
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
@@ -62,8 +69,12 @@ class Engine(Protocol):
         *,
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
+        """Answer every request that is not `cancelled`, in order.
+
+        `on_text` and `on_end` are told of what there is as soon as it is.
+        """
         ...
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ importing this module costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
 from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.schema import Completion, GenerationRequest
@@ -73,7 +75,8 @@ class FakeEngine:
 
     Args:
         answer: Say this to everything.
-        latency_s: Seconds each request takes.
+        latency_s: Seconds each request takes before its first token.
+        token_s: Seconds each token takes; a token is a word.
         load_s: Seconds construction takes.
         fail_load: Raise `RuntimeError` on construction.
         error_every: Answer with an error where the number that ends the request id is a multiple of
@@ -81,6 +84,7 @@ class FakeEngine:
         crash_on: End the process, as a lost node would, at the first request whose id contains this. With
             `log`, only once in all (a file beside the log remembers); without, every time.
         log: File to which every answered request's id is appended, one line each.
+        token_log: The same of every token.
     """
 
     def __init__(
@@ -88,11 +92,13 @@ class FakeEngine:
         *,
         answer: str = "",
         latency_s: float = 0.0,
+        token_s: float = 0.0,
         load_s: float = 0.0,
         fail_load: bool = False,
         error_every: int = 0,
         crash_on: str = "",
         log: str = "",
+        token_log: str = "",
     ) -> None:
         self.waited_s = 0.0
         time.sleep(load_s)
@@ -100,9 +106,11 @@ class FakeEngine:
             raise RuntimeError("the fake engine was told to fail on loading (fail_load=1)")
         self.answer = answer
         self.latency_s = latency_s
+        self.token_s = token_s
         self.error_every = error_every
         self.crash_on = crash_on
         self.log = log
+        self.token_log = token_log
 
     @classmethod
     def from_model_id(cls, model_id: str) -> FakeEngine:
@@ -137,13 +145,14 @@ class FakeEngine:
         *,
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order; text comes in one piece."""
+        """Answer every request, in order, word by word, as long as it is not `cancelled`."""
         completions = []
         for index, request in enumerate(requests):
-            completions.append(self._answer(request))
-            if on_text is not None and completions[-1].text:
-                on_text(index, completions[-1].text)
+            is_cancelled = functools.partial(cancelled or _never, index)
+            tell = functools.partial(on_text or _ignore, index)
+            completions.append(self._answer(request, tell, is_cancelled))
             if on_end is not None:
                 on_end(index, completions[-1])
         return completions
@@ -151,11 +160,35 @@ class FakeEngine:
     def close(self) -> None:
         """Do nothing: there is nothing to free."""
 
-    def _answer(self, request: GenerationRequest) -> Completion:
+    def _answer(
+        self, request: GenerationRequest, tell: Callable[[str], None], is_cancelled: Callable[[], bool]
+    ) -> Completion:
+        if not is_cancelled():
+            self._read(request)
+        completion = self._compose(request)
+        words = completion.text.split()
+        for place, word in enumerate(words):
+            if is_cancelled():
+                return dataclasses.replace(
+                    completion,
+                    text=" ".join(words[:place]),
+                    num_completion_tokens=place,
+                    finish_reason="cancelled",
+                )
+            time.sleep(self.token_s)
+            _append(self.token_log, word)
+            tell(f" {word}" if place else word)
+        return completion
+
+    def _read(self, request: GenerationRequest) -> None:
+        """Take the time, and have the accident, that the request is to have."""
         time.sleep(self.latency_s)
         if self.crash_on and self.crash_on in request.request_id and self._may_crash():
             os._exit(1)
-        self._append_log(request.request_id)
+        _append(self.log, request.request_id)
+
+    def _compose(self, request: GenerationRequest) -> Completion:
+        """Return the whole answer."""
         try:
             check_request(request)
             if self.error_every and _trailing_number(request.request_id) % self.error_every == 0:
@@ -181,26 +214,37 @@ class FakeEngine:
             return False
         return True
 
-    def _append_log(self, request_id: str) -> None:
-        if not self.log:
-            return
-        # One write in append mode: lines of several processes do not mix.
-        descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, f"{request_id}\n".encode())
-        finally:
-            os.close(descriptor)
-
 
 _FAKE_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "answer": str,
     "latency_s": float,
+    "token_s": float,
     "load_s": float,
     "fail_load": lambda text: bool(int(text)),
     "error_every": int,
     "crash_on": str,
     "log": str,
+    "token_log": str,
 }
+
+
+def _never(index: int) -> bool:
+    return False
+
+
+def _ignore(index: int, text: str) -> None:
+    pass
+
+
+def _append(log: str, line: str) -> None:
+    if not log:
+        return
+    # One write in append mode: lines of several processes do not mix.
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, f"{line}\n".encode())
+    finally:
+        os.close(descriptor)
 
 
 def _trailing_number(request_id: str) -> int:

@@ -24,6 +24,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConf
 from ray.train.v2.api.result import Result
 
 from vlmray import cluster
+from vlmray.dataset.sources import display_name
 from vlmray.finetune.artifacts import training_record, write_artifacts
 from vlmray.finetune.plan import CHECKPOINTS, FinetuneError, FinetuneRun
 from vlmray.finetune.progress import Board, ProgressBar, TellFailures
@@ -162,8 +163,9 @@ def _report(run: FinetuneRun, outcome: Outcome, checks: Sequence[Check], elapsed
     failed = {**outcome.eval_errors, **outcome.errors}
     num_seen = min(training.num_samples, outcome.num_steps * training.samples_per_step)
     method = "LoRA" if config.use_peft else "Full fine-tuning"
+    dataset = display_name(config.dataset_name, config.dataset_config)
     return TrainingReport(
-        title=f"{method} on {config.model_id}, {config.dataset_name} {config.dataset_split}",
+        title=f"{method} of {config.model_id} on {dataset}, {config.dataset_split} split",
         history=outcome.history,
         metric=training.metric if training.num_eval_samples and config.eval_samples else None,
         num_steps=outcome.num_steps,

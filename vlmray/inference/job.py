@@ -18,8 +18,10 @@ import ray
 from tqdm import tqdm
 
 from vlmray import __version__, cluster
+from vlmray.config import InferConfig
 from vlmray.dataset.rows import read_rows
 from vlmray.dataset.slices import sample_id
+from vlmray.dataset.sources import display_name
 from vlmray.inference.pipeline import iter_finished
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.report import Report, render_html
@@ -108,7 +110,7 @@ def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summar
     )
     options = dataclasses.asdict(run.config)
     report = Report(
-        title=f"{run.config.model_id} on {run.config.dataset_name}",
+        title=_title(run.config),
         summary=summary,
         options=options,
         timeline=timeline,
@@ -126,6 +128,11 @@ def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summar
     }
     run.folder.finish(manifest, render_html(report))
     return summary
+
+
+def _title(config: InferConfig) -> str:
+    model = config.model_id + (f" + {config.adapter}" if config.adapter else "")
+    return f"{model} on {display_name(config.dataset_name, config.dataset_config)}"
 
 
 def _gallery(run: InferenceRun, rows: Sequence[Row]) -> tuple[GalleryItem, ...]:

@@ -20,17 +20,11 @@ _LARGEST = 1e100
 _SMALLEST = 1e-100
 
 _NICE = (1, 2, 5, 10)
-_MAX_X_TICKS = 7
 
 
 def is_drawable(value: float) -> bool:
     """Tell whether a value is a number of a size that can be drawn."""
     return abs(value) < _LARGEST  # False for NaN too
-
-
-def has_place(x: float, is_log: bool) -> bool:
-    """Tell whether a value has a place on an x axis: on a logarithmic one, zero and below have none."""
-    return is_drawable(x) and (x > _SMALLEST or not is_log)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,50 +34,19 @@ class Axis:
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
-    is_log: bool = False
 
     def share(self, value: float) -> float:
         """Return where a value lies: 0 at the low end, 1 at the high end."""
-        if self.is_log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
-def x_axis(values: Sequence[float], is_log: bool) -> Axis:
+def x_axis(values: Sequence[float]) -> Axis:
     """Span exactly the values."""
-    if is_log:
-        return _log_axis(values)
     low, high = _widen(min(values), max(values))
     step = _nice_step(high - low, 6)
     if all(value == int(value) for value in values):
         step = max(step, 1.0)  # there is no step 2.5
     return Axis(low=low, high=high, ticks=_label_ticks(_multiples(low, high, step), step, "number"))
-
-
-def _log_axis(values: Sequence[float]) -> Axis:
-    low, high = min(values), max(values)
-    if high / low < 1 + 1e-9:
-        low, high = low / 2, high * 2
-    found = sorted(set(values))
-    # A few values, such as 1, 2, 4 and 8 workers, are ticks themselves.
-    ticks = found if len(found) <= _MAX_X_TICKS else _log_ticks(low, high)
-    return Axis(
-        low=low, high=high, is_log=True, ticks=tuple((tick, _trim(format_value(tick))) for tick in ticks)
-    )
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 of each power of ten between two values, or fewer where that is too many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    wide = -(-len(powers) // _MAX_X_TICKS)
-    for ticks in (
-        [factor * 10.0**power for power in powers for factor in (1, 2, 5)],
-        [10.0**power for power in powers if power % wide == 0],
-    ):
-        inside = [tick for tick in ticks if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
-        if 2 <= len(inside) <= _MAX_X_TICKS:
-            return inside
-    return _multiples(low, high, _nice_step(high - low, 4))  # less than half a power of ten
 
 
 def y_axis(values: Sequence[float], unit: Unit) -> Axis:

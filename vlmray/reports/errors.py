@@ -83,6 +83,8 @@ def option_table(options: Mapping[str, Any]) -> Table:
     """List options, folded away; values of secret ones are hidden."""
 
     def text_of(value: Any) -> str:
+        if value is None:
+            return "–"
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
     return Table(

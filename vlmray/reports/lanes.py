@@ -71,7 +71,7 @@ def draw_lanes(plot: LanePlot) -> Drawing | None:
         curves.append(_bars("faint", lane, [1.0], top, bottom))  # shows where it was not at work
         curves.append(_bars("line", lane, lane.levels, top, bottom))
     return Drawing(
-        x_ticks=x_ticks(x_axis([0.0, plot.elapsed_s / plot.unit[0]], is_log=False)),
+        x_ticks=x_ticks(x_axis([0.0, plot.elapsed_s / plot.unit[0]])),
         y_ticks=tuple(
             Tick(round(100 * (index + 0.5) * height, 2), lane.name) for index, lane in enumerate(plot.lanes)
         ),
@@ -91,7 +91,7 @@ def _bars(style: Style, lane: Lane, levels: Sequence[float], top: float, bottom:
             x, x_end = f"{begin * width:.1f}", f"{place * width:.1f}"
             y, base = f"{PATH_SIZE * (bottom - level * (bottom - top)):.1f}", f"{PATH_SIZE * bottom:.1f}"
             data += f"M{x} {base}V{y}H{x_end}V{base}Z"
-    return Curve(name=lane.name, style=style, color=lane.color, line="", specks="", band=data, dots=())
+    return Curve(name=lane.name, style=style, color=lane.color, line="", specks="", dots=(), bars=data)
 
 
 def _describe(plot: LanePlot, lane: Lane) -> str:

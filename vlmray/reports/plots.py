@@ -3,19 +3,18 @@
     Series -> Plot -> draw -> Drawing, which `templates/plot.html.j2` writes as SVG
 
 Positions are percentages of the plot area, so one drawing fits every screen while its texts and strokes
-keep their size. Only what has a shape, a line or a band, is a path, in a square of `PATH_SIZE` units that
-is stretched over the plot area.
+keep their size. Only lines and bars are paths, in a square of `PATH_SIZE` units that is stretched over the
+plot area.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple
 
-from vlmray.reports.axes import Axis, Unit, format_value, has_place, is_drawable, x_axis, y_axis
+from vlmray.reports.axes import Axis, Unit, format_value, is_drawable, x_axis, y_axis
 
 Style = Literal["line", "dots", "faint"]
 """A line; a line with a dot for each value; a thin pale line, for raw values before their smoothed line."""
@@ -49,16 +48,7 @@ class Series:
     points: tuple[tuple[float, float], ...]
     """(x, y), in any order; where y is not finite, the line has a gap."""
 
-    intervals: tuple[tuple[float, float] | None, ...] = ()
-    """(lower, upper) around each point, None where there is none; or empty. A line shows them as a band,
-    dots as bars."""
-
     style: Style = "line"
-
-    def __post_init__(self) -> None:
-        """Check that intervals belong to points."""
-        if self.intervals and len(self.intervals) != len(self.points):
-            raise ValueError(f"{len(self.points)} points of {self.name!r}, {len(self.intervals)} intervals")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +65,6 @@ class Plot:
     y_unit: Unit = "number"
     y_include: tuple[float, ...] = ()
     """Values that the y axis reaches in any case: `(0.0,)` starts it at zero."""
-
-    log_x: bool = False
-    """Points with x of zero or below cannot be drawn then."""
 
     collapsed: bool = False
     """Fold the plot away behind its title on the page."""
@@ -105,8 +92,6 @@ class Dot:
     x: float
     y: float
     text: str
-    bar: tuple[float, float] | None
-    """Both ends of the interval, in percent from the top."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +109,9 @@ class Curve:
     specks: str
     """SVG path data of values between two gaps, as lines of no length: their round caps show."""
 
-    band: str
     dots: tuple[Dot, ...]
+    bars: str = ""
+    """SVG path data of what is filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,21 +138,16 @@ class Drawing:
 class _Point(NamedTuple):
     x: float
     y: float
-    lower: float
-    upper: float
-
-    @property
-    def has_interval(self) -> bool:
-        return is_drawable(self.lower) and is_drawable(self.upper)
 
 
 def draw(plot: Plot) -> Drawing | None:
     """Lay a plot out; None where none of its values can be drawn."""
-    placed = [_place(series, plot.log_x) for series in plot.series]
-    if not any(is_drawable(point.y) for points in placed for point in points):
+    placed = [_place(series) for series in plot.series]
+    heights = [point.y for points in placed for point in points if is_drawable(point.y)]
+    if not heights:
         return None
-    across = x_axis([point.x for points in placed for point in points], is_log=plot.log_x)
-    up = y_axis([*_heights(placed), *filter(is_drawable, plot.y_include)], plot.y_unit)
+    across = x_axis([point.x for points in placed for point in points])
+    up = y_axis([*heights, *plot.y_include], plot.y_unit)
     curves = [
         _draw_series(plot, series, color, _thin(points), across, up)
         for series, color, points in zip(plot.series, _colors(plot.series), placed, strict=True)
@@ -182,11 +163,11 @@ def draw(plot: Plot) -> Drawing | None:
 
 def list_values(plot: Plot) -> list[list[str]]:
     """List x and the value of each series there, at most `MAX_LISTED` values of each, evenly picked."""
-    placed = [_place(series, plot.log_x) for series in plot.series]
+    placed = [_place(series) for series in plot.series]
     listed = sorted({point.x for points in placed for point in _pick(points, MAX_LISTED)})
     by_x = [{point.x: point for point in points} for points in placed]
     return [
-        [format_value(x), *(_value_text(points[x], plot.y_unit) if x in points else "" for points in by_x)]
+        [format_value(x), *(format_value(points[x].y, plot.y_unit) if x in points else "" for points in by_x)]
         for x in listed
     ]
 
@@ -196,20 +177,10 @@ def list_values(plot: Plot) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _place(series: Series, log_x: bool) -> list[_Point]:
+def _place(series: Series) -> list[_Point]:
     """Sort the points that have a place on the x axis."""
-    missing = (math.nan, math.nan)
-    intervals = series.intervals or (None,) * len(series.points)
-    pairs = zip(series.points, intervals, strict=True)
-    points = (_Point(x, y, *(interval or missing)) for (x, y), interval in pairs)
-    return sorted((point for point in points if has_place(point.x, log_x)), key=lambda point: point.x)
-
-
-def _heights(placed: Iterable[Sequence[_Point]]) -> list[float]:
-    """Return every value that the y axis has to reach."""
-    points = [point for points in placed for point in points if is_drawable(point.y)]
-    ends = [end for point in points if point.has_interval for end in (point.lower, point.upper)]
-    return [point.y for point in points] + ends
+    points = (_Point(x, y) for x, y in series.points if is_drawable(x))
+    return sorted(points, key=lambda point: point.x)
 
 
 def _thin(points: Sequence[_Point]) -> Sequence[_Point]:
@@ -271,44 +242,24 @@ def _draw_series(
         name=series.name,
         style="dots" if has_dots else "line" if series.style == "dots" else series.style,
         color=color,
-        line="".join(
-            _path([(point.x, point.y) for point in run], across, up) for run in runs if len(run) > 1
-        ),
-        specks="".join(_path([(run[0].x, run[0].y)] * 2, across, up) for run in runs if len(run) == 1),
-        band="" if has_dots else "".join(_band(run, across, up) for run in runs),
+        line="".join(_path(run, across, up) for run in runs if len(run) > 1),
+        specks="".join(_path(run * 2, across, up) for run in runs if len(run) == 1),
         dots=tuple(_dot(plot, series, point, across, up) for point in valued) if has_dots else (),
     )
 
 
-def _path(corners: Iterable[tuple[float, float]], across: Axis, up: Axis) -> str:
+def _path(run: Iterable[_Point], across: Axis, up: Axis) -> str:
     """Return path data through points."""
     return "M" + "L".join(
-        f"{PATH_SIZE * across.share(x):.1f} {PATH_SIZE * (1 - up.share(y)):.1f}" for x, y in corners
+        f"{PATH_SIZE * across.share(x):.1f} {PATH_SIZE * (1 - up.share(y)):.1f}" for x, y in run
     )
 
 
-def _band(run: Sequence[_Point], across: Axis, up: Axis) -> str:
-    """Return path data around the intervals of a run of points."""
-    data = ""
-    for has_interval, stretch in groupby(run, key=lambda point: point.has_interval):
-        if has_interval:
-            points = list(stretch)
-            upper = [(point.x, point.upper) for point in points]
-            lower = [(point.x, point.lower) for point in reversed(points)]
-            data += _path(upper + lower, across, up) + "Z"
-    return data
-
-
 def _dot(plot: Plot, series: Series, point: _Point, across: Axis, up: Axis) -> Dot:
-    def from_top(value: float) -> float:
-        return round(100 * (1 - up.share(value)), 2)
-
-    value = _value_text(point, plot.y_unit)
     return Dot(
         x=round(100 * across.share(point.x), 2),
-        y=from_top(point.y),
-        text=f"{series.name}: {value} at {plot.x_label} {format_value(point.x)}",
-        bar=(from_top(point.upper), from_top(point.lower)) if point.has_interval else None,
+        y=round(100 * (1 - up.share(point.y)), 2),
+        text=f"{series.name}: {_point_text(plot, point)}",
     )
 
 
@@ -317,11 +268,8 @@ def _dot(plot: Plot, series: Series, point: _Point, across: Axis, up: Axis) -> D
 # ---------------------------------------------------------------------------------------------
 
 
-def _value_text(point: _Point, unit: Unit) -> str:
-    text = format_value(point.y, unit)
-    if not point.has_interval:
-        return text
-    return f"{text} ({format_value(point.lower, unit)} to {format_value(point.upper, unit)})"
+def _point_text(plot: Plot, point: _Point) -> str:
+    return f"{format_value(point.y, plot.y_unit)} at {plot.x_label} {format_value(point.x)}"
 
 
 def _describe(plot: Plot, series: Series, points: Sequence[_Point]) -> str:
@@ -329,27 +277,20 @@ def _describe(plot: Plot, series: Series, points: Sequence[_Point]) -> str:
     valued = [point for point in points if is_drawable(point.y)]
     if not valued:
         return f"{series.name}: no values."
-
-    def text(point: _Point) -> str:
-        return f"{_value_text(point, plot.y_unit)} at {plot.x_label} {format_value(point.x)}"
-
     if len(valued) == 1:
-        return f"{series.name}: {text(valued[0])}."
+        return f"{series.name}: {_point_text(plot, valued[0])}."
     lowest = min(valued, key=lambda point: point.y)
     highest = max(valued, key=lambda point: point.y)
-    return (
-        f"{series.name}, {len(valued):,} values: from {text(valued[0])} to {text(valued[-1])};"
-        f" lowest {text(lowest)}, highest {text(highest)}."
-    )
+    first, last, low, high = (_point_text(plot, point) for point in (valued[0], valued[-1], lowest, highest))
+    return f"{series.name}, {len(valued):,} values: from {first} to {last}; lowest {low}, highest {high}."
 
 
 def _remarks(plot: Plot) -> tuple[str, ...]:
     """Say how many values are missing from the drawing, so that a gap does not pass for a smooth line."""
-    why = "not finite, or at or below zero on a logarithmic axis" if plot.log_x else "not finite"
     names: dict[str, list[str]] = {}
     for series in plot.series:
-        num_missing = sum(not (has_place(x, plot.log_x) and is_drawable(y)) for x, y in series.points)
+        num_missing = sum(not (is_drawable(x) and is_drawable(y)) for x, y in series.points)
         if num_missing:
-            remark = f"{num_missing:,} of {len(series.points):,} values are not drawn ({why})."
+            remark = f"{num_missing:,} of {len(series.points):,} values are not drawn (not finite)."
             names.setdefault(remark, []).append(series.name)
     return tuple(f"{' and '.join(who)}: {remark}" for remark, who in names.items())

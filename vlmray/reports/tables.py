@@ -58,6 +58,10 @@ class Table:
         """Tell whether a column has bars."""
         return any(isinstance(row[column], Cell) for row in self.rows)
 
+    def is_ranged(self, column: int) -> bool:
+        """Tell whether a column has bars with intervals."""
+        return any(isinstance(cell := row[column], Cell) and cell.interval is not None for row in self.rows)
+
     def to_markdown(self) -> str:
         """Format as a GitHub table; what Markdown would read as its own is escaped."""
         rows = [[re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text) for text in row] for row in self._texts()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +21,10 @@ class Reply:
 class Backend(Protocol):
     """Whoever answers."""
 
-    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[str | Reply]:
+    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
         """Yield pieces of text, if `stream`, and last a `Reply` with all of it.
+
+        Cancelled or closed before that, it lets go of all that is done for the request.
 
         Raises:
             BusyError: before the first piece.

@@ -6,6 +6,7 @@ http.py: key, size, JSON -> ChatRequest -> images -> GenerationRequest -> Backen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -15,9 +16,10 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, to_thread
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vlmray.config import ServeConfig
@@ -27,7 +29,7 @@ from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Backend, Reply
 from vlmray.serving.errors import ApiError, BusyError
-from vlmray.serving.monitoring import Metrics
+from vlmray.serving.monitoring import Count, Metrics
 from vlmray.serving.protocol import (
     AnswerMessage,
     ChatCompletion,
@@ -46,7 +48,7 @@ from vlmray.serving.protocol import (
 
 _LOG = logging.getLogger(__name__)
 
-_CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
+_NO_CACHE = {"Cache-Control": "no-cache"}
 _NUM_FETCHES = 64  # downloads at a time; they wait for other machines
 _NUM_DECODES = 4  # images decoded at a time; each may take max_image_pixels * 3 bytes
 
@@ -66,20 +68,20 @@ class Gateway:
         self.catalog = AdapterCatalog(config.model_id, config.adapter_paths(), config.adapter_dir)
         self.metrics = Metrics()
         self.created = int(time.time())
-        self.num_in_flight = 0
-        self.metrics.in_flight.set_function(lambda: self.num_in_flight)
         self.draining = False
         self._adapters: list[str] = []
         self._key_digest = key_digest
-        self._fetches, self._decodes = CapacityLimiter(_NUM_FETCHES), CapacityLimiter(_NUM_DECODES)
+        # Of a client that has left, what waits for a thread is dropped, and what has one keeps it to its end.
+        self._fetches = ThreadPoolExecutor(_NUM_FETCHES, thread_name_prefix="fetch")
+        self._decodes = ThreadPoolExecutor(_NUM_DECODES, thread_name_prefix="decode")
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests and wait for those in progress; return how many are left."""
         self.draining = True
         deadline = time.monotonic() + timeout_s
-        while self.num_in_flight and time.monotonic() < deadline:
+        while self.metrics.num_in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        return self.num_in_flight
+        return self.metrics.num_in_flight
 
     def admits(self, authorization: bytes) -> bool:
         """Tell whether a header holds the API key, in time that does not depend on what it holds."""
@@ -96,32 +98,21 @@ class Gateway:
         cards = [ModelCard(id=name, created=self.created, parent=base) for name in names]
         return ModelList(data=[ModelCard(id=base, created=self.created), *cards])
 
-    async def chat(self, chat: ChatRequest) -> Response:
-        """Answer a conversation, at once or as a stream."""
+    def chat(self, chat: ChatRequest) -> Response:
+        """Return the response to a conversation, which is worked on while it is sent."""
+        return _Exchange(self, chat)
+
+    async def read(self, chat: ChatRequest, count: Count) -> GenerationRequest:
+        """Check a request, fetch its images, and write it as an engine reads it.
+
+        Raises:
+            ApiError: It cannot be answered, or not now.
+        """
         if self.draining:
-            self.metrics.requests.labels("", 503).inc()
             raise ApiError(503, "the server is stopping", retry_s=5)
-        known = False
-        status = 500
-        self.num_in_flight += 1
-        try:
-            adapter = await self._find_adapter(chat.model)
-            known = True
-            request = await self._read(chat, adapter)
-            answer = _Answer(self, chat, request)
-            await answer.start()
-            status = 200
-        except ApiError as error:
-            status = error.status
-            raise
-        finally:
-            if status != 200:
-                self.num_in_flight -= 1
-                # A client may not make up labels: each one is kept for good.
-                self.metrics.requests.labels(chat.model if known else "", status).inc()
-        if chat.stream:
-            return _Stream(answer)
-        return JSONResponse((await answer.whole()).model_dump())
+        adapter = await self._find_adapter(chat.model)
+        count.model = chat.model
+        return await self._to_request(chat, adapter)
 
     async def _find_adapter(self, name: str) -> str | None:
         if name == self.config.base_name:
@@ -134,8 +125,7 @@ class Gateway:
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
-    async def _read(self, chat: ChatRequest, adapter: str | None) -> GenerationRequest:
-        """Check a request, fetch its images, and write it as an engine reads it."""
+    async def _to_request(self, chat: ChatRequest, adapter: str | None) -> GenerationRequest:
         config = self.config
         try:
             check_supported(chat)
@@ -174,27 +164,73 @@ class Gateway:
             read_image_bytes, source, max_bytes=config.max_body_bytes, timeout_s=config.image_timeout_s,
             public_only=not config.allow_private_image_urls,
         )  # fmt: skip
+        loop = asyncio.get_running_loop()
         try:
-            data = await to_thread.run_sync(read, limiter=self._fetches)
+            data = await loop.run_in_executor(self._fetches, read)
             check = functools.partial(decode_image, data, max_pixels=config.max_image_pixels)
-            await to_thread.run_sync(check, limiter=self._decodes)
+            await loop.run_in_executor(self._decodes, check)
         except ImageError as error:
             raise ApiError(400, f"cannot read an image: {error}", param="messages") from error
         return data
 
 
-class _Answer:
-    """One answer on its way to a client; counts itself."""
+class _Exchange(Response):
+    """A conversation and its answer: counted while it lasts, and ended when the client leaves."""
 
-    def __init__(self, gateway: Gateway, chat: ChatRequest, request: GenerationRequest) -> None:
-        self.gateway = gateway
+    def __init__(self, gateway: Gateway, chat: ChatRequest) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._chat = chat
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        gateway, chat = self._gateway, self._chat
+        async with _while_connected(receive):
+            with gateway.metrics.counted() as count:
+                request = await gateway.read(chat, count)
+                pieces = gateway.backend.answer(request, stream=bool(chat.stream))
+                async with contextlib.aclosing(pieces):
+                    answer = _Answer(chat, pieces, count, gateway.metrics)
+                    await answer.start()
+                    if chat.stream:
+                        stream = StreamingResponse(
+                            answer.events(), media_type="text/event-stream", headers=_NO_CACHE
+                        )
+                        await stream.stream_response(send)  # alone: it would listen for the client itself
+                    else:
+                        await JSONResponse((await answer.whole()).model_dump())(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def _while_connected(receive: Any) -> AsyncIterator[None]:
+    """Cancel what is inside, and go on behind it, once the client has left."""
+
+    async def cancel_when_left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        inside.cancel()
+
+    with CancelScope() as inside:
+        watch = asyncio.create_task(cancel_when_left())
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+
+class _Answer:
+    """One answer on its way to a client."""
+
+    def __init__(
+        self, chat: ChatRequest, pieces: AsyncIterator[str | Reply], count: Count, metrics: Metrics
+    ) -> None:
         self.chat = chat
         self.model = chat.model
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._pieces = gateway.backend.answer(request, stream=bool(chat.stream))
+        self._pieces = pieces
+        self._count = count
+        self._metrics = metrics
         self._first: str | Reply | None = None
         self._started = time.monotonic()
-        self._finished = False
 
     async def start(self) -> None:
         """Wait for the first piece: until then an error is a status, not a broken stream.
@@ -202,28 +238,22 @@ class _Answer:
         Raises:
             ApiError: The request cannot be answered, or not now.
         """
-        metrics = self.gateway.metrics
-        with metrics.queued.labels(self.model).track_inprogress():
+        with self._metrics.queued.labels(self.model).track_inprogress():
             try:
                 self._first = await anext(self._pieces)
             except BusyError as error:
                 raise ApiError(503, str(error), retry_s=1) from error
         if isinstance(self._first, Reply):
-            self._check(self._first)
+            _check(self._first)
         if self.chat.stream:
-            metrics.first_token.labels(self.model).observe(time.monotonic() - self._started)
+            self._metrics.first_token.labels(self.model).observe(time.monotonic() - self._started)
 
     async def whole(self) -> ChatCompletion:
         """Return the answer in one piece."""
         reply = self._first
-        try:
-            while not isinstance(reply, Reply):
-                reply = await anext(self._pieces)
-            self._check(reply)
-        except BaseException as error:
-            self.finish(error.status if isinstance(error, ApiError) else 500)
-            raise
-        self.finish(200, reply)
+        while not isinstance(reply, Reply):
+            reply = await anext(self._pieces)
+        self._end(reply)
         completion = reply.completion
         return ChatCompletion(
             id=self.id,
@@ -249,50 +279,29 @@ class _Answer:
                 if piece:
                     yield _event(chunks.delta(content=piece))
                 piece = await anext(self._pieces)
-            self._check(piece)
+            self._end(piece)
         except Exception as error:  # the status is sent: all that can still be said is an event
             _LOG.warning("stream %s broke: %s", self.id, error)
             api_error = error if isinstance(error, ApiError) else ApiError(500, "the answer broke off")
-            self.finish(api_error.status)
+            self._count.status = api_error.status
             yield _event(ErrorBody(error=api_error.detail).model_dump())
             return
         yield _event(chunks.delta(finish_reason=piece.completion.finish_reason))
         if options is not None and options.include_usage:
             yield _event(chunks.usage(_usage(piece.completion)))
-        self.finish(200, piece)
         yield "data: [DONE]\n\n"
 
-    def finish(self, status: int, reply: Reply | None = None) -> None:
-        """Count the answer; only the first call counts."""
-        if self._finished:
-            return
-        self._finished = True
-        self.gateway.num_in_flight -= 1
-        metrics = self.gateway.metrics
-        metrics.requests.labels(self.model, status).inc()
-        metrics.latency.labels(self.model).observe(time.monotonic() - self._started)
-        if reply is not None:
-            metrics.count(self.model, reply)
-
-    def _check(self, reply: Reply) -> None:
-        if reply.completion.error is not None:
-            raise ApiError(400, f"the request cannot be answered: {reply.completion.error}")
+    def _end(self, reply: Reply) -> None:
+        """Count the whole answer."""
+        _check(reply)
+        self._count.status = 200
+        self._metrics.latency.labels(self.model).observe(time.monotonic() - self._started)
+        self._metrics.count(self.model, reply)
 
 
-class _Stream(StreamingResponse):
-    """A streamed answer that is counted even if the client leaves before the first event."""
-
-    def __init__(self, answer: _Answer) -> None:
-        super().__init__(
-            answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        self._answer = answer
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.finish(_CLIENT_LEFT)
+def _check(reply: Reply) -> None:
+    if reply.completion.error is not None:
+        raise ApiError(400, f"the request cannot be answered: {reply.completion.error}")
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     )  # fmt: skip
     async def chat_completions(chat: ChatRequest) -> Response:
         """Answer a conversation that may hold images."""
-        return await gateway.chat(chat)
+        return gateway.chat(chat)
 
     @app.get("/v1/models", dependencies=with_key, responses={401: _ERRORS[401]})
     async def models() -> ModelList:

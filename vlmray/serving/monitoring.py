@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vlmray.serving.backend import Reply
+from vlmray.serving.errors import ApiError
+
+_CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
+
+
+@dataclass(slots=True)
+class Count:
+    """How a request is counted once it has ended."""
+
+    model: str = ""
+    """Set once it is known to exist. A client may not make up labels: each one is kept for good."""
+
+    status: int | None = None
+    """Set once it is certain; otherwise what ends the request tells."""
 
 
 class Metrics:
@@ -18,7 +36,9 @@ class Metrics:
         make = functools.partial(self._make, labels=("model",))
         seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
         self.requests = self._make(Counter, "requests", "Chat requests by status", labels=("model", "status"))
-        self.in_flight = self._make(Gauge, "requests_in_flight", "Chat requests in progress", labels=())
+        self.num_in_flight = 0
+        in_flight = self._make(Gauge, "requests_in_flight", "Chat requests in progress", labels=())
+        in_flight.set_function(lambda: self.num_in_flight)
         self.queued = make(Gauge, "requests_queued", "Of those, the ones whose answer has not begun")
         self.latency = make(Histogram, "request_seconds", "Time to the whole answer", buckets=seconds)
         self.first_token = make(
@@ -35,6 +55,23 @@ class Metrics:
 
     def _make(self, kind: Any, name: str, text: str, labels: tuple[str, ...], **options: Any) -> Any:
         return kind(f"vlmray_{name}", text, labels, registry=self.registry, **options)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Count]:
+        """Count a request: as one in progress, and once it has ended by model and status."""
+        count = Count()
+        self.num_in_flight += 1
+        try:
+            yield count
+        except ApiError as error:
+            count.status = error.status
+            raise
+        except asyncio.CancelledError:
+            count.status = count.status or _CLIENT_LEFT
+            raise
+        finally:
+            self.num_in_flight -= 1
+            self.requests.labels(count.model, count.status or 500).inc()
 
     def count(self, model: str, reply: Reply) -> None:
         """Count one answer."""

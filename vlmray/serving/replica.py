@@ -35,6 +35,8 @@ class _Item:
         """Text that was not sent yet: a message for every token would cost more than the token."""
         self.send_at = 0.0
         """When text is sent again, as `time.monotonic` tells it; the first is sent at once."""
+        self.left = False
+        """Whether nobody waits for the rest any more."""
 
 
 class _Adapter:
@@ -109,7 +111,10 @@ class ModelReplica:
         self._batches: asyncio.Task[None] | None = None
 
     async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Reply]:
-        """Yield pieces of the answer, if `stream`, and last a `Reply`."""
+        """Yield pieces of the answer, if `stream`, and last a `Reply`.
+
+        Cancelled or closed before its end, it ends the request: in line, or in the engine.
+        """
         async with contextlib.AsyncExitStack() as stack:
             if request.adapter is not None:
                 try:
@@ -123,11 +128,14 @@ class ModelReplica:
             item = _Item(request, stream)
             self._waiting.put_nowait(item)
             piece: str | Reply | Exception = ""
-            while not isinstance(piece, Reply):
-                piece = await item.pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
+            try:
+                while not isinstance(piece, Reply):
+                    piece = await item.pieces.get()
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+            finally:
+                item.left = True
 
     def check_health(self) -> None:
         """Let Serve replace a replica whose engine broke."""
@@ -159,17 +167,23 @@ class ModelReplica:
 
     async def _gather(self, expected: int, patience_s: float) -> list[_Item]:
         """Wait for a request, then, with patience, for as many as expected, and for those close behind."""
-        items = [await self._waiting.get()]
+        items = [await self._next()]
         patience_ends = time.monotonic() + patience_s
         while len(items) < self._max_batch_size:
             left_s = max(0.0, patience_ends - time.monotonic())
             try:
                 wait_s = left_s if len(items) < expected else min(left_s, self._batch_wait_s)
                 async with asyncio.timeout(wait_s):
-                    items.append(await self._waiting.get())
+                    items.append(await self._next())
             except TimeoutError:
                 break
-        return items
+        return [item for item in items if not item.left]
+
+    async def _next(self) -> _Item:
+        """Wait for a request that somebody waits for."""
+        while (item := await self._waiting.get()).left:
+            pass
+        return item
 
     def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
@@ -194,7 +208,12 @@ class ModelReplica:
         streams = any(item.stream for item in items)
         requests = [item.request for item in items]
         try:
-            self._engine.generate(requests, on_text=on_text if streams else None, on_end=on_end)
+            self._engine.generate(
+                requests,
+                on_text=on_text if streams else None,
+                on_end=on_end,
+                cancelled=lambda index: items[index].left,
+            )
         except Exception as error:  # only a broken engine raises
             self._failure = error
             raise
@@ -207,5 +226,7 @@ class ModelReplica:
         def load() -> None:
             self._engine.load_adapter(engine_name, str(self._catalog.fetch(name)))
 
+        adapter = _Adapter(self, engine_name)
+        # A load that has begun goes on when nobody waits for it: the adapter is dropped and taken out behind.
         await asyncio.get_running_loop().run_in_executor(self._thread, load)
-        return _Adapter(self, engine_name)
+        return adapter

@@ -8,12 +8,13 @@ a Serve config file with `import_path: vlmray.serving:app` and the options as `a
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -52,23 +53,26 @@ class _Replicas:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[str | Reply]:
+    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
         """Pass a request on; if its replica dies before the answer began, to another one."""
         handle = self._handle.options(stream=True, multiplexed_model_id=request.adapter or "")
         for tries_left in reversed(range(_MAX_TRIES)):
-            begun = False
+            piece: str | Reply | None = None
             try:
                 pieces: Any = handle.answer.remote(request, stream)
                 async for piece in pieces:
-                    begun = True
                     yield piece
                 return
+            except (asyncio.CancelledError, GeneratorExit):
+                if not isinstance(piece, Reply):
+                    pieces.cancel()
+                raise
             except BackPressureError as error:
                 raise BusyError("too many requests are waiting") from error
             except DeploymentUnavailableError as error:
                 raise BusyError("no replica can be started; the server's log says why") from error
             except _LOST as error:
-                if begun or not tries_left:
+                if piece is not None or not tries_left:
                     raise
                 _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from vlmray.engines.base import OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.batching import Batcher, count_visual_tokens
 from vlmray.engines.transformers.forward import Forward
@@ -189,9 +189,14 @@ class TransformersEngine:
         *,
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order; tell `on_text` and `on_end` of what there is as soon as it is."""
-        listener = Listener(on_text, on_end)
+        """Answer every request, in order, and end those that are `cancelled` between two tokens.
+
+        The rows of a forward pass leave it together or, where they can, when half of them have ended; the
+        next begin when all have.
+        """
+        listener = Listener(on_text, on_end, cancelled)
         with self._model_waits():
             prepared = requests if isinstance(requests, Prepared) else self.prepare(requests)
             assert isinstance(prepared, Prepared)
@@ -237,6 +242,8 @@ class TransformersEngine:
                 wait({part for row in batch for part in (row.encoded_head, row.encoded) if part is not None})
             ready: dict[Any, list[InFlight]] = {}
             for row in batch:
+                if listener.end_if_cancelled(row):
+                    continue
                 try:
                     signatures = tuple(map(row_signature, row.segments))
                     ready.setdefault((signatures, self.batcher.group(row)), []).append(row)

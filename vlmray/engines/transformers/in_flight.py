@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from vlmray.engines.answers import Answer
-from vlmray.engines.base import OnEnd, OnText
+from vlmray.engines.base import Cancelled, OnEnd, OnText
 from vlmray.models.inputs import chain_segments
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, FinishReason, GenerationRequest
 
 
 @dataclass(slots=True)
@@ -70,6 +70,16 @@ class InFlight:
         assert self.encoded is not None
         return self.encoded.result()
 
+    def complete(self, reason: FinishReason) -> Completion:
+        """Return the completion of a row that ends with what it has."""
+        return Completion(
+            text=self.answer.settled if self.answer is not None else "",
+            prompt=self.prompt,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_completion_tokens=self.answer.num_tokens if self.answer is not None else 0,
+            finish_reason=reason,
+        )
+
 
 Heads = dict[Any, Future[dict[str, torch.Tensor]]]
 """Encoded beginnings, or those to come, of rows that share them."""
@@ -91,6 +101,7 @@ class Listener:
 
     on_text: OnText | None
     on_end: OnEnd | None
+    cancelled: Cancelled | None
 
     def text(self, row: InFlight, text: str) -> None:
         """Send what is new in a row's text."""
@@ -105,26 +116,26 @@ class Listener:
         if self.on_end is not None:
             self.on_end(row.index, completion)
 
+    def end_if_cancelled(self, row: InFlight) -> bool:
+        """Close a row that nobody wants any more; tell whether it was one."""
+        unwanted = self.cancelled is not None and self.cancelled(row.index)
+        if unwanted:
+            self.end(row, row.complete("cancelled"))
+        return unwanted
+
 
 def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int) -> bool:
     """Add a row's next token to its answer and tell whether it ends there."""
     row = rows[index]
+    if listener.end_if_cancelled(row):
+        return True
     answer = row.answer
     assert answer is not None
     ended = answer.push(token_id)
     if listener.on_text is not None:
         listener.text(row, answer.settled)
     if ended:
-        listener.end(
-            row,
-            Completion(
-                text=answer.text,
-                prompt=row.prompt,
-                num_prompt_tokens=row.num_prompt_tokens,
-                num_completion_tokens=answer.num_tokens,
-                finish_reason=answer.finish_reason or "stop",
-            ),
-        )
+        listener.end(row, row.complete(answer.finish_reason or "stop"))
     return ended
 
 

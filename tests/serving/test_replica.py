@@ -1,0 +1,162 @@
+"""A replica without Ray: who reads an answer decides how long it is worked on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmray.config import ServeConfig
+from vlmray.schema import GenerationRequest
+from vlmray.serving import replica as module
+from vlmray.serving.backend import Reply
+from vlmray.serving.replica import ModelReplica
+
+LONG = "+".join(f"w{number}" for number in range(2000))
+
+
+def ask(name: str = "x", **options: Any) -> GenerationRequest:
+    messages = [{"role": "user", "content": name}]
+    return GenerationRequest(request_id=name, messages=messages, **{"max_new_tokens": 10**6, **options})
+
+
+@pytest.fixture
+def make_replica(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelReplica]:
+    """Replicas with the fake engine; what Serve does with adapters is left out."""
+    monkeypatch.setattr(module.serve, "multiplexed", lambda load, **options: load)
+
+    def make(model_id: str, **options: Any) -> ModelReplica:
+        defaults: dict[str, Any] = {"engine": "fake", "max_batch_size": 1, "stream_interval_s": 0}
+        return ModelReplica(ServeConfig(model_id=model_id, **(defaults | options)))
+
+    return make
+
+
+async def read(pieces: AsyncIterator[str | Reply]) -> Reply:
+    """Read to the end."""
+    async for piece in pieces:
+        if isinstance(piece, Reply):
+            return piece
+    raise AssertionError("an answer without an end")
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def let_start(awaitable: Awaitable[Any]) -> asyncio.Future[Any]:
+    task = asyncio.ensure_future(awaitable)
+    await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.parametrize(("how", "stream"), [("closed", True), ("cancelled", True), ("cancelled", False)])
+def test_the_engine_stops_within_a_token_of_the_reader(
+    make_replica: Any, tmp_path: Path, how: str, stream: bool
+) -> None:
+    log = tmp_path / "tokens"
+    log.touch()
+
+    async def check() -> None:
+        replica = make_replica(f"fake?answer={LONG}&token_s=0.01&token_log={log}")
+        pieces = replica.answer(ask(), stream)
+        if how == "closed":
+            assert await anext(pieces) == "w0"
+            await pieces.aclose()
+        else:
+            reading = asyncio.create_task(read(pieces))
+            await wait_until(lambda: len(log.read_text().split()) >= 3)
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+        num_tokens = len(log.read_text().split())
+        reply = await read(replica.answer(ask(max_new_tokens=1), False))  # the engine's only thread is free
+        assert reply.completion.text == "w0"
+        assert len(log.read_text().split()) <= num_tokens + 1 + 1  # the one being written, and the other's
+
+    asyncio.run(check())
+
+
+def test_a_request_that_waits_is_dropped_when_its_reader_leaves(make_replica: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    async def check() -> None:
+        replica = make_replica(f"fake?answer={LONG}&token_s=0.002&log={log}", max_batch_size=4)
+        first = replica.answer(ask("first"), True)
+        assert await anext(first) == "w0"
+        waiting = [
+            await let_start(read(replica.answer(ask(f"{n}", max_new_tokens=2), False))) for n in range(6)
+        ]
+        for task in waiting[::2]:
+            task.cancel()
+        await first.aclose()
+        replies = await asyncio.gather(*waiting[1::2])
+        assert [reply.completion.text for reply in replies] == ["w0 w1"] * 3
+        assert log.read_text().split() == ["first", "1", "3", "5"]  # the engine never heard of the others
+        assert {reply.batch_size for reply in replies} == {3}  # nor had they a place
+        assert all(task.cancelled() for task in waiting[::2])
+
+    asyncio.run(check())
+
+
+def test_neighbours_of_those_who_leave_are_answered_right(make_replica: Any) -> None:
+    """Many come at random times and leave at random times, in line or in the middle of a batch."""
+    chance = random.Random(0)
+
+    async def visit(replica: ModelReplica, number: int) -> str | None:
+        await asyncio.sleep(chance.uniform(0, 0.5))
+        leaves = number % 3 != 0
+        limit = 10**6 if leaves else 1 + number % 7
+        reading = read(replica.answer(ask(f"{number}", max_new_tokens=limit), bool(number % 2)))
+        try:
+            async with asyncio.timeout(chance.uniform(0, 0.05) if leaves else None):
+                return (await reading).completion.text
+        except TimeoutError:
+            return None
+
+    async def check() -> None:
+        replica = make_replica(f"fake?answer={LONG}&token_s=0.0002", max_batch_size=8)
+        found = await asyncio.gather(*(visit(replica, number) for number in range(120)))
+        for number, text in enumerate(found):
+            stayed = " ".join(f"w{n}" for n in range(1 + number % 7))
+            assert text == (None if number % 3 else stayed), number
+        assert replica._waiting.empty()
+
+    asyncio.run(check())
+
+
+def test_an_adapter_that_nobody_waits_for_is_taken_out_again(
+    make_replica: Any, tiny_model: Path, tiny_adapter: Path
+) -> None:
+    replica = make_replica(str(tiny_model), engine="transformers", adapters=f"mine={tiny_adapter}")
+    engine, begun, go_on = replica._engine, threading.Event(), threading.Event()
+    load_adapter = engine.load_adapter
+
+    def load_slowly(*args: Any) -> None:
+        begun.set()
+        go_on.wait()
+        load_adapter(*args)
+
+    engine.load_adapter = load_slowly
+
+    async def check() -> None:
+        reading = asyncio.create_task(read(replica.answer(ask(adapter="mine"), False)))
+        await wait_until(begun.is_set)
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading
+        go_on.set()
+        reply = await read(replica.answer(ask(max_new_tokens=1), False))
+        assert reply.completion.error is None
+        assert list(engine._adapters) == [None]
+
+    asyncio.run(check())
+    engine.close()
