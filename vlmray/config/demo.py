@@ -18,7 +18,7 @@ class DemoConfig:
     num_charts: int = 100  # the interval of a large gain is then about 5 points either side
     """Held-out charts that are asked about before and after, with one question of every family each."""
 
-    max_steps: int = 60
+    max_steps: int = 60  # half more than it took until nothing was left to learn
     """Optimizer steps of the training."""
 
     output_dir: str = "outputs/demo"
