@@ -104,10 +104,10 @@ def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
     from vlmray.demo.job import run_demo
-    from vlmray.demo.report import format_comparison
+    from vlmray.demo.report import format_demo
 
     report = run_demo(config)
-    print(f"\n{format_comparison(report.comparison)}\n\nreport: {config.output_dir}/report.html")
+    print(f"\n{format_demo(report)}\n\nreport: {config.output_dir}/report.html")
     return 0
 
 

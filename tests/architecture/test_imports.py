@@ -42,10 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "inference",
         "serving", "cluster",
     ),
-    "demo": (
-        "config", "storage", "images", "reports", "builtin", "metrics", "dataset", "inference", "finetune",
-        "benchmark", "cluster",
-    ),
+    "demo": ("config", "storage", "reports", "builtin", "finetune", "benchmark"),
     "cluster": (),
     "stages": ("inference",),
     "cli": ("config", "inference", "finetune", "serving", "benchmark", "demo", "cluster"),

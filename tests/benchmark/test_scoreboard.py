@@ -36,6 +36,37 @@ def test_scores_are_means_and_failures_are_wrong() -> None:
     assert board.differences == ()
 
 
+def test_rows_are_compared_by_their_ids() -> None:
+    samples = [sample(0), sample(1), sample(2), sample(3, family="list"), sample(4, family="list")]
+    base = answers(samples, "5", "4", "5", "4", None)
+    tuned = dict(reversed(answers(samples, "4", "4", "4", "5", "4").items()))
+    board = score_models(samples, {"base": base, "tuned": tuned}, ["exact_match"])
+    count = board.difference("tuned", "exact_match", "family", "count").difference
+    listed = board.difference("tuned", "exact_match", "family", "list").difference
+    assert (count.num_samples, count.num_gained, count.num_lost) == (3, 2, 0)
+    assert board.score("base", "exact_match", "family", "count").mean == pytest.approx(1 / 3)
+    assert board.score("tuned", "exact_match", "family", "count").mean == 1.0
+    assert (listed.mean, listed.num_gained, listed.num_lost) == (0.0, 1, 1)
+    total = board.difference("tuned", "exact_match").difference
+    assert (total.num_samples, total.mean) == (5, pytest.approx(0.4))
+
+
+def test_failing_does_not_make_a_model_better() -> None:
+    samples = [sample(0), sample(1), sample(2, family="list")]
+    base, failed = answers(samples, "4", "5", "4"), answers(samples, None, None, None)
+    board = score_models(samples, {"base": base, "failed": failed}, ["exact_match"])
+    assert board.score("failed", "exact_match").mean == 0
+    assert board.difference("failed", "exact_match").difference.num_gained == 0
+
+
+def test_answers_to_other_samples_are_refused() -> None:
+    samples = [sample(0), sample(1)]
+    whole, part = answers(samples, "4", "4"), answers(samples[1:], "4")
+    for rows in ({"base": whole, "tuned": part}, {"base": part, "tuned": whole}):
+        with pytest.raises(ValueError, match=r"has no row of test-000000; compare answers to the same"):
+            score_models(samples, rows, ["exact_match"])
+
+
 def test_rows_without_answers_count_nowhere() -> None:
     samples = [sample(0), sample(1, answers=())]
     board = score_models(samples, {"base": answers(samples, "4", "4")}, ["exact_match"])

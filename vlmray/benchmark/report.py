@@ -16,7 +16,7 @@ from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
 from vlmray.reports.page import Fact, Page, Section, render_page
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Cell, Column, Table
+from vlmray.reports.tables import Cell, Column, Mark, Table
 from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent, format_points, format_rate
 
 # ---------------------------------------------------------------------------------------------
@@ -65,18 +65,10 @@ def render_benchmark_html(results: Results) -> str:
         if verdicts(results):
             sections.append(_verdict_table(results))
         sections.append(_score_table(board, with_intervals=True))
-        sections += [_breakdown_table(board, kind) for kind in board.kinds]
+        sections += [breakdown_table(board, kind) for kind in board.kinds]
     if results.speed:
         sections += [_speed_table(results), *_speed_plots(results)]
-    for kind, (number, items) in results.galleries.items():
-        title, note = _GALLERIES[kind]
-        if items and board is not None:
-            base, other = board.models[0], board.models[1 if len(board.models) > 1 else 0]
-            shown = f" The prediction is that of {other}."
-            shown += f" {len(items)} of {number:,} are shown." if len(items) < number else ""
-            sections.append(
-                Gallery(title=title, items=tuple(items), note=note.format(base=base, other=other) + shown)
-            )
+    sections += gallery_sections(results)
     sections += [
         dataclasses.replace(error_table(groups), title=f"Failed rows of {name} by cause")
         for name, groups in results.errors.items() if groups
@@ -89,6 +81,23 @@ def render_benchmark_html(results: Results) -> str:
             title=results.title, headline=_headline(results), facts=_facts(results), sections=tuple(sections)
         )
     )
+
+
+def gallery_sections(results: Results) -> list[Gallery]:
+    """Show samples that the second model changed, and those that neither gets right."""
+    if results.board is None:
+        return []
+    names = results.board.models
+    base, other = names[0], names[1 if len(names) > 1 else 0]
+    galleries = []
+    for kind, (number, items) in results.galleries.items():
+        title, note = _GALLERIES[kind]
+        shown = f" The prediction is that of {other}."
+        shown += f" {len(items)} of {number:,} are shown." if len(items) < number else ""
+        if items:
+            note = note.format(base=base, other=other) + shown
+            galleries.append(Gallery(title=title, items=tuple(items), note=note))
+    return galleries
 
 
 def _headline(results: Results) -> Fact:
@@ -148,11 +157,11 @@ _DIFFERENCE_COLUMNS = (
 )  # fmt: skip
 
 
-def _difference_row(name: str, found: GroupDifference) -> tuple[str, ...]:
+def _difference_row(name: str, found: GroupDifference) -> tuple[str | Mark, ...]:
     difference = found.difference
     return (
         name,
-        found.verdict,
+        _MARKS[found.verdict],
         format_points(difference.mean),
         format_range(difference),
         format_p(found.p_corrected),
@@ -189,33 +198,48 @@ def _score_cell(interval: Interval, with_intervals: bool) -> str | Cell:
     )  # fmt: skip
 
 
-def _breakdown_table(board: Scoreboard, kind: str) -> Table:
-    """One row for each group and model, with the difference to the first model."""
+def breakdown_table(board: Scoreboard, kind: str, *, short: bool = False) -> Table:
+    """One row for each group and model compared with the first; the short one fits a terminal."""
     metric = board.metrics[0]
     base, *others = board.models
-    rows: list[tuple[str | Cell, ...]] = []
+    rows: list[tuple[str | Cell | Mark, ...]] = []
     for group in board.groups(kind):
-        for model in board.models:
-            interval = board.score(model, metric, kind, group)
-            row = (
-                f"{group}: {model}" if others else group,
-                f"{interval.num_samples:,}",
-                _score_cell(interval, True),
+        score = board.score(base, metric, kind, group)
+        first = (f"{score.num_samples:,}", _score_cell(score, not short))
+        rows += [
+            (
+                group if len(others) == 1 else f"{group}: {model}",
+                *first,
+                _score_cell(board.score(model, metric, kind, group), not short),
+                *_compared(board.difference(model, metric, kind, group), short),
             )
-            if model != base:
-                found = board.difference(model, metric, kind, group)
-                rows.append(
-                    (*row, format_points(found.difference.mean), format_p(found.p_corrected), found.verdict)
-                )
-            else:
-                rows.append((*row, "", "", "") if others else row)
-    compared = (Column("points", True), Column("p", True), Column("verdict"))
+            for model in others
+        ] or [(group, *first)]
+    columns = [Column(kind), Column("samples", True), Column(base, True)]
+    if others:
+        p = Column("p", True)
+        columns += [Column(others[0] if len(others) == 1 else "model", True), Column("points", True)]
+        columns += [Column("95 % interval", True), p] if short else [p, Column("verdict")]
     return Table(
-        title=f"By {kind}",
-        columns=(Column(kind), Column("samples", True), Column(metric, True), *(compared if others else ())),
+        title=f"{metric} by {kind}",
+        columns=tuple(columns),
         rows=tuple(rows),
         note="p is corrected by Holm for all comparisons of this table." if others else "",
     )
+
+
+def _compared(found: GroupDifference, short: bool) -> tuple[str | Mark, ...]:
+    points, p_value = format_points(found.difference.mean), format_p(found.p_corrected)
+    if short:
+        return points, format_range(found.difference), p_value
+    return points, p_value, _MARKS[found.verdict]
+
+
+_MARKS = {
+    "better": Mark("right", "better"),
+    "worse": Mark("wrong", "worse"),
+    "no significant change": Mark("unscored", "no significant change"),
+}
 
 
 def _speed_table(results: Results, *, short: bool = False) -> Table:

@@ -75,12 +75,14 @@ def verdicts(results: Results) -> list[str]:
     if board is None:
         return []
     metric = board.metrics[0]
-    found = [_sentence(board.difference(model, metric)) for model in board.models[1:]]
-    return found + [_sentence(difference) for difference in results.against_baseline.values()]
+    found = [sentence(board.difference(model, metric)) for model in board.models[1:]]
+    return found + [sentence(difference) for difference in results.against_baseline.values()]
 
 
-def _sentence(found: GroupDifference) -> str:
+def sentence(found: GroupDifference) -> str:
+    """Say in a plain sentence what came of a comparison."""
     difference = found.difference
+    where = "" if found.kind == "all" else f" on {found.group}"
     sign = "" if found.p_corrected < 0.001 else "= "
     details = (
         f"{format_points(difference.mean)} points of {found.metric}, 95 % interval "
@@ -88,8 +90,8 @@ def _sentence(found: GroupDifference) -> str:
         f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
     )
     if found.verdict != "no significant change":
-        return f"{found.model} is {found.verdict} than {found.base}: {details}"
-    text = f"{found.model} against {found.base}: no significant change: {details}"
+        return f"{found.model} is {found.verdict} than {found.base}{where}: {details}"
+    text = f"{found.model} against {found.base}{where}: no significant change: {details}"
     if difference.smallest is None:
         return f"{text} No answer scores differently."
     smallest = f"{100 * difference.smallest:.1f}"

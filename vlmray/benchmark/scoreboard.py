@@ -123,6 +123,9 @@ def score_models(
     if not asked:
         raise ValueError("no sample has an answer to compare with")
     names = tuple(rows)
+    for name in names:
+        if missing := [sample.sample_id for sample in asked if sample.sample_id not in rows[name]]:
+            raise ValueError(f"{name} has no row of {missing[0]}; compare answers to the same samples")
     sampled = [name for name in metric_names if name != metrics.BLEU]
     values = {
         (model, metric): [score_answer(metric, rows[model][sample.sample_id], sample) for sample in asked]

@@ -1,4 +1,4 @@
-"""The whole story by one command: ask, train, ask again, compare."""
+"""The whole story by one command: train, ask without and with it, compare."""
 
 from vlmray._lazy import offer
 

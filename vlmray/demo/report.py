@@ -1,88 +1,101 @@
-"""The demo's comparison as a table and as a page."""
+"""The demo's story as closing lines and as a page; every figure is the benchmark's or the training's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+import textwrap
+from dataclasses import dataclass
 
-from vlmray.demo.comparison import Comparison
+from vlmray.benchmark.report import breakdown_table, gallery_sections
+from vlmray.benchmark.results import Results, sentence
+from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.config import DemoConfig
+from vlmray.finetune.report import plot_curves
+from vlmray.finetune.results import TrainingReport
 from vlmray.reports.errors import option_table
-from vlmray.reports.gallery import Gallery, GalleryItem
-from vlmray.reports.page import Fact, Page, Section, render_page
-from vlmray.reports.tables import Cell, Column, Table
-from vlmray.reports.text import format_percent, format_points, shorten
+from vlmray.reports.page import Fact, Page, render_page
+from vlmray.reports.tables import Table
+from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent
 
-
-def format_comparison(comparison: Comparison) -> str:
-    """Format the closing table: plain text, at most 80 columns wide."""
-    return _gain_table(comparison, with_total=True).to_text()
-
-
-def _gain_table(comparison: Comparison, *, with_total: bool = False) -> Table:
-    rows = [*comparison.families, *([comparison.total] if with_total else [])]
-    return Table(
-        title=f"{comparison.metric} by family",
-        columns=(
-            Column("family"),
-            Column("rows", True),
-            Column(shorten(comparison.before, 16), True),
-            Column(shorten(comparison.after, 16), True),
-            Column("gain", True),
-            Column("got right", True),
-            Column("lost", True),
-        ),
-        rows=tuple(
-            (
-                gain.name,
-                f"{gain.num_rows:,}",
-                Cell(format_percent(gain.before), gain.before),
-                Cell(format_percent(gain.after), gain.after),
-                format_points(gain.after - gain.before),
-                f"{gain.num_gained:,}",
-                f"{gain.num_lost:,}",
-            )
-            for gain in rows
-        ),
-    )
+TRAINING, COMPARISON = "lora", "comparison"
+"""Folders of the two jobs, beside the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonReport:
-    """Two runs as the page shows them."""
+class DemoReport:
+    """What was learned, and what it is worth."""
 
-    title: str
-    comparison: Comparison
-    focus: str
-    """Family that the headline is about."""
+    config: DemoConfig
+    training: TrainingReport
+    results: Results
+    elapsed_s: float
 
-    facts: tuple[Fact, ...] = ()
-    plots: tuple[Section, ...] = ()
-    gallery: tuple[GalleryItem, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    @property
+    def board(self) -> Scoreboard:
+        """Scores of the model without the adapter and with it."""
+        assert self.results.board is not None
+        return self.results.board
 
-
-def render_comparison_html(report: ComparisonReport) -> str:
-    """Render the comparison as one HTML page that needs nothing but itself."""
-    comparison, focus = report.comparison, report.comparison.of(report.focus)
-    sections: list[Section] = [_gain_table(comparison, with_total=True), *report.plots]
-    if report.gallery:
-        note = (
-            f"{len(report.gallery):,} of {comparison.total.num_rows:,} rows, changed ones first: "
-            "their mix is not the score."
+    @property
+    def gain(self) -> GroupDifference:
+        """What the adapter changed in the family that was taught."""
+        return self.board.difference(
+            self.board.models[1], self.board.metrics[0], "family", self.config.family
         )
-        sections.append(Gallery(title="Samples", items=report.gallery, note=note))
-    if report.options:
-        sections.append(option_table(report.options))
-    label = (
-        f"{comparison.metric} on {focus.name}, from {format_percent(focus.before)} "
-        f"with {comparison.before}, over {focus.num_rows:,} held-out rows"
-    )
+
+
+def format_demo(report: DemoReport) -> str:
+    """Format the closing table and what it says of the family: plain text, at most 80 columns wide."""
+    table = breakdown_table(report.board, "family", short=True).to_text()
+    return f"{table}\n\n{textwrap.fill(sentence(report.gain), TERMINAL_WIDTH)}"
+
+
+def render_demo_html(report: DemoReport) -> str:
+    """Render the story as one HTML page; the two jobs' own reports are linked."""
     return render_page(
         Page(
-            title=report.title,
-            headline=Fact(label, format_percent(focus.after)),
-            facts=report.facts,
-            sections=tuple(sections),
+            title=f"What LoRA taught builtin: {report.config.family}",
+            headline=_headline(report),
+            facts=_facts(report),
+            links=(
+                ("The training", f"{TRAINING}/report.html"),
+                ("The comparison, with all breakdowns", f"{COMPARISON}/report.html"),
+            ),
+            sections=(
+                _family_table(report),
+                *plot_curves(report.training),
+                *gallery_sections(report.results),
+                option_table(dataclasses.asdict(report.config)),
+            ),
         )
     )
+
+
+def _headline(report: DemoReport) -> Fact:
+    metric, family = report.board.metrics[0], report.config.family
+    before, after = (report.board.score(name, metric, "family", family).mean for name in report.board.models)
+    label = f"{metric} on {family}, from {format_percent(before)} without the adapter"
+    return Fact(label, format_percent(after), sentence(report.gain))
+
+
+def _facts(report: DemoReport) -> tuple[Fact, ...]:
+    training = report.training
+    share = training.num_trainable / training.num_parameters
+    return (
+        Fact("charts trained on", f"{training.num_samples:,}"),
+        Fact("charts asked about", f"{report.board.num_images:,}", "held out of training"),
+        Fact("parameters trained", f"{training.num_trainable:,}", f"{100 * share:.1f} % of all"),
+        Fact("training", format_duration(training.elapsed_s)),
+        Fact("elapsed", format_duration(report.elapsed_s), "with the comparison"),
+    )
+
+
+def _family_table(report: DemoReport) -> Table:
+    """The benchmark's breakdown, with what was compared below it."""
+    table = breakdown_table(report.board, "family")
+    base, tuned = report.board.models
+    asked = (
+        f"{base} is the built-in model, {tuned} the same with the adapter. Both answered one question of "
+        f"every family about each of {report.board.num_images:,} charts that training did not see."
+    )
+    return dataclasses.replace(table, note=f"{asked} {table.note}")

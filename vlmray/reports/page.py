@@ -46,6 +46,9 @@ class Page:
     """The one number to take away."""
 
     facts: tuple[Fact, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
+    """Texts and addresses of reports that lie beside this one."""
+
     sections: tuple[Section, ...] = ()
     """Plots that follow each other stand side by side where there is room."""
 

@@ -52,7 +52,7 @@ def find_objection(
 
 
 def _job_of(options: Options) -> str:
-    return options.get("job", "infer")  # which was the first job, and records no name
+    return str(options.get("job", "infer"))  # which was the first job, and records no name
 
 
 def changed_options(found: Options, options: Options) -> list[str]:

@@ -1,0 +1,67 @@
+"""Breakdowns say who is better where, and fit where they are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmray.benchmark.report import breakdown_table
+from vlmray.benchmark.results import sentence
+from vlmray.benchmark.samples import SampleFacts
+from vlmray.benchmark.scoreboard import Scoreboard, score_models
+from vlmray.reports.tables import Cell, Mark
+from vlmray.reports.text import TERMINAL_WIDTH
+
+
+def scoreboard(*others: str) -> Scoreboard:
+    """A model that knows value_by_label alone, and others that know naming too."""
+    samples = [
+        SampleFacts(sample_id=f"{family}-{i}", question="?", answers=("4",), family=family, image=f"{i}")
+        for i in range(40) for family in ("naming", "value_by_label")
+    ]  # fmt: skip
+    wrong = {"prediction": "5", "error": None}
+    right = {"prediction": "4", "error": None}
+    base = {s.sample_id: wrong if s.family == "naming" else right for s in samples}
+    rows = {"base": base} | {name: dict.fromkeys(base, right) for name in others}
+    return score_models(samples, rows, ["exact_match"], num_resamples=999)
+
+
+def test_two_models_stand_side_by_side() -> None:
+    table = breakdown_table(scoreboard("tuned"), "family")
+    assert [column.label for column in table.columns] == [
+        "family", "samples", "base", "tuned", "points", "p", "verdict",
+    ]  # fmt: skip
+    naming, other = table.rows
+    assert isinstance(naming[3], Cell)
+    assert (naming[0], naming[3].text, naming[4], naming[6]) == (
+        "naming", "100.0 % (91.2–100.0)", "+100.0", Mark("right", "better"),
+    )  # fmt: skip
+    unchanged = Mark("unscored", "no significant change")
+    assert (other[0], other[4:]) == ("value_by_label", ("0.0", "1.00", unchanged))
+
+
+@pytest.mark.parametrize("others", [(), ("tuned",), ("one", "two")])
+def test_every_model_is_compared_with_the_first_in_every_group(others: tuple[str, ...]) -> None:
+    board = scoreboard(*others)
+    for short in (False, True):
+        table = breakdown_table(board, "family", short=short)
+        assert len(table.rows) == 2 * max(1, len(others))
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        for model in others if len(others) > 1 else ():
+            assert sum(str(row[0]).endswith(f": {model}") for row in table.rows) == 2
+
+
+def test_the_short_one_fits_a_terminal_and_has_the_interval() -> None:
+    lines = breakdown_table(scoreboard("tuned"), "family", short=True).to_text().splitlines()
+    assert max(map(len, lines)) <= TERMINAL_WIDTH
+    assert lines[0].split() == ["family", "samples", "base", "tuned", "points", "95", "%", "interval", "p"]
+    assert lines[2].split()[:9] == ["naming", "40", "0.0", "%", "100.0", "%", "+100.0", "+100.0", "to"]
+    assert lines[3].split()[0] == "value_by_label"
+
+
+def test_a_sentence_names_the_group_it_is_about() -> None:
+    board = scoreboard("tuned")
+    naming = board.difference("tuned", "exact_match", "family", "naming")
+    assert sentence(naming).startswith("tuned is better than base on naming: +100.0 points of exact_match")
+    other = board.difference("tuned", "exact_match", "family", "value_by_label")
+    assert sentence(other).startswith("tuned against base on value_by_label: no significant change")
+    assert sentence(board.difference("tuned", "exact_match")).startswith("tuned is better than base: +50.0")
