@@ -20,6 +20,7 @@ from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
+_CONTRACT = [f"tests/engines/test_{part}.py" for part in ("contract", "shared_images", "adapters", "streaming")]
 CHARTS = "charts?kind=bar&style=plain&num_rows=512&questions_per_image=4&seed=3"
 
 
@@ -53,7 +54,7 @@ def _run_contract_tests(expression: str) -> tuple[int, list[str]]:
     Where there is a GPU they run on it.
     """
     command = [
-        sys.executable, "-m", "pytest", "tests/engines/test_contract.py", "-q", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", *_CONTRACT, "-q", "-p", "no:cacheprovider",
         *(["-k", expression] if expression else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

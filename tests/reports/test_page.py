@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import math
 import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from PIL import Image, ImageDraw
 
+from helpers.pages import Reader, encode_image, make_item, make_table, render
 from vlmray.reports import page
-from vlmray.reports.gallery import THUMBNAIL_MAX_BYTES, Gallery, GalleryItem, thumbnail_data_uri, verdict_of
+from vlmray.reports.gallery import Gallery
 from vlmray.reports.lanes import Lane, LanePlot
 from vlmray.reports.page import Fact, Page
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Cell, Column, Mark, Table
-from vlmray.reports.text import format_duration, format_percent, format_rate
-
-VOID_TAGS = {"meta", "img", "wbr", "br", "link", "rect"}
-
-
-def make_item(index: int = 0, **values: Any) -> GalleryItem:
-    defaults: dict[str, Any] = {
-        "sample_id": f"test-{index:06d}",
-        "question": "Which bar is the largest?",
-        "score": 1.0,
-    }
-    return GalleryItem(**(defaults | values))
-
-
-def make_table(text: str = "bar") -> Table:
-    columns = (Column(text), Column(text, numeric=True), Column(text))
-    return Table(title=text, columns=columns, rows=((text, Cell(text, 0.5), text),), note=text)
+from vlmray.reports.tables import Column, Mark, Table
 
 
 def make_plot(text: str = "bar", **values: Any) -> Plot:
@@ -68,31 +48,6 @@ def render_sections(*sections: Table | Plot | LanePlot | Gallery) -> str:
     return page.render_page(Page(title="T", headline=Fact("a", "1"), sections=sections))
 
 
-def render(*items: GalleryItem, text: str = "bar") -> str:
-    """Render a page with a table and a gallery, the same text in every place there is."""
-    gallery = Gallery(title=text, items=items, note=text)
-    fact = Fact(text, text, text)
-    return page.render_page(
-        Page(title=text, headline=fact, facts=(fact,), sections=(make_table(text), gallery))
-    )
-
-
-def encode_image(size: tuple[int, int], *, noise: bool = False, mode: str = "RGB") -> bytes:
-    if noise:
-        data = random.Random(0).randbytes(size[0] * size[1] * len(mode))
-        image = Image.frombytes(mode, size, data)
-    else:
-        image = Image.new(mode, size)
-        ImageDraw.Draw(image).rectangle((10, 10, 60, 50), fill="red")
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def decode_data_uri(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
-
-
 def plot_of(name: str) -> Plot:
     return make_plot("loss", series=(Series(name=name, points=((0.0, 1.0), (1.0, 2.0))),))
 
@@ -109,42 +64,6 @@ def chromium_dom(path: Path, tmp_path: Path) -> str:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags are balanced."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID_TAGS:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in {"script", "style"}:
-            self.texts.append(data)
-
-    def find(self, tag: str) -> Iterator[dict[str, str | None]]:
-        return (attrs for name, attrs in self.tags if name == tag)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
-
-
-# Pages
 
 
 def test_untrusted_text_stays_text() -> None:
@@ -251,67 +170,6 @@ def test_long_names_may_break_after_underscores_and_slashes() -> None:
     assert '<th scope="row">a_<wbr>b/<wbr>c&lt;d</th>' in html
 
 
-# Galleries
-
-
-def test_verdicts() -> None:
-    assert [verdict_of(score, None) for score in (0.0, 0.5, 1.0, None)] == [
-        "wrong",
-        "partial",
-        "right",
-        "unscored",
-    ]
-    assert verdict_of(1.0, "E") == "failed"
-
-
-def test_full_gallery_of_hard_images_stays_small() -> None:
-    uri = thumbnail_data_uri(encode_image((700, 500), noise=True)) or ""
-    html = render(*(make_item(index, prediction="x" * 20_000) for index in range(60)))
-    # The same thumbnail 60 times, counted without encoding it 60 times.
-    assert len(html.encode()) + 60 * len(uri) < 4_000_000
-    assert "16,000 more characters in the result files" in html
-
-
-def test_text_alone_gets_no_empty_image_places() -> None:
-    assert "No image" not in Reader(render(make_item())).text
-    assert "No image" in Reader(render(make_item(), make_item(1, image=encode_image((80, 60))))).text
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        pytest.param(encode_image((2000, 1200)), id="flat chart"),
-        pytest.param(encode_image((900, 700), noise=True), id="noise"),
-        pytest.param(encode_image((60, 4000), noise=True), id="tall"),
-        pytest.param(encode_image((1, 1), mode="L"), id="one pixel"),
-    ],
-)
-def test_thumbnails_are_bounded(image: bytes) -> None:
-    uri = thumbnail_data_uri(image)
-    assert uri is not None
-    assert len(uri) <= THUMBNAIL_MAX_BYTES * 4 / 3 + 40
-    thumbnail = decode_data_uri(uri)
-    assert thumbnail.width <= 480
-    assert thumbnail.height <= 720
-
-
-def test_transparent_pixels_become_white() -> None:
-    buffer = io.BytesIO()
-    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(buffer, "PNG")
-    uri = thumbnail_data_uri(buffer.getvalue())
-    assert uri is not None
-    assert decode_data_uri(uri).convert("RGB").getpixel((5, 5)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("image", [b"", b"not an image", encode_image((300, 300), noise=True)[:500]])
-def test_unreadable_images_are_named(image: bytes) -> None:
-    assert thumbnail_data_uri(image) is None
-    assert "The image cannot be read" in Reader(render(make_item(image=image))).text
-
-
-# Plots
-
-
 def read_svg(html: str) -> list[ElementTree.Element]:
     """Parse the pictures of all plots as XML."""
     charts = re.findall(r'<svg class="plot.*?</svg>\s*</div>', html, re.DOTALL)
@@ -399,51 +257,8 @@ def test_plots_in_a_row_share_it() -> None:
     assert [attrs.get("class") for attrs in Reader(html).find("section")].count("folded") == 1
 
 
-# Tables and numbers
-
-
 def test_a_mark_is_a_word_and_a_sign() -> None:
     table = Table(title="T", columns=(Column("a"), Column("b")), rows=(("x", Mark("wrong", "failed")),))
     assert "✕ failed" in Reader(render_sections(table)).text
     assert "failed" in table.to_text()
     assert not table.is_barred(1)
-
-
-def test_one_table_three_ways() -> None:
-    table = Table(
-        title="T",
-        columns=(Column("name"), Column("score", numeric=True)),
-        rows=(("a|b", Cell("50.0 %", 0.5)),),
-    )
-    assert table.to_markdown() == "| name | score |\n| --- | ---: |\n| a\\|b | 50.0 % |"
-    assert table.to_text() == "name   score\n----  ------\na|b   50.0 %"
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0, "0.0 %"), (1e-5, "<0.1 %"), (0.5, "50.0 %"), (0.99999, ">99.9 %"), (1, "100.0 %"), (None, "–")],
-)
-def test_percent_never_rounds_to_all_or_nothing(share: float | None, text: str) -> None:
-    assert format_percent(share) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.00 s"),
-        (9.994, "9.99 s"),
-        (9.999, "10.0 s"),
-        (59.96, "1 min 0 s"),
-        (119.7, "2 min 0 s"),
-        (7260, "2 h 1 min"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"), [(None, "–"), (0.0123, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")]
-)
-def test_rates(rate: float | None, text: str) -> None:
-    assert format_rate(rate) == text

@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import io
 import random
-import string
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from helpers.collating import (
+    END,
+    answers_of,
+    check_row,
+    feature_of,
+    make_features,
+    needs_real_processor,
+    random_image,
+    turn,
+)
 from helpers.paths import REAL_PROCESSOR
 from vlmray.dataset.prompts import format_data
 from vlmray.engines.transformers.engine import TransformersEngine
@@ -24,98 +31,12 @@ from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest, Sample
 from vlmray.training.collator import DataCollatorForVLMSFT
 
-needs_real_processor = pytest.mark.skipif(
-    not REAL_PROCESSOR.is_dir(), reason=f"the real Qwen2.5-VL processor files are not at {REAL_PROCESSOR}"
-)
-
-END = "<|im_end|>"
-# Characters that compose, other scripts, quotes, and what looks like chat format or Jinja but is not.
-OTHERS = (
-    "é ü e\u0301 \u0301 \u212b ﬁ 你好 数 שלום 🙂 👩‍🔬 € ½ “ 2,008 <|im im_end|> <image> </s> {{x}} {%if%}"
-)
-PIECES = [
-    *(string.ascii_letters + string.digits + string.punctuation),
-    *OTHERS.split(),
-    *(" ", "  ", "\n", "\t", " 12.5%", "assistant\n", "chart", " value"),
-]
-
-
-def random_text(rng: random.Random) -> str:
-    """Text that is not blank and may begin or end with whitespace."""
-    return (
-        "".join(rng.choices(PIECES, k=rng.randint(1, 25)))
-        + rng.choice("aé7?")
-        + rng.choice(["", "", " ", "\n"])
-    )
-
-
-def random_image(rng: random.Random) -> Image.Image:
-    """A picture of 28 to 400 pixels a side, rather small than large."""
-    coarse = np.frombuffer(rng.randbytes(5 * 4 * 3), np.uint8).reshape(5, 4, 3)
-    size = [int(28 * (400 / 28) ** rng.random() ** 1.3) for _ in range(2)]
-    return Image.fromarray(coarse).resize((size[0], size[1]), Image.Resampling.NEAREST)
-
 
 def half_an_image() -> Image.Image:
     """A file that opens and turns out to be broken when its pixels are read."""
     file = io.BytesIO()
     random_image(random.Random(0)).save(file, "PNG")
     return Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
-
-
-def turn(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
-
-
-def random_feature(rng: random.Random, name: str, max_turns: int = 4) -> dict[str, Any]:
-    """A conversation of questions and answers about no, one or two images each."""
-    system = rng.choice([[], [], [turn("system", random_text(rng))]])
-    counts = [rng.choice([0, 1, 1, 2]) if place == 0 else rng.choice([0, 0, 1]) for place in range(max_turns)]
-    counts = counts[: rng.randint(1, max_turns)]
-    messages = [*system]
-    for count in counts:
-        messages += [turn("user", random_text(rng), count), turn("assistant", random_text(rng))]
-    return {
-        "sample_id": name,
-        "messages": messages,
-        "images": [random_image(rng) for _ in range(sum(counts))],
-    }
-
-
-def make_features(count: int, *, seed: int = 0, max_turns: int = 4) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    return [random_feature(rng, f"train-{number:06d}", max_turns) for number in range(count)]
-
-
-def answers_of(feature: dict[str, Any]) -> list[str]:
-    return [turn["content"][0]["text"] for turn in feature["messages"] if turn["role"] == "assistant"]
-
-
-def feature_of(*texts: str, images: int = 0, name: str = "train-000000") -> dict[str, Any]:
-    """Question, answer, question, answer, ... with all images in the first question."""
-    roles = ["user", "assistant"] * len(texts)
-    messages = [turn(role, text) for role, text in zip(roles, texts, strict=False)]
-    messages[0]["content"][:0] = [{"type": "image"}] * images
-    rng = random.Random(name)
-    return {"sample_id": name, "messages": messages, "images": [random_image(rng) for _ in range(images)]}
-
-
-def supervised_spans(ids: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
-    """Return the runs of tokens that have a label."""
-    spans: list[list[int]] = []
-    for place, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
-        if label == -100:
-            continue
-        assert label == token
-        if place == 0 or labels[place - 1] == -100:
-            spans.append([])
-        spans[-1].append(token)
-    return spans
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_model: Path) -> Any:
-    return load_processor(str(tiny_model))
 
 
 @pytest.fixture(scope="module")
@@ -126,51 +47,6 @@ def model(tiny_model: Path) -> Any:
 @pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=needs_real_processor)])
 def any_processor(request: pytest.FixtureRequest, processor: Any) -> Any:
     return processor if request.param == "tiny" else load_processor(str(REAL_PROCESSOR))
-
-
-@pytest.fixture
-def with_template(processor: Any) -> Callable[[str], Any]:
-    """A processor with another chat template."""
-
-    def make(template: str) -> Any:
-        other = copy.copy(processor)
-        other.chat_template = template
-        return other
-
-    return make
-
-
-def check_row(processor: Any, feature: dict[str, Any], batch: dict[str, torch.Tensor], index: int) -> None:
-    """Check one row of a batch against its feature."""
-    ids, mask, labels = (batch[name][index] for name in ("input_ids", "attention_mask", "labels"))
-    length = int(mask.sum())
-    assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-    assert set(ids[length:].tolist()) <= {processor.tokenizer.pad_token_id}
-    assert set(labels[length:].tolist()) <= {-100}
-    assert processor.tokenizer.decode(ids[length - 1]) == END
-    # Qwen's tokenizer composes characters before it splits text, at inference as well.
-    expected = [unicodedata.normalize("NFC", answer) + END for answer in answers_of(feature)]
-    spans = supervised_spans(ids, labels)
-    assert [processor.tokenizer.decode(span) for span in spans] == expected
-    check_prompts(processor, feature, ids[:length], labels[:length])
-
-
-def check_prompts(processor: Any, feature: dict[str, Any], ids: torch.Tensor, labels: torch.Tensor) -> None:
-    """Check that what stands before the last answer, earlier turns included, is what inference would ask.
-
-    A line break that starts an answer is a token of its own when the model writes it, but is joined to the
-    one before it when the answer is history in a later prompt; so no answer like that may be history here.
-    """
-    is_context = [label == -100 for label in labels.tolist()]
-    starts = [n for n in range(1, len(ids)) if is_context[n - 1] and not is_context[n]]
-    places = [place for place, turn in enumerate(feature["messages"]) if turn["role"] == "assistant"]
-    joins = [answer[0].isspace() for answer in answers_of(feature)]
-    last = joins.index(True) if True in joins else len(joins) - 1
-    messages = copy.deepcopy(feature["messages"][: places[last]])
-    asked = processor.apply_chat_template(messages, add_generation_prompt=True)
-    images = feature["images"][: asked.count("<|image_pad|>")]
-    inputs = processor(text=[asked], images=images or None, return_tensors="pt")
-    assert ids[: starts[last]].tolist() == inputs["input_ids"][0].tolist()
 
 
 def test_labels_are_the_answers_and_prompts_are_those_of_inference(any_processor: Any) -> None:
@@ -371,82 +247,6 @@ def test_batches_equal_those_of_trl_for_one_question_and_answer(processor: Any) 
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-
-
-QWEN_HEAD = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
-    "{%- for part in message.content if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- endfor -%}{%- set text = message.content | selectattr('type', 'equalto', 'text')"
-    " | map(attribute='text') | join -%}"
-)
-QWEN_TAIL = "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-
-
-def test_a_template_may_strip_texts_and_end_turns_without_a_line_break(
-    processor: Any, with_template: Any
-) -> None:
-    stripping = with_template(QWEN_HEAD + "{{- text | trim + '<|im_end|>' -}}" + QWEN_TAIL)
-    feature = feature_of(" How many?\n", " 2,008 \n", " Sure? ", "\tyes", images=1)
-    row = DataCollatorForVLMSFT(stripping).encode(feature["messages"], feature["images"])
-    spans = supervised_spans(row["input_ids"][0], row["labels"][0])
-    assert [processor.tokenizer.decode(span) for span in spans] == ["2,008" + END, "yes" + END]
-    check_prompts(
-        stripping,
-        feature_of("How many?", "2,008", "Sure?", "yes", images=1),
-        *(row[name][0] for name in ("input_ids", "labels")),
-    )
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        # LLaVA 1.5 ends an answer with a space.
-        ("{{- text + ' ' -}}", "ends an answer with 'yes ' and no end token"),
-        # Reasoning models write a block of thoughts before the answer, or into the prompt.
-        (
-            "{{- '<think></think>' if message.role == 'assistant' -}}{{- text + '<|im_end|>\\n' -}}",
-            "for the answer",
-        ),
-        (
-            "{{- text + ('<|im_end|>' if loop.last or message.role == 'user' else '') -}}",
-            "no end token|only appends",
-        ),
-        (
-            "{{- (text if loop.last else 'shorter') + '<|im_end|>' -}}",
-            "does not continue what it wrote before",
-        ),
-    ],
-)
-def test_a_template_that_cannot_teach_what_inference_asks_is_refused(
-    with_template: Any, body: str, reason: str
-) -> None:
-    collator = DataCollatorForVLMSFT(with_template(QWEN_HEAD + body + QWEN_TAIL))
-    feature = feature_of("How many?", "yes", "Sure?", "no")
-    with pytest.raises(ValueError, match=reason):
-        collator.encode(feature["messages"], feature["images"])
-
-
-def test_a_prompt_that_opens_a_thought_is_refused(with_template: Any) -> None:
-    opening = QWEN_TAIL.replace("assistant\\n", "assistant\\n<think>\\n")
-    collator = DataCollatorForVLMSFT(with_template(QWEN_HEAD + "{{- text + '<|im_end|>' -}}" + opening))
-    with pytest.raises(ValueError, match=r"stood '<think>\\n', and with the next turn 'yes<\|im_end\|>'"):
-        collator.encode(feature_of("How many?", "yes")["messages"], [])
-
-
-def test_a_token_that_starts_a_sequence_stands_once_at_its_start(tiny_model: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    processor = load_processor(str(tiny_model))
-    start = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
-    )
-    feature = feature_of("How many?", "2,008", "And in Japan?", "12", "Sure?", "yes", images=1)
-    feature["messages"][2]["content"].insert(0, {"type": "image"})
-    feature["images"].append(Image.new("RGB", (60, 90)))
-    row = DataCollatorForVLMSFT(processor).encode(feature["messages"], feature["images"])
-    assert (row["input_ids"][0] == start).nonzero().tolist() == [[0]]
-    check_prompts(processor, feature, row["input_ids"][0], row["labels"][0])
 
 
 def test_messages_may_come_as_arrow_or_other_clients_write_them(processor: Any) -> None:

@@ -1,0 +1,154 @@
+"""Texts that are read while they grow, and rows that end before their time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.engines import copy_no_rows, make_mixed_requests, make_request, texts
+from vlmray.engines import build_engine
+from vlmray.engines.base import Engine
+from vlmray.schema import Completion, GenerationRequest
+
+
+def test_streamed_pieces_are_the_text_and_come_while_others_go_on(make_engine: Any) -> None:
+    requests = [make_request(n, n % 3, max_new_tokens=4 + 3 * n) for n in range(6)]
+    engine = make_engine(batch_size=4)
+    expected = engine.generate(requests)
+    pieces: list[tuple[int, str]] = []
+    assert engine.generate(requests, on_text=lambda index, text: pieces.append((index, text))) == expected
+    for index, completion in enumerate(expected):
+        assert "".join(text for place, text in pieces if place == index) == completion.text
+    first_batch = [place for place, _ in pieces[:8]]
+    assert len(set(first_batch)) > 1  # rows of a batch take turns
+    assert all(text for _, text in pieces)
+
+
+def test_a_batch_that_is_tried_again_streams_nothing_twice(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [make_request(n, 1) for n in range(4)]
+    engine = make_engine(batch_size=4)
+    expected = texts(engine.generate(requests))
+    generate = engine.model.generate
+
+    def fail_after_streaming(**inputs: Any) -> Any:
+        output = generate(**inputs)
+        if len(inputs["input_ids"]) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    monkeypatch.setattr(engine.model, "generate", fail_after_streaming)
+    found = dict.fromkeys(range(4), "")
+
+    def collect(index: int, text: str) -> None:
+        found[index] += text
+
+    assert texts(engine.generate(requests, on_text=collect)) == list(found.values()) == expected
+
+
+class Readers:
+    """Those who read answers: some leave after so many pieces, each with a place and a number."""
+
+    def __init__(self, leave_after: dict[int, int]) -> None:
+        self.pieces: dict[int, list[str]] = defaultdict(list)
+        self.ends: list[int] = []
+        self._leave_after = leave_after
+
+    def read(self, index: int, text: str) -> None:
+        assert not self.has_left(index), "told after it had left"
+        self.pieces[index].append(text)
+
+    def has_left(self, index: int) -> bool:
+        return len(self.pieces[index]) >= self._leave_after.get(index, 10**6)
+
+    def answer(self, engine: Engine, requests: list[GenerationRequest]) -> list[Completion]:
+        return engine.generate(
+            requests,
+            on_text=self.read,
+            on_end=lambda index, completion: self.ends.append(index),
+            cancelled=self.has_left,
+        )
+
+
+@pytest.fixture(params=["transformers", "transformers, rows unshared", "LLaVA", "fake"])
+def any_engine(
+    request: pytest.FixtureRequest, make_engine: Any, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
+    """Every engine, and every way that one of them takes."""
+    if request.param == "fake":
+        yield build_engine(engine="fake", model_id="fake?answer=one+two+three+four+five+six+seven+eight")
+    elif request.param == "LLaVA":
+        engine = build_engine(engine="transformers", model_id=str(tiny_llava), batch_size=4)
+        yield engine
+        engine.close()
+    else:
+        engine = make_engine(batch_size=4)
+        if request.param != "transformers":
+            copy_no_rows(engine, monkeypatch)
+        yield engine
+
+
+def test_a_row_that_nobody_wants_ends_and_no_other_row_notices(any_engine: Engine) -> None:
+    requests = make_mixed_requests(9, max_new_tokens=24)
+    undisturbed = Readers({})
+    whole = undisturbed.answer(any_engine, requests)
+    leavers = {1: 1, 2: 2, 5: 0, 7: 3}  # place and pieces; the batch of some goes on without them
+    assert min(len(undisturbed.pieces[place]) for place in leavers) > 4  # else nothing is cut off
+    readers = Readers(leavers)
+    found = readers.answer(any_engine, requests)
+    assert sorted(readers.ends) == list(range(9))
+    for place, (before, after) in enumerate(zip(whole, found, strict=True)):
+        assert after.text == "".join(readers.pieces[place])
+        if place not in leavers:
+            assert after == before
+            continue
+        assert (after.finish_reason, after.error) == ("cancelled", None)
+        assert before.text.startswith(after.text)
+        assert len(readers.pieces[place]) == leavers[place]
+        assert leavers[place] <= after.num_completion_tokens < before.num_completion_tokens
+    assert found[5].num_completion_tokens == 0
+
+
+def test_the_model_stops_within_a_token_once_everybody_has_left(model: Any, make_engine: Any) -> None:
+    engine, num_tokens = make_engine(batch_size=2), 0
+    left = False
+    language_model = model.model.language_model
+
+    def count(*_: Any) -> None:
+        nonlocal num_tokens, left
+        num_tokens += 1
+        left = left or num_tokens == 3
+
+    hook = language_model.register_forward_hook(count)
+    try:
+        found = engine.generate(make_mixed_requests(6, max_new_tokens=200), cancelled=lambda index: left)
+    finally:
+        hook.remove()
+    assert num_tokens == 3  # forward passes: none for what the others, who had not begun, asked
+    assert [completion.finish_reason for completion in found] == ["cancelled"] * 6
+    assert sorted(completion.num_completion_tokens for completion in found) == [0, 0, 0, 0, 2, 2]
+
+
+def test_an_answer_ends_before_a_stop_text(make_engine: Any) -> None:
+    engine = make_engine()
+    requests = [make_request(n, 1, max_new_tokens=24) for n in range(4)]
+    whole = engine.generate(requests)
+    words = whole[0].text.split(" ")
+    stop = (" ".join(words[2:4]), "never said")
+    stopping = dataclasses.replace(requests[0], stop=stop)
+    pieces: list[str] = []
+    completions = engine.generate(
+        [stopping, *requests[1:]], on_text=lambda index, text: pieces.append(text) if index == 0 else None
+    )
+    assert completions[1:] == whole[1:]
+    assert completions[0].text == "".join(pieces) == whole[0].text.partition(stop[0])[0]
+    assert completions[0].finish_reason == "stop"
+    assert 0 < completions[0].num_completion_tokens < whole[0].num_completion_tokens
+    assert engine.generate([stopping])[0] == completions[0]
