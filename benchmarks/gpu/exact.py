@@ -20,7 +20,9 @@ from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
-_CONTRACT = [f"tests/engines/test_{part}.py" for part in ("contract", "shared_images", "adapters", "streaming")]
+_CONTRACT = [
+    f"tests/engines/test_{part}.py" for part in ("contract", "shared_images", "adapters", "streaming")
+]
 CHARTS = "charts?kind=bar&style=plain&num_rows=512&questions_per_image=4&seed=3"
 
 
