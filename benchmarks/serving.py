@@ -24,7 +24,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 from vlmray.config import ServeConfig
-from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.rows import read_rows
 from vlmray.dataset.sources import open_source
 from vlmray.engines import build_engine

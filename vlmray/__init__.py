@@ -21,11 +21,11 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from vlmray.config.finetune import FinetuneConfig as FinetuneConfig
     from vlmray.config.infer import InferConfig as InferConfig
     from vlmray.config.serve import ServeConfig as ServeConfig
+    from vlmray.dataset.columns import get_dataset_columns as get_dataset_columns
     from vlmray.dataset.huggingface import load_hf_dataset as load_hf_dataset
     from vlmray.dataset.prompts import format_data as format_data
     from vlmray.dataset.prompts import format_qwen_vl_messages as format_qwen_vl_messages
     from vlmray.dataset.registry import DatasetSpec as DatasetSpec
-    from vlmray.dataset.registry import get_dataset_columns as get_dataset_columns
     from vlmray.dataset.registry import register_dataset as register_dataset
     from vlmray.dataset.slices import parse_sample_slices as parse_sample_slices
     from vlmray.engines import build_engine as build_engine
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from vlmray.inference.plan import plan_inference as plan_inference
     from vlmray.inference.stages import Task as Task
     from vlmray.inference.stages import process_single_sample as process_single_sample
-    from vlmray.metrics.answers import score as score
+    from vlmray.metrics.definitions import score as score
     from vlmray.models.loading import generate_text_from_sample as generate_text_from_sample
     from vlmray.models.loading import load_qwen_vl_model_and_processor as load_qwen_vl_model_and_processor
     from vlmray.models.lora import get_default_lora_config_for_qwen_vl as get_default_lora_config_for_qwen_vl
@@ -62,7 +62,7 @@ _HOMES = {
     # data
     "load_hf_dataset": "dataset.huggingface",
     "DatasetSpec": "dataset.registry",
-    "get_dataset_columns": "dataset.registry",
+    "get_dataset_columns": "dataset.columns",
     "register_dataset": "dataset.registry",
     "parse_sample_slices": "dataset.slices",
     "format_data": "dataset.prompts",
@@ -83,7 +83,7 @@ _HOMES = {
     # one sample, one job
     "Task": "inference.stages",
     "process_single_sample": "inference.stages",
-    "score": "metrics.answers",
+    "score": "metrics.definitions",
     "plan_inference": "inference.plan",
     "run_inference": "inference.job",
     "plan_finetune": "finetune.plan",

@@ -21,8 +21,8 @@ from typing import Any
 from vlmray.builtin.charts import KINDS, ChartsConfig, ChartsSource
 from vlmray.builtin.models import BUILTIN, trained_charts
 from vlmray.builtin.questions import FAMILIES
-from vlmray.builtin.sampling import STYLES
-from vlmray.dataset.registry import get_dataset_columns
+from vlmray.builtin.random_charts import STYLES
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.rows import read_rows
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine

@@ -25,8 +25,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from vlmray.builtin.charts import ChartDataset, ChartsConfig, ChartsSource
 from vlmray.builtin.drawing import draw_chart
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.prompts import format_data
-from vlmray.dataset.registry import get_dataset_columns
 from vlmray.models.lora import build_skeleton
 from vlmray.models.processors import load_processor
 from vlmray.models.vision import replace_pixels

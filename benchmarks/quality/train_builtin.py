@@ -42,7 +42,7 @@ from benchmarks.quality.train_clock import WARMUP, Clock, ClockTrainer
 from vlmray.builtin.charts import KINDS, ChartsConfig
 from vlmray.builtin.models import UNTRAINED
 from vlmray.builtin.questions import FAMILIES
-from vlmray.builtin.sampling import STYLES
+from vlmray.builtin.random_charts import STYLES
 from vlmray.engines import build_engine
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.engine import TransformersEngine

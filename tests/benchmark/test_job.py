@@ -23,7 +23,7 @@ from helpers.processes import descendants, free_port, wait_until
 from vlmray.benchmark.endpoint import Endpoint, EndpointError, Timed
 from vlmray.benchmark.job import run_benchmark
 from vlmray.benchmark.plan import plan_benchmark
-from vlmray.benchmark.results import Results
+from vlmray.benchmark.verdicts import Results
 from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
 from vlmray.cli import run_job
 from vlmray.config import BenchmarkConfig, ServeConfig

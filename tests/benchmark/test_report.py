@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vlmray.benchmark.report import breakdown_table
-from vlmray.benchmark.results import sentence
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import Scoreboard, score_models
+from vlmray.benchmark.verdicts import sentence
 from vlmray.reports.tables import Cell, Mark
 from vlmray.reports.text import TERMINAL_WIDTH
 

@@ -25,7 +25,7 @@ from vlmray.builtin.models import BUILTIN_FOLDER, UNTRAINED
 from vlmray.builtin.questions import FAMILIES
 from vlmray.config import FinetuneConfig
 from vlmray.config.parsing import build_config
-from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.engines import build_engine
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.models.loading import load_qwen_vl_model_and_processor

@@ -18,7 +18,7 @@ from helpers.charts import dataset
 from vlmray.builtin import charts
 from vlmray.builtin.charts import KINDS, SPLITS, ChartRow, ChartsConfig, parse_charts_name
 from vlmray.builtin.questions import FAMILIES
-from vlmray.builtin.sampling import PLAIN
+from vlmray.builtin.random_charts import PLAIN
 
 
 def test_a_row_has_the_documented_columns() -> None:

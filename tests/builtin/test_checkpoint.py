@@ -24,7 +24,7 @@ from vlmray.builtin.questions import FAMILIES
 from vlmray.builtin.random_models import SPECIAL_TOKENS
 from vlmray.config import FinetuneConfig
 from vlmray.config.parsing import build_config
-from vlmray.dataset.registry import get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.rows import read_rows
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine

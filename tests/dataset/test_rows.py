@@ -10,7 +10,8 @@ import pytest
 
 from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
 from vlmray.builtin import charts
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
+from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk, read_image, read_rows
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import open_source

@@ -14,7 +14,8 @@ from helpers.datasets import NUM_ROWS, check_rows, mistake, parquet_file, parque
 from helpers.paths import CHARTQA
 from vlmray.builtin import charts
 from vlmray.builtin.drawing import draw_chart
-from vlmray.dataset.registry import DATASETS, get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
+from vlmray.dataset.registry import DATASETS
 from vlmray.dataset.samples import to_sample
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source, display_name, open_source

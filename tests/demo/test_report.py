@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vlmray.benchmark.results import Results
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import score_models
+from vlmray.benchmark.verdicts import Results
 from vlmray.config import DemoConfig
 from vlmray.demo.report import DemoReport, format_demo, render_demo_html
 from vlmray.finetune.results import TrainingReport

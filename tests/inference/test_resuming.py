@@ -20,7 +20,7 @@ from vlmray.builtin import charts
 from vlmray.config import InferConfig
 from vlmray.dataset.sources import open_source
 from vlmray.inference.plan import InferenceRun, plan_inference
-from vlmray.inference.results import RESULT_SCHEMA
+from vlmray.inference.result_folder import RESULT_SCHEMA
 from vlmray.models import source as models
 from vlmray.storage import fingerprints
 

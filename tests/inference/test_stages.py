@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
 from vlmray.dataset.rows import fetch_images, read_chunk, sample_row
 from vlmray.engines.fake import FakeEngine
-from vlmray.inference.results import RESULT_SCHEMA, ResultFolder
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder
 from vlmray.inference.stages import (
     Task,
     generate_rows,

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from vlmray.storage import run_folder
-from vlmray.storage.resuming import Earlier
 from vlmray.storage.run_folder import RunFolder
+from vlmray.storage.run_options import Earlier
 
 OPTIONS = {"job": "tune", "model_id": "tiny", "max_new_tokens": 5, "choices": ("a", "b")}
 

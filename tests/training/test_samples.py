@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from vlmray.builtin import charts
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.columns import get_dataset_columns
+from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_rows
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 
 from vlmray.benchmark.asking import answer_pending, served_name, started_server
-from vlmray.benchmark.conclusion import conclude
 from vlmray.benchmark.endpoint import Endpoint, EndpointError
+from vlmray.benchmark.gathering import conclude
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
-from vlmray.benchmark.results import Results
 from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure, write_speed
+from vlmray.benchmark.verdicts import Results
 from vlmray.errors import OptionError
 from vlmray.inference.job import run_inference
 from vlmray.serving.server import API_KEY

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from vlmray.benchmark.results import Results, format_p, format_range, verdicts
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
 from vlmray.benchmark.speed import Percentiles
+from vlmray.benchmark.verdicts import Results, format_p, format_range, verdicts
 from vlmray.metrics.significance import ALPHA, Interval
 from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery

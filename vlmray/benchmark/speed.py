@@ -14,7 +14,7 @@ from vlmray.benchmark.samples import read_requests
 from vlmray.config import BenchmarkConfig, options_that_affect
 from vlmray.errors import OptionError
 from vlmray.schema import GenerationRequest
-from vlmray.storage.resuming import changed_options
+from vlmray.storage.run_options import changed_options
 
 
 async def measure_speed(

@@ -4,7 +4,7 @@
 
 Nothing is stored or downloaded. A row is a pure function of the config, the split and its index: any
 row can be read alone, in any order, by any worker, and is the same on each. `num_rows` only says
-where a split ends. Charts are chosen in `sampling.py`,
+where a split ends. Charts are chosen in `random_charts.py`,
 drawn in `drawing.py` and asked about in `questions.py`.
 
 Question families, all of which apply to every kind of chart:
@@ -41,7 +41,7 @@ from urllib.parse import parse_qsl, urlencode
 from vlmray.builtin.canvas import Chart, Kind
 from vlmray.builtin.drawing import DRAWERS, draw_chart
 from vlmray.builtin.questions import FAMILIES, QUESTIONS, Question
-from vlmray.builtin.sampling import STYLES, sample_chart
+from vlmray.builtin.random_charts import STYLES, sample_chart
 from vlmray.errors import mistake_in
 from vlmray.storage.fingerprints import digest
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmray.builtin.charts import ChartDataset, ChartsConfig
-from vlmray.builtin.sampling import LABELS, TITLES
+from vlmray.builtin.random_charts import LABELS, TITLES
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,4 @@
-"""Datasets by name: which of their columns mean what.
-
-    column names -> get_dataset_columns -> DatasetSpec
+"""Datasets by name: what their columns mean, how they are asked and scored.
 
 To add a dataset, register its columns: `register_dataset("owner/name", DatasetSpec(...))`.
 """
@@ -8,10 +6,8 @@ To add a dataset, register its columns: `register_dataset("owner/name", DatasetS
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from vlmray.errors import OptionError
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
@@ -84,79 +80,7 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 """Registered datasets by name on the hub; `name#config` where a configuration differs from the rest."""
 
-# What people call these columns, tried in this order for a dataset that nobody registered.
-_USUAL_COLUMNS = {
-    "question_column": ("question", "query", "problem", "prompt", "text"),
-    "image_column": ("image", "image_path", "image_url", "img", "picture", "images"),
-    "answer_column": ("answers", "answer", "label", "solution", "response"),
-}
-
 
 def register_dataset(name: str, spec: DatasetSpec) -> None:
     """Add a dataset to the registry, or replace one; `name#config` names one configuration of it."""
     DATASETS[name] = spec
-
-
-def get_dataset_columns(
-    dataset_name: str,
-    column_names: Sequence[str],
-    *,
-    dataset_config: str | None = None,
-    **overrides: str | None,
-) -> DatasetSpec:
-    """Decide which columns mean what.
-
-    A registered name decides; else a registered dataset with exactly these columns (a copy of ChartQA
-    in a local folder is ChartQA); else the usual column names. Options win over all of these.
-
-    Args:
-        dataset_name: Name on the hub, path, or `charts`.
-        column_names: Columns the dataset has.
-        dataset_config: Configuration of the dataset.
-        **overrides: Fields of `DatasetSpec` that the user set; None where not.
-
-    Raises:
-        ValueError: a column is missing, or no question column could be told.
-    """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    spec = _registered(dataset_name, dataset_config, column_names) or _guess(column_names, given)
-    spec = dataclasses.replace(spec, **given)  # type: ignore[arg-type]
-    for option, column in spec.columns().items():
-        if column not in column_names:
-            raise OptionError(
-                option, f": {dataset_name} has no column {column!r}", f"it has {', '.join(column_names)}"
-            )
-    return spec
-
-
-def _registered(name: str, config: str | None, column_names: Sequence[str]) -> DatasetSpec | None:
-    name = name.partition("?")[0]
-    known = DATASETS.get(f"{name}#{config}") or DATASETS.get(name)
-    if known:
-        return known
-    # A family column sets ChartQA apart from any other table with images, questions and answers.
-    return next(
-        (
-            spec
-            for spec in DATASETS.values()
-            if spec.family_column and set(spec.columns().values()) <= set(column_names)
-        ),
-        None,
-    )
-
-
-def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec:
-    columns = {
-        option: next((name for name in usual if name in column_names), None)
-        for option, usual in _USUAL_COLUMNS.items()
-    }
-    question = given.get("question_column") or columns["question_column"]
-    if question is None:
-        raise OptionError(
-            "question_column", f"is needed: none of the columns {', '.join(column_names)} looks like one"
-        )
-    return DatasetSpec(
-        question_column=question,
-        image_column=columns["image_column"],
-        answer_column=columns["answer_column"],
-    )

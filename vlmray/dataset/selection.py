@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
+from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
-from vlmray.dataset.registry import DatasetSpec, get_dataset_columns
+from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
 from vlmray.errors import OptionError, mistake_in

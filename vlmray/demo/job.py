@@ -18,7 +18,7 @@ import torch
 
 from vlmray.benchmark.job import run_benchmark
 from vlmray.benchmark.plan import plan_benchmark
-from vlmray.benchmark.results import Results
+from vlmray.benchmark.verdicts import Results
 from vlmray.builtin.models import BUILTIN, trained_charts
 from vlmray.builtin.questions import FAMILIES
 from vlmray.config import BenchmarkConfig, DemoConfig, FinetuneConfig

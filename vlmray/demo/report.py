@@ -7,8 +7,8 @@ import textwrap
 from dataclasses import dataclass
 
 from vlmray.benchmark.report import breakdown_table, gallery_sections
-from vlmray.benchmark.results import Results, sentence
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.benchmark.verdicts import Results, sentence
 from vlmray.config import DemoConfig
 from vlmray.finetune.report import plot_curves
 from vlmray.finetune.results import TrainingReport

@@ -32,7 +32,7 @@ from vlmray.dataset.rows import read_chunk
 from vlmray.engines import load_engine
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
-from vlmray.inference.results import ResultFolder, pick
+from vlmray.inference.result_folder import ResultFolder, pick
 from vlmray.inference.stages import ROW_SCHEMA, Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row

@@ -12,7 +12,7 @@ from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
-from vlmray.inference.results import ResultFolder
+from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.schema import Row

@@ -25,7 +25,7 @@ from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, sample_row
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
-from vlmray.inference.results import RESULT_SCHEMA, ResultFolder, pick
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample
 
 ROW_SCHEMA = pa.schema(

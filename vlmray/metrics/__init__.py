@@ -1,6 +1,7 @@
 """What an answer is worth, and whether a difference is more than chance."""
 
-from vlmray.metrics.answers import (
+from vlmray.metrics.bleu import BLEU, corpus_bleu
+from vlmray.metrics.definitions import (
     ANLS_THRESHOLD,
     EVALUATE_PATH,
     METRICS,
@@ -15,7 +16,6 @@ from vlmray.metrics.answers import (
     token_f1,
     vqa_accuracy,
 )
-from vlmray.metrics.corpus import BLEU, corpus_bleu
 
 __all__ = [
     "ANLS_THRESHOLD",

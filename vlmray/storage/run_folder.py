@@ -25,7 +25,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 
 from vlmray.errors import one_line
 from vlmray.storage.filesystem import absolute_uri, open_filesystem, writes_whole_files
-from vlmray.storage.resuming import Earlier, find_objection
+from vlmray.storage.run_options import Earlier, find_objection
 
 _OPTIONS, _RUN, _REPORT = "options.json", "run.json", "report.html"
 NUM_THREADS = 16

@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, get_scheduler
-from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from vlmray.config import FinetuneConfig
 from vlmray.errors import OptionError
-from vlmray.training.optimizers import muon_factory
+from vlmray.training.optimizers import MUON, check_optimizer
 from vlmray.training.run import TrainingRun
 
 _REPORTERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
-MUON = "muon"
 
 _SET_BY_VLMRAY = (
     "packing", "padding_free", "packing_strategy", "eval_packing",
@@ -105,18 +103,6 @@ def _translate(run: TrainingRun, scratch: Path, *, goes_on: bool) -> dict[str, A
     }
 
 
-def optimizer_of(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
-    """Return the optimizer and its options where transformers has none of that name."""
-    if config.optim != MUON:
-        return None
-    return muon_factory, {
-        "lr": arguments.learning_rate,
-        "weight_decay": arguments.weight_decay,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "eps": arguments.adam_epsilon,
-    }
-
-
 def parse_sft_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Check further fields of SFTConfig and convert their values as transformers' own scripts would.
 
@@ -155,9 +141,7 @@ def check_sft_options(config: FinetuneConfig) -> None:
         ValueError: an option or field that they would refuse.
     """
     extra = parse_sft_config(config.sft_config)
-    known = (MUON, *(name.value for name in OptimizerNames))
-    if config.optim is not None and config.optim not in known:
-        raise OptionError("optim", f"{config.optim!r} is unknown", f"known: {', '.join(known)}")
+    check_optimizer(config.optim)
     packages = _REPORTERS.get(config.report_to, ())
     if packages and not any(map(importlib.util.find_spec, packages)):
         raise OptionError(

@@ -1,7 +1,7 @@
-"""Muon for weight matrices with AdamW for the rest, as one optimizer: what `--optim muon` stands for.
+"""Which optimizer `--optim` stands for: one of transformers', or Muon with AdamW beside it.
 
-Both halves are torch's. Muon's steps are scaled to the size of AdamW's, so one learning rate serves both and
-means what it means for AdamW.
+Both halves of `muon` are torch's. Muon's steps are scaled to the size of AdamW's, so one learning rate serves
+both and means what it means for AdamW.
 """
 
 from __future__ import annotations
@@ -12,6 +12,36 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from torch.optim import AdamW, Muon, Optimizer
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
+
+from vlmray.config import FinetuneConfig
+from vlmray.errors import OptionError
+
+MUON = "muon"
+
+
+def check_optimizer(name: str | None) -> None:
+    """Refuse an `--optim` that nobody knows.
+
+    Raises:
+        ValueError: its one line names those that are known.
+    """
+    known = (MUON, *(each.value for each in OptimizerNames))
+    if name is not None and name not in known:
+        raise OptionError("optim", f"{name!r} is unknown", f"known: {', '.join(known)}")
+
+
+def optimizer_of(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, dict[str, Any]] | None:
+    """Return the optimizer and its options where transformers has none of that name."""
+    if config.optim != MUON:
+        return None
+    return muon_factory, {
+        "lr": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+    }
 
 
 class MuonAdamW(Optimizer):

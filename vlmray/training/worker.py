@@ -31,10 +31,11 @@ from vlmray.errors import one_line
 from vlmray.models import lora
 from vlmray.models.loading import load_checkpoint
 from vlmray.models.source import resolve_model_id
-from vlmray.training.arguments import optimizer_of, sft_arguments
+from vlmray.training.arguments import sft_arguments
 from vlmray.training.checkpoint import STATE_FILE, CheckpointWriter, Earlier, Probes
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.evaluation import Evaluation
+from vlmray.training.optimizers import optimizer_of
 from vlmray.training.run import EVALUATION, TRAIN, TrainingData, TrainingRun
 from vlmray.training.samples import Features, open_images, to_feature
 from vlmray.training.trainer import PlannedBatches, RunCallback, VLMTrainer

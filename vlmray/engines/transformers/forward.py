@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
-from vlmray.engines.answers import Answer
+from vlmray.engines.streamed_text import Answer
 from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
 from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vlmray.engines.answers import Answer
 from vlmray.engines.base import Cancelled, OnEnd, OnText
+from vlmray.engines.streamed_text import Answer
 from vlmray.models.inputs import chain_segments
 from vlmray.schema import Completion, FinishReason, GenerationRequest
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlmray.models.families.patches import embed_patches_by_matmul
+from vlmray.models.families.patch_embedding import embed_patches_by_matmul
 
 
 class Family:

@@ -14,7 +14,6 @@ from vlmray import __version__, metrics
 from vlmray.benchmark.baseline import EARLIER, PREDICTIONS
 from vlmray.benchmark.plan import RESULTS, Benchmark, BenchmarkError
 from vlmray.benchmark.report import format_markdown, render_benchmark_html
-from vlmray.benchmark.results import Results
 from vlmray.benchmark.samples import SampleFacts, describe_samples
 from vlmray.benchmark.scoreboard import (
     GroupDifference,
@@ -25,6 +24,7 @@ from vlmray.benchmark.scoreboard import (
     score_models,
 )
 from vlmray.benchmark.speed import SpeedPoint
+from vlmray.benchmark.verdicts import Results
 from vlmray.config import BenchmarkConfig
 from vlmray.dataset.sources import display_name
 from vlmray.inference.plan import InferenceRun

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlmray.inference.results import RESULT_SCHEMA, ResultFolder, save_sample_outputs
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, save_sample_outputs
 from vlmray.inference.stages import ROW_SCHEMA
 from vlmray.schema import Row
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vlmray.builtin.models import BUILTIN_FOLDER
-from vlmray.engines.answers import Answer
+from vlmray.engines.streamed_text import Answer
 
 TEXTS = ["the red bar", "9, 17, 23", "grün und 東京 🙂🙂 é", "a\n\nb  c", "\ufffd"]
 
