@@ -197,7 +197,7 @@ TABLE = [
         upstream=NOT_FOUND, until="torch chooses by processor, or lets choose", holds=_linear_pointwise,
     ),
     Private(
-        module="models.families.patches", name="_hf_hook", library="accelerate 1.15.0",
+        module="models.families.patch_embedding", name="_hf_hook", library="accelerate 1.15.0",
         why="a module whose weights are moved when it is called must be called as it is",
         upstream=NOT_FOUND, until="accelerate tells whether a module has a hook", holds=_hook_of_accelerate,
     ),

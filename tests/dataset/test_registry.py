@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from vlmray.dataset import columns as dataset_columns
 from vlmray.dataset import registry
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
@@ -38,7 +39,9 @@ def test_charts_with_parameters(name: str) -> None:
 
 
 def test_register_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "DATASETS", dict(DATASETS))
+    known = dict(DATASETS)
+    for module in (registry, dataset_columns):
+        monkeypatch.setattr(module, "DATASETS", known)
     base = DatasetSpec(question_column="frage", image_column="bild", metric="anls")
     hard = dataclasses.replace(base, answer_column="antwort")
     register_dataset("my/data", base)

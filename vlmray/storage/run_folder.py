@@ -52,7 +52,7 @@ class RunFolder:
         """
         folder = cls(absolute_uri(output_dir))
         with _naming_the_folder(output_dir):
-            folder._make()
+            folder.make()
         return folder
 
     @classmethod
@@ -86,7 +86,7 @@ class RunFolder:
         """
         folder = cls(absolute_uri(output_dir), **fields)
         with _naming_the_folder(output_dir):
-            folder._make()
+            folder.make()
             found, has_results = folder.read_options(), folder.has_results()
             _check(output_dir, find_objection(found, options, has_results=has_results, earlier=earlier))
             if found is not None and (earlier == "delete" or not has_results):
@@ -199,7 +199,8 @@ class RunFolder:
             if temporary.fullmatch(info.base_name):
                 _delete(filesystem, info)
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the folder where it is not there yet."""
         filesystem, root = open_filesystem(self.uri)
         filesystem.create_dir(root, recursive=True)
 
