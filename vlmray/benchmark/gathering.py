@@ -25,7 +25,6 @@ from vlmray.benchmark.scoreboard import (
 )
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.benchmark.verdicts import Results
-from vlmray.config import BenchmarkConfig
 from vlmray.dataset.sources import display_name
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
@@ -78,11 +77,6 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     folder.write_text("report.html", render_benchmark_html(results))
     folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return results
-
-
-def _given_options(config: BenchmarkConfig) -> dict[str, Any]:
-    """Return the options that a command line can give."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
 
 
 def _read_rows(benchmark: Benchmark) -> Rows:
