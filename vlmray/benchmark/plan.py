@@ -9,6 +9,7 @@ from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, shared_options
+from vlmray.dataset.selection import open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.schema import Row
@@ -50,9 +51,14 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     """
     candidates = config.candidates()
     folder = RunFolder.find(config.output_dir, "benchmark")
-    runs = {candidate.name: _plan(config, candidate) for candidate in candidates}
+    asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
+    questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
+    runs = {
+        name: plan_inference(each, endpoint=config.endpoint, questions=questions)
+        for name, each in asked.items()
+    }
     first = runs[candidates[0].name]
-    names = _metric_names(config, first.spec.metric)
+    names = _metric_names(config, questions.spec.metric)
     samples = tuple(read_facts(first))
     if names and not any(sample.answers for sample in samples):
         raise OptionError(
@@ -76,7 +82,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
 # ---------------------------------------------------------------------------------------------
 
 
-def _plan(config: BenchmarkConfig, candidate: Candidate) -> InferenceRun:
+def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
     options = shared_options(config, InferConfig)
     primary = _metric_names(config, None)[:1]
     options |= {
@@ -86,7 +92,7 @@ def _plan(config: BenchmarkConfig, candidate: Candidate) -> InferenceRun:
         "output_format": "parquet",
         "metric": primary[0] if primary else None,
     }
-    return plan_inference(InferConfig(**options), endpoint=config.endpoint)
+    return InferConfig(**options)
 
 
 def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:

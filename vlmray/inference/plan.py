@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmray.config import InferConfig, options_that_affect
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
-from vlmray.dataset.selection import open_selection
+from vlmray.dataset.selection import Selection, open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
 from vlmray.inference.result_folder import ResultFolder
@@ -18,19 +18,22 @@ from vlmray.models.source import ModelSource
 from vlmray.schema import Row
 
 
-def plan_inference(config: InferConfig, *, endpoint: str | None = None) -> InferenceRun:
+def plan_inference(
+    config: InferConfig, *, endpoint: str | None = None, questions: Selection | None = None
+) -> InferenceRun:
     """Open dataset and output folder, find what is left to do, and check all options against them.
 
     Args:
         config: The run's options.
         endpoint: A server that will answer, where `model_id` is a name it knows; nothing here can check it.
+        questions: What the options ask about, where it is open already.
 
     Raises:
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
     model = _open_model(config, endpoint)
-    questions = open_selection(config, config.dataset_split, config.sample_slices)
+    questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
     folder = ResultFolder.open(
