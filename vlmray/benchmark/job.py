@@ -18,7 +18,7 @@ from vlmray.benchmark.asking import answer_pending, served_name, started_server
 from vlmray.benchmark.endpoint import Endpoint, EndpointError
 from vlmray.benchmark.gathering import conclude
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
-from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure, write_speed
+from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure
 from vlmray.benchmark.verdicts import Results
 from vlmray.errors import OptionError
 from vlmray.inference.job import run_inference
@@ -62,7 +62,7 @@ def _by_base(benchmark: Benchmark) -> dict[str, list[str]]:
 
 
 async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], speed: list[SpeedPoint]) -> None:
-    """Ask a server all that is left, then measure its speed; what is measured is written at once."""
+    """Ask a server all that is left, then measure its speed."""
     key = os.environ.get(API_KEY)
     try:
         async with Endpoint(url, key) as endpoint:
@@ -78,9 +78,7 @@ async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], spee
             for name in names:
                 if benchmark.metrics:
                     await answer_pending(benchmark, endpoint, name, served_as[name])
-            for load, name in to_measure(benchmark, names, speed):
-                speed.append(await measure_speed(benchmark, endpoint, name, served_as[name], load))
-                write_speed(benchmark, speed)
+            await measure_speed(benchmark, endpoint, served_as, speed)
     except EndpointError as error:
         raise BenchmarkError(str(error)) from error
 

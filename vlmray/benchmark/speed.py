@@ -18,18 +18,45 @@ from vlmray.storage.run_options import changed_options
 
 
 async def measure_speed(
-    benchmark: Benchmark, endpoint: Endpoint, name: str, served: str, load: float
-) -> SpeedPoint:
-    """Measure one model under one load, with streams; the first ones warm up and do not count."""
-    config, run = benchmark.config, benchmark.runs[name]
+    benchmark: Benchmark, endpoint: Endpoint, served_as: Mapping[str, str], speed: list[SpeedPoint]
+) -> None:
+    """Measure what was not measured yet, all with the same requests; each point is written at once.
+
+    Args:
+        benchmark: The run.
+        endpoint: The server.
+        served_as: Names by which the server knows the models that it has, by their names in the run.
+        speed: What was measured; gets what is measured.
+    """
+    left = to_measure(benchmark, list(served_as), speed)
+    requests = _make_requests(benchmark) if left else []
+    for load, name in left:
+        speed.append(await _measure(benchmark.config, endpoint, name, served_as[name], requests, load))
+        write_speed(benchmark, speed)
+
+
+def _make_requests(benchmark: Benchmark) -> list[GenerationRequest]:
+    """Make the requests of the first samples, over again where too few of them can be asked."""
+    config, run = benchmark.config, benchmark.runs[benchmark.candidates[0].name]
     asked = [request for _, request in read_requests(run, run.selected[: config.speed_samples]) if request]
     if not asked:
         raise OptionError("speed_samples", ": none of the first samples can be asked", "see their errors")
     repeats = -(-config.speed_samples // len(asked))
-    requests = (asked * repeats)[: config.speed_samples]
+    return (asked * repeats)[: config.speed_samples]
+
+
+async def _measure(
+    config: BenchmarkConfig,
+    endpoint: Endpoint,
+    name: str,
+    served: str,
+    requests: list[GenerationRequest],
+    load: float,
+) -> SpeedPoint:
+    """Measure one model under one load, with streams; the first ones warm up and do not count."""
     is_rate = config.request_rate is not None
 
-    def ask(requests: Sequence[GenerationRequest]) -> AsyncIterator[Timed]:
+    def ask() -> AsyncIterator[Timed]:
         if is_rate:
             return endpoint.ask_at_rate(served, requests, load, seed=config.seed)
         return endpoint.keep_asking(served, requests, int(load), stream=True)
@@ -37,7 +64,7 @@ async def measure_speed(
     warm_up = config.most_in_flight if is_rate else int(load)
     async for _ in endpoint.keep_asking(served, (requests * warm_up)[:warm_up], warm_up, stream=True):
         pass
-    timed = [answer async for answer in ask(requests)]
+    timed = [answer async for answer in ask()]
     answers = [answer for answer in timed if answer.completion.error is None]
     if not answers:
         raise BenchmarkError(f"{name} answers nothing: {timed[0].completion.error}")
