@@ -10,7 +10,7 @@ import textwrap
 
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
 from vlmray.benchmark.speed import Percentiles
-from vlmray.benchmark.verdicts import Results, format_p, format_range, verdicts
+from vlmray.benchmark.verdicts import Results, format_p, format_range
 from vlmray.metrics.significance import ALPHA, Interval
 from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
@@ -31,13 +31,13 @@ def format_results(results: Results) -> str:
         parts.append(_score_table(results.board, with_intervals=False).to_text())
     if results.speed:
         parts.append(_speed_table(results, short=True).to_text())
-    parts += [textwrap.fill(verdict, TERMINAL_WIDTH) for verdict in verdicts(results)]
+    parts += [textwrap.fill(verdict, TERMINAL_WIDTH) for verdict in results.verdicts]
     return "\n\n".join(parts)
 
 
 def format_markdown(results: Results) -> str:
     """Format scores, verdicts and speed for a README or a pull request."""
-    parts = [*verdicts(results)]
+    parts = [*results.verdicts]
     if results.board is not None:
         parts.append(_score_table(results.board, with_intervals=True).to_markdown())
     if results.speed:
@@ -62,7 +62,7 @@ def render_benchmark_html(results: Results) -> str:
     sections: list[Section] = []
     board = results.board
     if board is not None:
-        if verdicts(results):
+        if results.verdicts:
             sections.append(_verdict_table(results))
         sections.append(_score_table(board, with_intervals=True))
         sections += [breakdown_table(board, kind) for kind in board.kinds]
@@ -109,7 +109,7 @@ def _headline(results: Results) -> Fact:
     base, *others = board.models
     if not others:
         return Fact(f"{metric} of {base}", format_percent(board.score(base, metric).mean))
-    return Fact(verdicts(results)[0], board.difference(others[0], metric).verdict.capitalize())
+    return Fact(results.verdicts[0], board.difference(others[0], metric).verdict.capitalize())
 
 
 def _facts(results: Results) -> tuple[Fact, ...]:

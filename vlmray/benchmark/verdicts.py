@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from vlmray.reports.gallery import GalleryItem
 from vlmray.reports.text import format_points
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """A benchmark as the renderers need it."""
 
@@ -47,13 +48,22 @@ class Results:
         failed = sum(group.num_rows for groups in self.errors.values() for group in groups)
         return self.num_samples * len(self.models) - failed
 
+    @functools.cached_property
+    def verdicts(self) -> list[str]:
+        """Plain sentences: whether each model is better than the first, and than it was."""
+        board = self.board
+        if board is None:
+            return []
+        found = [board.difference(model, board.metrics[0]) for model in board.models[1:]]
+        return [sentence(difference) for difference in (*found, *self.against_baseline.values())]
+
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
         board = self.board
         bleu = board.bleu if board else {}
         return {
             "models": dict(self.models),
-            "verdicts": verdicts(self),
+            "verdicts": self.verdicts,
             "scores": [dataclasses.asdict(score) for score in board.scores] if board else [],
             "differences": [
                 {**dataclasses.asdict(difference), "verdict": difference.verdict}
@@ -67,16 +77,6 @@ class Results:
             "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
             "elapsed_s": self.elapsed_s,
         }
-
-
-def verdicts(results: Results) -> list[str]:
-    """Say in plain sentences whether each model is better than the first, and than it was."""
-    board = results.board
-    if board is None:
-        return []
-    metric = board.metrics[0]
-    found = [sentence(board.difference(model, metric)) for model in board.models[1:]]
-    return found + [sentence(difference) for difference in results.against_baseline.values()]
 
 
 def sentence(found: GroupDifference) -> str:
