@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmray import __version__, metrics
+from vlmray import __version__
 from vlmray.benchmark.baseline import EARLIER, PREDICTIONS
 from vlmray.benchmark.plan import RESULTS, Benchmark, BenchmarkError
 from vlmray.benchmark.report import format_markdown, render_benchmark_html
@@ -53,7 +53,7 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
             for candidate in benchmark.candidates
         },
         board=board,
-        against_baseline=_against_baseline(benchmark, rows, board),
+        against_baseline=_against_baseline(benchmark, board),
         speed=tuple(speed),
         price_per_hour=config.price_per_hour,
         errors={name: group_errors(found.values()) for name, found in rows.items()},
@@ -71,8 +71,8 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
         "options": dataclasses.asdict(config),
     }
     folder = benchmark.folder
-    if rows:
-        folder.write_bytes(PREDICTIONS, _predictions(benchmark, rows))
+    if board:
+        folder.write_bytes(PREDICTIONS, _predictions(benchmark, rows, board))
     folder.write_text("report.md", format_markdown(results) + "\n")
     folder.write_text("report.html", render_benchmark_html(results))
     folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
@@ -91,9 +91,8 @@ def _read_rows(benchmark: Benchmark) -> Rows:
     return rows
 
 
-def _predictions(benchmark: Benchmark, rows: Rows) -> bytes:
+def _predictions(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> bytes:
     """Write what every model said to every sample, with all scores, as Parquet."""
-    names = [name for name in benchmark.metrics if name != metrics.BLEU]
     table = []
     for model, found in rows.items():
         for sample in benchmark.samples:
@@ -111,7 +110,10 @@ def _predictions(benchmark: Benchmark, rows: Rows) -> bytes:
                     "prediction": row["prediction"],
                     "error": row["error"],
                     "num_completion_tokens": row["num_completion_tokens"],
-                    **{name: score_answer(name, row, sample) if scored else None for name in names},
+                    **{
+                        name: board.answers[model, name][sample.sample_id] if scored else None
+                        for name in board.metrics
+                    },
                 }
             )
     sink = pa.BufferOutputStream()
@@ -119,9 +121,7 @@ def _predictions(benchmark: Benchmark, rows: Rows) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def _against_baseline(
-    benchmark: Benchmark, rows: Rows, board: Scoreboard | None
-) -> dict[str, GroupDifference]:
+def _against_baseline(benchmark: Benchmark, board: Scoreboard | None) -> dict[str, GroupDifference]:
     """Compare each model with the one of its name in the earlier run, by the deciding metric."""
     if board is None or benchmark.baseline is None:
         return {}
@@ -130,10 +130,9 @@ def _against_baseline(
     found = {}
     for name in board.models:
         if name in benchmark.baseline:
-            before, after = (
-                [score_answer(metric, answers[sample.sample_id], sample) for sample in samples]
-                for answers in (benchmark.baseline[name], rows[name])
-            )
+            earlier = benchmark.baseline[name]
+            before = [score_answer(metric, earlier[sample.sample_id], sample) for sample in samples]
+            after = [board.answers[name, metric][sample.sample_id] for sample in samples]
             difference = paired_difference(before, after, [sample.image_key for sample in samples])
             found[name] = GroupDifference(
                 model=name, base=EARLIER, metric=metric, kind="all", group="all", difference=difference,
@@ -151,9 +150,7 @@ def _galleries(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> dict[str,
     for sample in benchmark.samples:
         if not sample.answers:
             continue
-        before, after = (
-            score_answer(metric, rows[model][sample.sample_id], sample) for model in (base, other)
-        )
+        before, after = (board.answers[model, metric][sample.sample_id] for model in (base, other))
         kind = "fixed" if after > before else "broken" if after < before else "both wrong"
         if kind != "both wrong" or after < 1:
             chosen[kind].append(sample)
@@ -180,7 +177,7 @@ def _card(run: InferenceRun, sample: SampleFacts, rows: Rows, board: Scoreboard,
         question=sample.question,
         answers=sample.answers,
         prediction=row["prediction"],
-        score=None if row["error"] else score_answer(board.metrics[0], row, sample),
+        score=None if row["error"] else board.answers[shown, board.metrics[0]][sample.sample_id],
         error=row["error"],
         family=sample.family or answer_type(sample.answers),
         image=run.read_image(row),

@@ -72,6 +72,9 @@ class Scoreboard:
     metrics: tuple[str, ...]
     scores: tuple[GroupScore, ...]
     differences: tuple[GroupDifference, ...]
+    answers: Mapping[tuple[str, str], Mapping[str, float]]
+    """Score of each answer: by model and metric, then by sample id."""
+
     bleu: Mapping[str, tuple[float, str]]
     """Score and signature of each model, where BLEU was asked for; it has no interval here."""
 
@@ -154,6 +157,10 @@ def score_models(
         metrics=tuple(sampled),
         scores=tuple(scores),
         differences=tuple(differences),
+        answers={
+            key: {sample.sample_id: score for sample, score in zip(asked, found, strict=True)}
+            for key, found in values.items()
+        },
         bleu={name: _bleu(rows[name], asked) for name in names} if metrics.BLEU in metric_names else {},
         num_samples=len(asked),
         num_images=len({sample.image_key for sample in asked}),
