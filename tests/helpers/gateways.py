@@ -83,9 +83,10 @@ async def until(event: threading.Event) -> None:
 def serving(backend: Backend, key: str | None = KEY, **options: Any) -> Iterator[tuple[str, Gateway]]:
     """A gateway on a free port of this machine."""
     config = ServeConfig(model_id=MODEL, adapters="chart=/nowhere", **options)
-    gateway = Gateway(config, backend, hashlib.sha256(key.encode()).digest() if key else None)
+    gateway = Gateway(config, backend)
+    app = build_app(gateway, hashlib.sha256(key.encode()).digest() if key else None)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_app(gateway), log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
-import hmac
 import json
 import logging
 import random
@@ -59,10 +57,9 @@ class Gateway:
     Args:
         config: The server's options.
         backend: Whoever answers.
-        key_digest: SHA-256 of the API key; None lets everybody in.
     """
 
-    def __init__(self, config: ServeConfig, backend: Backend, key_digest: bytes | None = None) -> None:
+    def __init__(self, config: ServeConfig, backend: Backend) -> None:
         self.config = config
         self.backend = backend
         self.catalog = AdapterCatalog(config.model_id, config.adapter_paths(), config.adapter_dir)
@@ -70,7 +67,6 @@ class Gateway:
         self.created = int(time.time())
         self.draining = False
         self._adapters: list[str] = []
-        self._key_digest = key_digest
         # Of a client that has left, what waits for a thread is dropped, and what has one keeps it to its end.
         self._fetches = ThreadPoolExecutor(_NUM_FETCHES, thread_name_prefix="fetch")
         self._decodes = ThreadPoolExecutor(_NUM_DECODES, thread_name_prefix="decode")
@@ -82,14 +78,6 @@ class Gateway:
         while self.metrics.num_in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         return self.metrics.num_in_flight
-
-    def admits(self, authorization: bytes) -> bool:
-        """Tell whether a header holds the API key, in time that does not depend on what it holds."""
-        if self._key_digest is None:
-            return True
-        scheme, _, key = authorization.partition(b" ")
-        given = hashlib.sha256(key.strip()).digest()
-        return hmac.compare_digest(given, self._key_digest) and scheme.lower() == b"bearer"
 
     async def models(self) -> ModelList:
         """List base and adapters."""

@@ -83,10 +83,11 @@ class GatewayReplica:
     """Takes HTTP requests and asks the model replicas."""
 
     def __init__(self, config: ServeConfig, key_digest: bytes | None, model: DeploymentHandle) -> None:
-        self._gateway = Gateway(config, _Replicas(model), key_digest)
+        self._gateway = Gateway(config, _Replicas(model))
+        self._key_digest = key_digest
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._gateway)
+        return build_app(self._gateway, self._key_digest)
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests and wait for those in progress; return how many are left."""
