@@ -20,9 +20,9 @@ from vlmray.config import InferConfig
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.images.decoding import decode_image
 from vlmray.inference import pipeline
-from vlmray.inference.job import InferenceError, run_inference
+from vlmray.inference.job import run_inference
 from vlmray.inference.pipeline import iter_finished
-from vlmray.inference.plan import plan_inference
+from vlmray.inference.plan import InferenceError, plan_inference
 from vlmray.inference.stages import Task
 from vlmray.inference.summary import Summary
 from vlmray.inference.timeline import STAGES

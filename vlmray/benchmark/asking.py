@@ -11,7 +11,6 @@ from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
 from vlmray.config import ServeConfig, shared_options
 from vlmray.inference import stages
-from vlmray.inference.job import check_errors, progress_bar
 from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
 
@@ -82,9 +81,9 @@ async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, se
         if finished:
             stages.save_rows(finished, run.folder)
         finished.clear()
-        check_errors(num_failed, run.config.max_errors)
+        run.check_errors(num_failed)
 
-    with progress_bar(run, name) as bar:
+    with run.open_bar(name) as bar:
         try:
             async for timed in endpoint.keep_asking(served, requests(), benchmark.config.most_in_flight):
                 row = flying[timed.index]

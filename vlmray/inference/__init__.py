@@ -8,7 +8,7 @@ from vlmray._lazy import offer
 __getattr__, __dir__ = offer(
     __name__,
     {
-        "InferenceError": "job",
+        "InferenceError": "plan",
         "Task": "stages",
         "plan_inference": "plan",
         "process_single_sample": "stages",

@@ -12,31 +12,23 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
 
 import ray
-from tqdm import tqdm
 
 from vlmray import __version__, cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
-from vlmray.errors import RunError
 from vlmray.inference.pipeline import iter_finished
-from vlmray.inference.plan import InferenceRun
+from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
 from vlmray.inference.summary import Summary, choose_gallery, summarize
 from vlmray.inference.timeline import Timeline
-from vlmray.reports.bar import open_bar
 from vlmray.reports.errors import group_errors
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
 
 _SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
-
-
-class InferenceError(RunError):
-    """A run that could not go on; everything finished is in the output folder."""
 
 
 def run_inference(run: InferenceRun) -> Summary:
@@ -59,31 +51,15 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
     """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
     num_failed = 0
     try:
-        with progress_bar(run) as bar:
+        with run.open_bar() as bar:
             for rows, spans in iter_finished(run, replicas):
                 timeline.add(spans)
                 num_failed += sum(row["error"] is not None for row in rows)
                 bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update(len(rows))
-                check_errors(num_failed, run.config.max_errors)
+                run.check_errors(num_failed)
     except ray.exceptions.RayError as error:
         raise InferenceError(cluster.root_cause(error)) from error
-
-
-def check_errors(num_failed: int, max_errors: int | None) -> None:
-    """Stop a run of which more rows failed than it allows.
-
-    Raises:
-        InferenceError: They have.
-    """
-    if max_errors is not None and num_failed > max_errors:
-        raise InferenceError(f"{num_failed} rows failed, --max_errors allows {max_errors}")
-
-
-def progress_bar(run: InferenceRun, name: str | None = None) -> tqdm[Any]:
-    """Make the bar of a run, with what earlier runs did already on it."""
-    done = len(run.selected) - len(run.pending)
-    return open_bar(len(run.selected), done, "samples", name=name)
 
 
 def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
 
 from vlmray.config import InferConfig, options_that_affect
 from vlmray.dataset.registry import DatasetSpec
@@ -12,10 +15,16 @@ from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
+from vlmray.errors import RunError
 from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
+from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
+
+
+class InferenceError(RunError):
+    """A run that could not go on; everything finished is in the output folder."""
 
 
 def plan_inference(
@@ -92,6 +101,21 @@ class InferenceRun:
 
     pending: Sequence[int]
     """Row indices still to answer."""
+
+    def open_bar(self, name: str | None = None) -> tqdm[Any]:
+        """Show how far the run is, with what earlier ones did already on it."""
+        done = len(self.selected) - len(self.pending)
+        return open_bar(len(self.selected), done, "samples", name=name)
+
+    def check_errors(self, num_failed: int) -> None:
+        """Stop the run if more rows failed than it allows.
+
+        Raises:
+            InferenceError: They did.
+        """
+        limit = self.config.max_errors
+        if limit is not None and num_failed > limit:
+            raise InferenceError(f"{num_failed} rows failed, --max_errors allows {limit}")
 
     def read_image(self, row: Row) -> bytes | None:
         """Read the image of a result: as it was written, or else from its source."""
