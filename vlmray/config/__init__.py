@@ -1,4 +1,4 @@
-"""What can be asked for: the options of each job. Standard library only."""
+"""What can be asked for: the options of each job. Standard library only, and yaml for `--config`."""
 
 from vlmray.config.benchmark import BenchmarkConfig, Candidate
 from vlmray.config.common import (
