@@ -293,7 +293,9 @@ def _found() -> set[tuple[str, str]]:
         parts = path.relative_to(ROOT / "vlmray").with_suffix("").parts
         name = ".".join(part for part in parts if part != "__init__")
         module = importlib.import_module(f"vlmray.{name}" if name else "vlmray")
-        used = {*_uses(ast.parse(path.read_text(encoding="utf-8"))), *_inherited(module)}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        used = {*_uses(tree)} - own | {*_inherited(module)}
         found |= {(name, use) for use in used - OFFERED}
     return found
 
