@@ -86,7 +86,7 @@ def finetune(setting: Setting) -> Figures:
     snapshot = output / "checkpoints" / "checkpoint_manager_snapshot.json"
     started = time.perf_counter()
     with _started(command) as job:
-        _wait(lambda: snapshot.exists() or job.poll() is not None, "a checkpoint")
+        _wait(lambda: snapshot.exists() or job.poll() is not None, "a checkpoint", setting)
         worker = _find_worker(job)
         worker.kill()
         yield "killed_worker_after_s", time.perf_counter() - started
@@ -118,7 +118,7 @@ def serve(setting: Setting) -> Figures:
     )  # fmt: skip
     started = time.perf_counter()
     with _started(command) as job:
-        _wait(lambda: _answers(port) or job.poll() is not None, "the server")
+        _wait(lambda: _answers(port) or job.poll() is not None, "the server", setting)
         yield "ready_s", time.perf_counter() - started
         for clients in _CLIENTS:
             num_requests = max(4, setting.scale.num_requests * clients // max(_CLIENTS))
@@ -189,7 +189,8 @@ def _find_worker(job: subprocess.Popen[bytes]) -> psutil.Process:
     raise RuntimeError("no training worker found")
 
 
-def _wait(condition: Callable[[], object], what: str, timeout_s: float = 110) -> None:
+def _wait(condition: Callable[[], object], what: str, setting: Setting) -> None:
+    timeout_s = 110 * setting.scale.patience
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -1,12 +1,14 @@
-"""The shape of the package: who may import whom, where Ray and torch are, jobs stay thin."""
+"""The shape of the package: who may import whom, on how many floors, where Ray and torch are."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,12 @@ WITH_TORCH = {
 }  # fmt: skip
 """Modules that may import torch, transformers or datasets, beside those with Ray."""
 
-MAX_JOB_LINES = 60
+TORCH = ("torch", "transformers", "datasets")
+
+OUTSIDE = ("jobs", "benchmarks", "tests", "helpers")
+
+MAX_FLOORS = 9
+"""Counted from the ground to the command line."""
 
 
 def _modules() -> dict[str, Path]:
@@ -86,8 +93,19 @@ MODULES = _modules()
 
 def _imports(name: str) -> set[str]:
     """Return the modules of the package that a module imports, inside functions too."""
-    found = {target for node in ast.walk(ast.parse(MODULES[name].read_text())) for target in _targets(node)}
+    found = {target for node in _nodes(name) for target in _targets(node)}
     return {target for target in found if target in MODULES} - {name}
+
+
+@functools.cache
+def _nodes(name: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))))
+
+
+def _place(name: str, node: ast.AST | None = None) -> str:
+    """Return where a module is, or something in it, as editors open it."""
+    line = f":{node.lineno}" if isinstance(node, ast.stmt | ast.expr) else ""
+    return f"{MODULES[name].relative_to(ROOT)}{line}"
 
 
 def _targets(node: ast.AST) -> Iterator[str]:
@@ -97,8 +115,6 @@ def _targets(node: ast.AST) -> Iterator[str]:
         case ast.ImportFrom(module=str(module), level=0, names=aliases):
             submodules = [f"{module}.{alias.name}" for alias in aliases]
             yield from (target if target in MODULES else module for target in submodules)
-        case ast.ImportFrom(level=level) if level > 0:
-            pytest.fail("relative imports hide the direction; write the module's full name")
 
 
 def _room(module: str) -> str:
@@ -108,11 +124,85 @@ def _room(module: str) -> str:
 
 def test_every_folder_is_in_the_table() -> None:
     rooms = {_room(name) for name in MODULES} - {"vlmray", *GROUND}
-    assert rooms == MAY_IMPORT.keys()
+    missing, gone = sorted(rooms - MAY_IMPORT.keys()), sorted(MAY_IMPORT.keys() - rooms)
+    assert not missing, f"say in MAY_IMPORT what these of vlmray/ may import: {missing}"
+    assert not gone, f"their lines in MAY_IMPORT can go, they are not in vlmray/: {gone}"
+
+
+def _circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return what imports itself, in the end; nothing where there is no circle."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]  # who imports comes first
+    return []
 
 
 def test_the_table_has_no_circle() -> None:
-    graphlib.TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError, which names the circle
+    circle = _circle(MAY_IMPORT)
+    assert not circle, f"MAY_IMPORT lets folders import in a circle; one may not: {' -> '.join(circle)}"
+
+
+def test_there_are_few_floors() -> None:
+    if _circle(MAY_IMPORT):
+        pytest.skip("a circle has no floors")
+    floors = dict.fromkeys(GROUND, 1)
+    for room in graphlib.TopologicalSorter(MAY_IMPORT).static_order():
+        floors[room] = 1 + max(floors[below] for below in (*GROUND, *MAY_IMPORT[room]))
+    high = [f"vlmray/{room} is on floor {floor}" for room, floor in floors.items() if floor > MAX_FLOORS]
+    assert not high, f"{', '.join(high)}; {MAX_FLOORS} are the most: let it, or one below, import less"
+
+
+def _documented_floors() -> dict[str, int]:
+    """Return on which floor CONTRIBUTING.md puts each folder."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| floor | folders | rule |\n", 1)[1].split("\n\n", 1)[0]
+    cells = [row.split("|")[2] for row in table.splitlines()[1:]]
+    floors = [re.findall(r"`(\w+)`", part) for cell in cells for part in cell.split(", then")]
+    return {room: floor for floor, rooms in enumerate(floors) for room in rooms}
+
+
+def test_no_arrow_leads_up() -> None:
+    floors = _documented_floors()
+    folders = {room for room in MAY_IMPORT if (ROOT / "vlmray" / room).is_dir()}
+    assert floors.keys() == folders, "the floors of CONTRIBUTING.md have to name the folders of vlmray/"
+    arrows = {(room, target) for room in folders for target in folders & set(MAY_IMPORT[room])}
+    wrong = {arrow for arrow in arrows if floors[arrow[0]] <= floors[arrow[1]]} - {("builtin", "storage")}
+    assert not wrong, "\n".join(
+        f"MAY_IMPORT lets vlmray/{room}/ import vlmray/{target}/, which is on no lower floor of "
+        "CONTRIBUTING.md; move what both need further down"
+        for room, target in sorted(wrong)
+    )
+
+
+def test_imports_are_written_in_full() -> None:
+    found = [
+        f"{_place(name, node)}: {hides}"
+        for name in MODULES
+        for node in _nodes(name)
+        if (hides := _hides(name, node))
+    ]
+    assert not found, "\n".join(found)
+
+
+def _hides(name: str, node: ast.AST) -> str:
+    """Say what is wrong with an import whose direction the other tests cannot see."""
+    match node:
+        case ast.ImportFrom(level=level) if level > 0:
+            return "relative imports hide the direction; write the module's full name"
+        case ast.ImportFrom(module=str(module), names=aliases) if f"{name}.".startswith(f"{module}."):
+            offered = [alias.name for alias in aliases if f"{module}.{alias.name}" not in MODULES]
+            if {*offered} - {"__version__"}:
+                return f"front doors are for others; import {', '.join(offered)} from the module that has it"
+        case ast.Import(names=aliases) if any(alias.name == "vlmray" for alias in aliases):
+            return "the front door is for others; import the module that has what is needed"
+        case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if name != "vlmray._lazy":
+            if any(target.split(".")[0] in OUTSIDE for target in _targets(node)):
+                return f"the package stands without {', '.join(OUTSIDE)}; move what it needs into vlmray/"
+        case ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"):
+            if name != "vlmray._lazy":
+                return "modules that are named by strings hide the direction; write an import"
+    return ""
 
 
 def test_imports_are_found() -> None:
@@ -122,9 +212,9 @@ def test_imports_are_found() -> None:
     assert "vlmray" not in _imports("vlmray.dataset.sources")
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
+@pytest.mark.parametrize("room", [*GROUND, *MAY_IMPORT])
 def test_a_folder_imports_what_it_may(room: str) -> None:
-    allowed = {"vlmray", room, *GROUND, *MAY_IMPORT[room]}
+    allowed = {"vlmray", room, *GROUND, *MAY_IMPORT.get(room, ())}
     found = {
         (name, target)
         for name in MODULES
@@ -132,50 +222,107 @@ def test_a_folder_imports_what_it_may(room: str) -> None:
         for target in _imports(name)
         if _room(target) not in allowed
     }
-    assert not found, "\n".join(f"{name} imports {target}" for name, target in sorted(found))
+    assert not found, "\n".join(
+        f"{_place(name)} imports {target}, which {room} may not; move what both need further down, or let "
+        "MAY_IMPORT say that it may"
+        for name, target in sorted(found)
+    )
 
 
 def test_no_import_cycles() -> None:
     # The front door names everything, for type checkers alone.
     graph = {name: _imports(name) - {"vlmray"} for name in MODULES if name != "vlmray"}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+    circle = [_place(name) for name in _circle(graph)]
+    assert not circle, (
+        f"these import each other; move what both need into a module of its own: {' -> '.join(circle)}"
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.name)
-def test_jobs_are_thin(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MAX_JOB_LINES
-    docstring = ast.get_docstring(ast.parse(text)) or ""
-    assert f"python jobs/{path.name} " in docstring, "the docstring shows the exact command"
+WATCH = """
+import sys
+from pathlib import Path
+
+class Watch:
+    by = {}
+
+    @classmethod
+    def find_spec(cls, name, *_):
+        frame = sys._getframe() if name in NAMES else None
+        while frame and not str(frame.f_globals.get("__name__")).startswith("vlmray"):
+            frame = frame.f_back
+        if frame:
+            place = Path(frame.f_code.co_filename).relative_to(ROOT)
+            cls.by[name] = f"{place}:{frame.f_lineno} loads {name}"
+
+sys.meta_path.insert(0, Watch)
+"""
+"""Notes the line of the package that has a library loaded; the last who asked for it did."""
 
 
 def _loaded_by(statements: str, *names: str) -> list[str]:
-    """Return which of `names` a clean interpreter has loaded after some statements."""
-    script = f"import sys\n{statements}\nprint(*sorted(set({names!r}) & set(sys.modules)))"
+    """Return which of `names` a clean interpreter has loaded after some statements, and the line that did."""
+    script = (
+        f"NAMES, ROOT = {names!r}, {str(ROOT)!r}\n{WATCH}\n{statements}\n"
+        "print(*(Watch.by.get(name, name) for name in NAMES if name in sys.modules), sep='\\n', end='')"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 def _full(names: set[str]) -> set[str]:
     return {f"vlmray.{name}" for name in names}
 
 
+def _says(loaded: list[str], table: str) -> str:
+    return "\n".join(f"{line}; import it elsewhere, or name the module in {table}" for line in loaded)
+
+
 def test_ray_is_imported_nowhere_else() -> None:
     without = [name for name in MODULES if name not in _full(WITH_RAY)]
-    assert _loaded_by("\n".join(f"import {name}" for name in without), "ray") == []
+    loaded = _loaded_by("\n".join(f"import {name}" for name in without), "ray")
+    assert not loaded, _says(loaded, "WITH_RAY")
+
+
+def test_ray_is_in_no_function_elsewhere() -> None:
+    found = [
+        f"{_place(name, node)} imports ray"
+        for name in MODULES.keys() - _full(WITH_RAY)
+        for node in _nodes(name)
+        if "ray" in _libraries([node])
+    ]
+    assert not found, _says(sorted(found), "WITH_RAY")
 
 
 def test_torch_is_imported_nowhere_else() -> None:
     light = [name for name in MODULES if name not in _full(WITH_RAY | WITH_TORCH)]
-    loaded = _loaded_by("\n".join(f"import {name}" for name in light), "torch", "transformers", "datasets")
-    assert loaded == []
+    loaded = _loaded_by("\n".join(f"import {name}" for name in light), *TORCH)
+    assert not loaded, _says(loaded, "WITH_TORCH") + " (or import it inside the function that needs it)"
 
 
-def test_the_exceptions_are_no_more_than_needed() -> None:
-    assert _full(WITH_RAY | WITH_TORCH) <= MODULES.keys()
+@pytest.mark.parametrize(
+    ("table", "listed", "libraries"),
+    [("WITH_RAY", WITH_RAY, ("ray",)), ("WITH_TORCH", WITH_TORCH, TORCH)],
+    ids=["ray", "torch"],
+)
+def test_the_exceptions_are_no_more_than_needed(
+    table: str, listed: set[str], libraries: tuple[str, ...]
+) -> None:
+    full = _full(listed)
+    gone = sorted(full - MODULES.keys())
+    assert not gone, f"take them out of {table}, they are not there: {gone}"
+    without = [
+        _place(name)
+        for name in sorted(full)
+        if not _libraries(_nodes(name)) & set(libraries) and not _imports(name) & full
+    ]
+    assert not without, f"take them out of {table}, they import no {' or '.join(libraries)}: {without}"
+
+
+def _libraries(nodes: Iterable[ast.AST]) -> set[str]:
+    return {target.split(".")[0] for node in nodes for target in _targets(node)}
 
 
 @pytest.mark.parametrize(
@@ -191,4 +338,7 @@ def test_the_exceptions_are_no_more_than_needed() -> None:
 )
 def test_what_help_needs_is_the_standard_library(name: str) -> None:
     heavy = ("torch", "ray", "transformers", "datasets", "pyarrow", "numpy", "PIL", "yaml", "huggingface_hub")
-    assert _loaded_by(f"import {name}", *heavy) == []
+    loaded = _loaded_by(f"import {name}", *heavy)
+    assert not loaded, "\n".join(
+        f"{line}, and so does `import {name}`; import it inside the function that needs it" for line in loaded
+    )
