@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlmray.benchmark.samples import SampleFacts
-from vlmray.benchmark.scoreboard import answer_type, score_models
+from vlmray.benchmark.scoreboard import answer_type, score_answer, score_models
 
 
 def sample(index: int, **facts: Any) -> SampleFacts:
@@ -49,6 +49,19 @@ def test_rows_are_compared_by_their_ids() -> None:
     assert (listed.mean, listed.num_gained, listed.num_lost) == (0.0, 1, 1)
     total = board.difference("tuned", "exact_match").difference
     assert (total.num_samples, total.mean) == (5, pytest.approx(0.4))
+
+
+def test_every_answer_keeps_its_score() -> None:
+    samples = [sample(0), sample(1, answers=()), sample(2), sample(3)]
+    rows = {"base": answers(samples, "4", "4", None, "5"), "tuned": answers(samples, "5", "4", "4", "4")}
+    board = score_models(samples, rows, ["exact_match", "anls", "bleu"])
+    assert board.answers.keys() == {(model, metric) for model in rows for metric in ("exact_match", "anls")}
+    for (model, metric), found in board.answers.items():
+        assert found == {
+            each.sample_id: score_answer(metric, rows[model][each.sample_id], each)
+            for each in samples if each.answers
+        }  # fmt: skip
+    assert list(board.answers["tuned", "exact_match"].values()) == [0.0, 1.0, 1.0]
 
 
 def test_failing_does_not_make_a_model_better() -> None:
