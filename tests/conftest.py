@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import signal
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,13 +39,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("processes")
 
 
+def pytest_collection_finish() -> None:
+    """Spare garbage collections, of which every engine that closes makes one, all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 def starts_processes(function: object, depth: int = 3) -> bool:
     """Tell whether a test, or a function that it calls, names `subprocess`."""
     if not inspect.isfunction(function) or not depth:
         return False
-    names = function.__code__.co_names
+    names = names_in(function.__code__)
     called = (function.__globals__.get(name) for name in names)
     return "subprocess" in names or any(starts_processes(each, depth - 1) for each in called)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Names that a function uses, comprehensions and functions in it included."""
+    inner = (names_in(each) for each in code.co_consts if isinstance(each, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 @pytest.fixture(scope="session")

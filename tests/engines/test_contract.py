@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -177,6 +178,14 @@ def test_other_failures_of_the_model_are_raised(
         make_engine().generate([make_request(0)])
 
 
+@pytest.fixture(scope="module")
+def neighbours(model: Any, processor: Any) -> tuple[list[GenerationRequest], list[Completion]]:
+    """Good requests, and what an engine answers to them alone."""
+    good = make_mixed_requests(4)
+    with contextlib.closing(TransformersEngine(model, processor)) as engine:
+        return good, engine.generate(good)
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -194,10 +203,10 @@ def test_other_failures_of_the_model_are_raised(
     ],
 )
 def test_a_bad_row_is_an_error_completion_and_leaves_its_neighbours_alone(
-    make_engine: Any, bad: GenerationRequest, reason: str
-) -> None:
-    good = make_mixed_requests(4)
-    expected = make_engine().generate(good)
+    make_engine: Any, neighbours: tuple[list[GenerationRequest], list[Completion]],
+    bad: GenerationRequest, reason: str,
+) -> None:  # fmt: skip
+    good, expected = neighbours
     completions = make_engine().generate([*good[:2], bad, *good[2:]])
     assert completions[:2] + completions[3:] == expected
     assert (completions[2].finish_reason, completions[2].text) == ("error", "")
