@@ -9,15 +9,9 @@ import unicodedata
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from helpers.paths import REAL_PROCESSOR
-
-needs_real_processor = pytest.mark.skipif(
-    not REAL_PROCESSOR.is_dir(), reason=f"the real Qwen2.5-VL processor files are not at {REAL_PROCESSOR}"
-)
 END = "<|im_end|>"
 # Characters that compose, other scripts, quotes, and what looks like chat format or Jinja but is not.
 OTHERS = (

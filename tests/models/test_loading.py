@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers.paths import REAL_PROCESSOR
+from helpers.paths import REAL_PROCESSOR, needs_real_processor
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models import loading, processors
@@ -22,10 +22,6 @@ from vlmray.models.adapters import attach_adapter
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
-
-needs_real_processor = pytest.mark.skipif(
-    not REAL_PROCESSOR.is_dir(), reason=f"the real Qwen2.5-VL processor files are not at {REAL_PROCESSOR}"
-)
 
 MESSAGES: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "How many? 2,008 % é 你好"}],

@@ -20,11 +20,10 @@ from helpers.collating import (
     check_row,
     feature_of,
     make_features,
-    needs_real_processor,
     random_image,
     turn,
 )
-from helpers.paths import REAL_PROCESSOR
+from helpers.paths import REAL_PROCESSOR, needs_real_processor
 from vlmray.dataset.prompts import format_data
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models.processors import load_processor

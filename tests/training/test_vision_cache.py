@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from helpers.finetuning import curve, make_config, train
+from helpers.trainings import PIXELS
 from vlmray.models.families.base import Family
 from vlmray.models.processors import load_processor
 from vlmray.training import vision_cache
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("spare_time")
 
 NUM_IMAGES = 6
 EPOCHS = {"sample_slices": f"[:{2 * NUM_IMAGES}:2]", "num_train_epochs": 3}  # two rows ask about one image
-PIXELS = 4 * 28 * 28
 
 
 @pytest.fixture(scope="module")
