@@ -37,6 +37,24 @@ def mistake_in(option: str) -> Iterator[None]:
         raise OptionError(option, f": {error}") from error
 
 
+class ContextLengthError(ValueError):
+    """A prompt that leaves the model no position for an answer."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, num_tokens: int, max_model_len: int) -> None:
+        super().__init__(num_tokens, max_model_len)  # as given, so that it survives pickling
+        self.num_tokens = num_tokens
+        self.max_model_len = max_model_len
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"the prompt has {self.num_tokens} tokens, and the model reads and writes at most "
+            f"{self.max_model_len}; shorten it or lower --max_pixels"
+        )
+
+
 class RunError(RuntimeError):
     """A job that failed after it had started; what it finished is kept."""
 

@@ -88,6 +88,9 @@ class Completion:
     error: str | None = None
     """Why there is no answer; set exactly when `finish_reason` is "error"."""
 
+    error_code: str | None = None
+    """What programs know the error by, where it has a name: `context_length_exceeded`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:

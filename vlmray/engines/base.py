@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from vlmray.errors import one_line
+from vlmray.errors import ContextLengthError, one_line
 from vlmray.schema import Completion, GenerationRequest
 
 OnText = Callable[[int, str], None]
@@ -51,6 +51,10 @@ class Engine(Protocol):
 
     An engine is used by one thread at a time, except for `prepare`.
     """
+
+    max_model_len: int | None
+    """Most tokens of a prompt and its answer together; None where no limit is known. A longer prompt is an
+    error whose code is `context_length_exceeded`, an answer ends there with `finish_reason="length"`."""
 
     waited_s: float
     """Seconds of all calls of `generate` so far in which the model waited for requests to be made ready:
@@ -101,6 +105,19 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"the messages have {num_places} image places for {len(request.images)} images")
 
 
+def limit_answer(request: GenerationRequest, num_prompt_tokens: int, max_model_len: int | None) -> int:
+    """Return the most tokens that a model of `max_model_len` can write after a prompt.
+
+    Raises:
+        ContextLengthError: None at all.
+    """
+    if max_model_len is None:
+        return request.max_new_tokens
+    if num_prompt_tokens >= max_model_len:
+        raise ContextLengthError(num_prompt_tokens, max_model_len)
+    return min(request.max_new_tokens, max_model_len - num_prompt_tokens)
+
+
 def failed_completion(error: Exception, *, prompt: str = "") -> Completion:
     """Return the completion of a request that could not be answered."""
     reason = one_line(f"{type(error).__name__}: {error}", 500)
@@ -111,4 +128,5 @@ def failed_completion(error: Exception, *, prompt: str = "") -> Completion:
         num_completion_tokens=0,
         finish_reason="error",
         error=reason,
+        error_code=getattr(error, "code", None),
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
 from vlmray.errors import OptionError
 from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
@@ -86,6 +86,7 @@ class FakeEngine:
             `log`, only once in all (a file beside the log remembers); without, every time.
         log: File to which every answered request's id is appended, one line each.
         token_log: The same of every token.
+        max_model_len: Most tokens of a prompt and its answer; 0 is no limit.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class FakeEngine:
         crash_on: str = "",
         log: str = "",
         token_log: str = "",
+        max_model_len: int = 0,
     ) -> None:
         self.waited_s = 0.0
+        self.max_model_len = max_model_len or None
         time.sleep(load_s)
         if fail_load:
             raise RuntimeError("the fake engine was told to fail on loading (fail_load=1)")
@@ -194,11 +197,12 @@ class FakeEngine:
             check_request(request)
             if self.error_every and _trailing_number(request.request_id) % self.error_every == 0:
                 raise RuntimeError("the fake engine was told to fail on this request (error_every)")
+            prompt = _plain_prompt(request)
+            limit = limit_answer(request, len(prompt.split()), self.max_model_len)
         except (RuntimeError, ValueError) as error:
             return failed_completion(error)
-        prompt = _plain_prompt(request)
         words = (self.answer or f"fake {_digest(request, prompt)}").split()
-        kept = words[: request.max_new_tokens]
+        kept = words[:limit]
         return Completion(
             text=" ".join(kept),
             prompt=prompt,
@@ -226,6 +230,7 @@ _FAKE_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "crash_on": str,
     "log": str,
     "token_log": str,
+    "max_model_len": int,
 }
 
 

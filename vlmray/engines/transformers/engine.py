@@ -26,7 +26,7 @@ import torch
 from PIL.Image import Image
 
 from vlmray.config import EngineConfig
-from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.batching import Batcher, count_visual_tokens
 from vlmray.engines.transformers.forward import Forward
@@ -82,6 +82,9 @@ class TransformersEngine:
         self.processor = processor
         self.waited_s = 0.0
         self.forward = Forward(model, processor)
+        self.max_model_len: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
         share = cached_share(model.config) if self.forward.copies_rows else 1.0
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
@@ -221,6 +224,7 @@ class TransformersEngine:
         messages = [dict(message) for message in request.messages]  # the template call rewrites some parts
         row.prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
+        limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded
         row.num_tokens += sum(
             count_visual_tokens(self.processor.image_processor, image) for image in request.images
         )
@@ -245,6 +249,8 @@ class TransformersEngine:
                 if listener.end_if_cancelled(row):
                     continue
                 try:
+                    row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
+                    row.max_new_tokens = limit_answer(row.request, row.num_prompt_tokens, self.max_model_len)
                     signatures = tuple(map(row_signature, row.segments))
                     ready.setdefault((signatures, self.batcher.group(row)), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row

@@ -57,8 +57,7 @@ class Forward:
         config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
         ends = end_ids(config)
         for row in rows:
-            row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
-            row.answer = Answer(self._processor.tokenizer, row.request.max_new_tokens, ends, row.request.stop)
+            row.answer = Answer(self._processor.tokenizer, row.max_new_tokens, ends, row.request.stop)
         with torch.inference_mode():
             inputs = self._begin(rows)
             while rows:
@@ -73,7 +72,7 @@ class Forward:
         """Generate until half the rows have ended, or all where none can leave; update the inputs."""
         answers = [row.answer for row in rows if row.answer is not None]
         config.max_new_tokens = max(
-            row.request.max_new_tokens - answer.num_tokens for row, answer in zip(rows, answers, strict=True)
+            row.max_new_tokens - answer.num_tokens for row, answer in zip(rows, answers, strict=True)
         )
         mask = inputs["attention_mask"]
         choose = RowwiseLogitsProcessor(
@@ -112,7 +111,7 @@ class Forward:
         if not self.copies_rows:
             return self._join(rows)
         longest = max(row.tail_inputs["input_ids"].shape[1] for row in rows)
-        cache = make_cache(longest + min(_ROOM, max(row.request.max_new_tokens for row in rows)))
+        cache = make_cache(longest + min(_ROOM, max(row.max_new_tokens for row in rows)))
         if not have_common_heads(rows):
             with self._use_adapters(rows):
                 return {**self._encode_images(self._join(rows)), "past_key_values": cache}

@@ -45,6 +45,9 @@ class InFlight:
     answer: Answer | None = None
     completion: Completion | None = None
     num_prompt_tokens: int = 0
+    max_new_tokens: int = 0
+    """Most tokens of its answer: what was asked for, or less where the model's positions end."""
+
     num_sent: int = 0
     """Characters that were streamed; a batch that is tried again does not send them twice."""
 
