@@ -80,13 +80,19 @@ def http_server(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 def huge_png(width: int, height: int) -> bytes:
     """A small file that says it has this many pixels."""
+    return png(width, height, 8, 2, bytes(1_000_000))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1_000_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+def png(width: int, height: int, depth: int, kind: int, pixels: bytes, transparency: bytes = b"") -> bytes:
+    """A file of any bit depth and kind of colour: rows of pixels, each with a zero before it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))]
+    chunks += [(b"tRNS", transparency)] if transparency else []
+    chunks += [(b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
 
 
 def finished(folder: Path) -> set[str]:

@@ -5,10 +5,13 @@ Whatever is wrong with an image is an `ImageError` with one line that says what 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import re
-from typing import cast
+from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
@@ -23,6 +26,13 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 JPEG_QUALITY = 90
 
 _EXIF_ORIENTATION = 0x0112
+_SAMPLE_FORMAT, _GDAL_NODATA = 339, 42113  # TIFF tags
+_UNSIGNED = 1
+_USUAL_MARKS = frozenset(
+    float(np.float32(mark))
+    for mark in (-999, -9999, -99999, -32768, -(2**31), -3.4028235e38, 9999, 99999, 32767, 2**31 - 1, 1e20)
+)
+"""Values that stand for missing data in rasters."""
 _ORIENTATION_SOURCES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -132,17 +142,20 @@ def to_upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     """Decode the first frame, turn it by its EXIF orientation and convert it to RGB."""
     _check_num_pixels(image, max_pixels)
     try:
+        _rescale_transparency(image)
         image.load()
-        return _to_rgb(_turn_upright(image))
+        return _turn_upright(_to_rgb(image), _orientation(image))
+    except ImageError:
+        raise
     # Decoders meet damaged data with a dozen unrelated types (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         truncated = "truncated" in str(error)
         raise ImageError(f"{'truncated image' if truncated else 'cannot decode image'}: {error}") from error
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; by hand, as Pillow's helper also rewrites tags and trips on bad ones."""
-    method = _UPRIGHT.get(_orientation(image))
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Apply an EXIF orientation; by hand, as Pillow's helper also rewrites tags and trips on bad ones."""
+    method = _UPRIGHT.get(orientation)
     if method is None:
         return image
     upright = image.transpose(method)
@@ -160,6 +173,20 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _rescale_transparency(image: Image.Image) -> None:
+    """Bring the transparent colour of a PNG to the depth that Pillow decodes its pixels to: 8 bits.
+
+    Pillow leaves it as it is written: https://github.com/python-pillow/Pillow/issues/3130.
+    """
+    key = image.info.get("transparency")
+    tiles = getattr(image, "tile", []) if image.format == "PNG" else []  # none once it is decoded
+    depth = tiles[0].args if tiles else None
+    if isinstance(key, int) and depth in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if depth == "L;2" else 17)
+    elif isinstance(key, tuple) and depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB, keeping what a viewer would show."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -174,14 +201,66 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scale deep grey values to 0..255, where Pillow's conversion would clip them to white.
 
-    16-bit values span a known range. 32-bit integers and floats do not, so theirs is stretched.
+    16-bit values span a known range. 32-bit integers and floats do not, so theirs is stretched. What is no
+    value (not a number, infinite, declared as no data or as transparent) is white and does not count.
     """
-    is_16_bit = image.mode.startswith("I;16")
-    low, high = (0, 65535) if is_16_bit else cast("tuple[float, float]", image.getextrema())
+    values = _deep_values(image)
+    hidden = _without_value(image, values)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range_of(values[~hidden])
     scale = 255 / (high - low) if high > low else 1.0
-    grey = image.convert("F").point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
-    grey.info.pop("transparency", None)  # A deep grey value, not one of the 256.
+    deep = Image.fromarray(np.where(hidden, low, values).astype(np.float32))
+    grey = deep.point(lambda value: value * scale + (0.5 - low * scale)).convert("L")
+    if hidden.any():
+        grey.paste(255, mask=Image.fromarray(hidden))
     return grey
+
+
+def _deep_values(image: Image.Image) -> Any:
+    """Return pixels as an array; Pillow reads unsigned integers of 32 bits as signed."""
+    values = np.asarray(image)
+    unsigned = image.mode == "I" and _tag(image, _SAMPLE_FORMAT, (_UNSIGNED,)) == (_UNSIGNED,)
+    return values.view(np.uint32) if unsigned and image.format == "TIFF" else values
+
+
+def _without_value(image: Image.Image, values: Any) -> Any:
+    """Return which pixels hold no value."""
+    hidden = ~np.isfinite(values)
+    declared = str(_tag(image, _GDAL_NODATA, "")).strip(" \0")
+    for key in (declared, image.info.get("transparency", "")):
+        with contextlib.suppress(ValueError):  # none, or none that can be read
+            hidden |= values == np.array(float(key)).astype(np.float32 if image.mode == "F" else np.float64)
+    return hidden
+
+
+def _tag(image: Image.Image, number: int, default: object) -> object:
+    """Return a tag of a TIFF."""
+    return getattr(image, "tag_v2", {}).get(number, default)
+
+
+def _range_of(values: Any) -> tuple[float, float]:
+    """Return the smallest and the largest value.
+
+    Raises:
+        ImageError: There is none, or the outermost ones are marks of missing data that nobody declared: usual
+            ones apart from the others, or any so far off that these would come out as one shade.
+    """
+    if not values.size:
+        raise ImageError("image has no pixel with a value: all are missing (NaN, infinite or no data)")
+    distinct = np.unique(values).astype(np.float64)
+    low, high = float(distinct[0]), float(distinct[-1])
+    for below, above in itertools.product(range(3), repeat=2):
+        others = distinct[below : len(distinct) - above]
+        marks = [*distinct[:below], *distinct[len(distinct) - above :]]
+        shades = 2 if _USUAL_MARKS.issuperset(marks) else 255
+        if len(others) > 1 and shades * (others[-1] - others[0]) < high - low:
+            found = (
+                f"values from {others[0]:g} to {others[-1]:g} beside {' and '.join(f'{m:g}' for m in marks)}"
+            )
+            raise ImageError(
+                f"image has {found}, which would leave them few shades; declare missing data by the TIFF tag "
+                "GDAL_NODATA, or write NaN"
+            )
+    return low, high
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
