@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
@@ -19,7 +20,8 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 from vlmray import __version__
 from vlmray.config import BenchmarkConfig, DemoConfig, FinetuneConfig, InferConfig, ServeConfig
 from vlmray.config.parsing import parse_args
-from vlmray.errors import RunError
+from vlmray.errors import RunError, one_line
+from vlmray.terminal import steady_streams, use_utf8
 
 
 class JobConfig(Protocol):
@@ -124,6 +126,9 @@ JOBS: dict[str, Job[Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the job that the first argument names, and exit with its code."""
+    if argv is None:
+        use_utf8()
+    steady_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else "--help"
     if name in JOBS:
@@ -140,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> NoReturn:
     """Parse a job's options, run it, and exit: mistakes and failures are one line on stderr."""
+    if argv is None:
+        use_utf8()
+    steady_streams()
     job = JOBS[name]
     config = parse_args(job.config_class, argv, prog=prog)
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
@@ -151,13 +159,30 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = job.main(config)
-    except (ValueError, FileNotFoundError) as error:
-        code = _fail(2, str(error), error)
     except KeyboardInterrupt:
         code = _fail(130, f"interrupted; {job.kept}")
-    except RunError as error:
-        code = _fail(1, f"{error}; {job.kept}", error)
+    except Exception as error:  # the last one who could say what became of the job
+        code = _explain(error, job.kept)
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # Ray takes a while to leave; a second one need not
     sys.exit(code)
+
+
+def _explain(error: Exception, kept: str) -> int:
+    """Say in one line what ended a job; of a fault of the program itself, in as many as it takes."""
+    if isinstance(error, ValueError | FileNotFoundError):
+        return _fail(2, str(error), error)
+    if isinstance(error, RunError):
+        return _fail(1, f"{error}; {kept}", error)
+    if isinstance(error, OSError):
+        return _fail(1, f"{one_line(error)}; {kept}", error)
+    if type(error).__module__.startswith("ray."):
+        from vlmray.cluster import root_cause
+
+        return _fail(1, f"{root_cause(error)}; {kept}", error)
+    traceback.print_exception(error)
+    return _fail(1, f"this is a fault of vlmray: please report it with the lines above; {kept}")
 
 
 def _fail(code: int, message: str, error: BaseException | None = None) -> int:

@@ -22,14 +22,30 @@ from typing import Any
 import ray
 import ray.data
 import yaml
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-from vlmray.errors import OptionError
+from vlmray.errors import OptionError, RunError, one_line
 
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
+_HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # a frame without any; the fourth byte is its kind
+_NOBODY = "no Ray cluster answers there; correct it or unset it"
+_WRONG_TOKEN = (
+    "the cluster wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what it was started with"
+)
 
-_MISTAKE = f"{OptionError.__module__}.{OptionError.__name__}: "  # as a traceback's last line says it
+_FRAME = re.compile(r"^( *)File \"", re.MULTILINE)
+_OURS = re.compile(r"^vlmray\.[\w.]+Error: ")  # as a traceback says whose error it is
+_ADVICE = re.compile(
+    r"\s+(?=Failed to .+ after \d+/\d+ attempts|To change retry attempts|For further information visit|"
+    r"This looks like an AWS S3 permissions error|Some common causes include)"
+)
+"""What libraries put behind the cause."""
+
+_WRAPPED = "The above exception was the direct cause of the following exception:"
+_MOST_CHARS = 600
 
 _MODEL_ON_CPU = {
     "env_vars": {
@@ -83,19 +99,25 @@ def connect(log_level: str = "INFO") -> None:
     on this machine; only when there is neither does Ray start one, which ends with this process.
 
     Raises:
-        ValueError: no cluster answers at RAY_ADDRESS.
+        ValueError: no cluster answers at RAY_ADDRESS, or it wants another token.
+        RunError: Ray does not start.
     """
     if ray.is_initialized():
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    _init(log_level)
+    address = _address()
+    try:
+        _init(address, log_level)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        problem = "does not start" if address == "local" else f"at {address} cannot be joined"
+        raise RunError(f"Ray {problem}: {one_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process midway
 
 
-def _init(log_level: str) -> None:
+def _init(address: str, log_level: str) -> None:
     if log_level == "DEBUG":
-        ray.init(address=_address(), include_dashboard=False)
+        ray.init(address=address, include_dashboard=False)
         return
     # Ray's own messages drown the progress bar: banners, advice, and core-worker lines that name no
     # problem. What goes wrong still reaches the driver, as an exception; all of it is in Ray's log files.
@@ -106,33 +128,73 @@ def _init(log_level: str) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _silent_stderr():  # the core worker announces its log level
         ray.init(
-            address=_address(),
+            address=address,
             include_dashboard=False,  # of a cluster started here, which nobody would look at
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
 
 
+# ---------------------------------------------------------------------------------------------
+# Addresses
+# ---------------------------------------------------------------------------------------------
+
+
 def _address() -> str:
-    """Return the address for `ray.init`, checked: it waits minutes for a cluster that is gone."""
-    given = os.environ.get("RAY_ADDRESS")
-    if given and not _HOST_PORT.fullmatch(given):
+    """Return the address for `ray.init`, checked: it waits half a minute for a cluster that is gone."""
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    if given == "local":
         return given
-    recorded = given or read_ray_address()  # what `ray start` wrote; a killed cluster leaves it behind
-    if recorded and _answers(recorded):
-        return recorded
+    # What `ray start` wrote; a killed cluster leaves it behind.
+    address = read_ray_address() if given in ("", "auto") else given
+    problem = _objection(address) if address else "no cluster runs on this machine"
+    if address and problem is None:
+        return address
     if given:
-        raise ValueError(f"RAY_ADDRESS {given}: no Ray cluster answers there; correct it or unset it")
+        raise ValueError(f"RAY_ADDRESS {given}: {problem}")
+    if problem == _WRONG_TOKEN:
+        raise ValueError(f"the Ray cluster of this machine ({address}): {problem}, or RAY_ADDRESS=local")
     return "local"
 
 
-def _answers(address: str) -> bool:
+def _objection(address: str) -> str | None:
+    """Tell what is wrong with an address; None where a cluster answers that lets this process in."""
+    if not _HOST_PORT.fullmatch(address):
+        return "expected HOST:PORT of a cluster's head node, auto or local; correct it or unset it"
+    if not _speaks_http2(address):
+        return _NOBODY
+    try:
+        with _silent_stderr():
+            _greet(address)
+    except ray.exceptions.AuthenticationError:
+        return _WRONG_TOKEN
+    except ray.exceptions.RayError as error:
+        return f"{_NOBODY} ({one_line(error)})"
+    return None
+
+
+def _greet(address: str) -> None:
+    """Ask a cluster for its name, with the token of this machine where it wants one."""
+    try:
+        GcsClient(address=address)
+    except ray.exceptions.AuthenticationError:
+        # Ray itself takes it only for a cluster that it found without being told the address.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        if "RAY_AUTH_MODE" in os.environ or not maybe_enable_token_auth_if_token_available(False):
+            raise
+        GcsClient(address=address)
+
+
+def _speaks_http2(address: str) -> bool:
+    """Tell whether what listens there may be Ray, which is asked in HTTP/2."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
-    except OSError:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _HTTP2_SETTINGS)
+            uses_tls = os.environ.get("RAY_USE_TLS", "0") not in ("", "0")
+            return uses_tls or connection.recv(9)[3:4] == _HTTP2_SETTINGS[3:4]
+    except (OSError, OverflowError, UnicodeError):
         return False
-    return True
 
 
 @contextlib.contextmanager
@@ -224,17 +286,38 @@ def cpus_per_task() -> float:
 
 
 def root_cause(error: BaseException) -> str:
-    """Name what went wrong in a worker, without the layers that carried it here."""
+    """Name what went wrong in a worker, in one line, without the layers that carried it here."""
     failures = getattr(error, "worker_failures", None)  # of Ray Train, by rank
     if failures:
         error = failures[min(failures)]
+    told = str(error)
     while (cause := getattr(error, "cause", None)) is not None:
+        # Ray Data wraps what was raised, and what came before does not survive the way here but as text.
+        told = told.rpartition(_WRAPPED)[0] if isinstance(cause, ray.exceptions.UserCodeException) else str(cause)
         error = cause
-    if isinstance(error, OptionError):
-        return str(error)
-    # The error of an actor that died while starting is a whole traceback, what was raised last in it.
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1].removeprefix(_MISTAKE) if len(lines) > 1 else f"{type(error).__name__}: {lines[0]}"
+    raised = _raised_last(told)
+    text = one_line(_ADVICE.split(raised or told)[0] or type(error).__name__, _MOST_CHARS)
+    if "No space left on device" in text:
+        return f"no space left on device: free some and run again ({text})"
+    if isinstance(error, OptionError | RunError) or raised:
+        return _OURS.sub("", text)
+    return f"{type(error).__name__}: {text}"
+
+
+def _raised_last(text: str) -> str:
+    """Return what was raised last in a traceback, which the error of an actor that did not start has in it.
+
+    Behind a frame's lines of code it is what is indented no deeper than the word `File`.
+    """
+    frames = list(_FRAME.finditer(text))
+    if not frames:
+        return ""
+    indentation = len(frames[-1][1])
+    lines = text[frames[-1].end() :].splitlines()[1:]
+    begins = (
+        n for n, line in enumerate(lines) if line.strip() and len(line) - len(line.lstrip()) < indentation
+    )
+    return "\n".join(lines[next(begins, len(lines)) :])
 
 
 def _present(resource: str) -> float:

@@ -46,8 +46,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "demo": ("config", "storage", "reports", "builtin", "finetune", "benchmark"),
     "cluster": (),
+    "terminal": (),
     "stages": ("inference",),
-    "cli": ("config", "inference", "finetune", "serving", "benchmark", "demo", "cluster"),
+    "cli": ("config", "inference", "finetune", "serving", "benchmark", "demo", "cluster", "terminal"),
 }  # fmt: skip
 """Folders, and modules beside them, with what each may import beside itself and the ground. A new folder gets
 a line here; wings that stand side by side (inference, training, serving) do not know each other."""

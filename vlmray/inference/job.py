@@ -59,7 +59,8 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
                 bar.update(len(rows))
                 run.check_errors(num_failed)
     except ray.exceptions.RayError as error:
-        raise InferenceError(cluster.root_cause(error)) from error
+        done = f"{bar.n:,.0f} of {bar.total:,} rows are answered"
+        raise InferenceError(f"{cluster.root_cause(error)}; {done}") from error
 
 
 def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:

@@ -11,6 +11,7 @@ pyarrow opens (s3://, gs://, ...). No Ray here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import uuid
@@ -23,7 +24,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
-from vlmray.errors import one_line
+from vlmray.errors import RunError, one_line
 from vlmray.storage.filesystem import absolute_uri, open_filesystem, writes_whole_files
 from vlmray.storage.run_options import Earlier, find_objection
 
@@ -156,11 +157,12 @@ class RunFolder:
         path = f"{root}/{name}"
         whole = writes_whole_files(filesystem)
         target = path if whole else f"{root}/.{name.replace('/', '-')}-{uuid.uuid4().hex}.tmp"
-        with filesystem.open_output_stream(target) as stream:
-            stream.write(data)
-        if not whole:
-            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            filesystem.move(target, path)
+        with _noticing_a_full_disk(self.uri):
+            with filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            if not whole:
+                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+                filesystem.move(target, path)
 
     def write_folder(self, name: str, source: Path) -> None:
         """Copy a local folder so that it appears whole, in place of what was there under the name.
@@ -174,9 +176,10 @@ class RunFolder:
         if whole:
             self.delete(name)
         filesystem.create_dir(target, recursive=True)
-        copy_files(
-            str(source), target, source_filesystem=LocalFileSystem(), destination_filesystem=filesystem
-        )
+        with _noticing_a_full_disk(self.uri):
+            copy_files(
+                str(source), target, source_filesystem=LocalFileSystem(), destination_filesystem=filesystem
+            )
         if not whole:
             self.delete(name)
             filesystem.move(target, f"{root}/{name}")
@@ -228,6 +231,17 @@ def _naming_the_folder(output_dir: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         reason = one_line(error, 1000)
         raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def _noticing_a_full_disk(uri: str) -> Iterator[None]:
+    """Turn what a file system raises where there is no room into a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise RunError(f"no space left on device: {uri}; free some and run again") from error
+        raise
 
 
 def _delete(filesystem: FileSystem, info: FileInfo) -> None:
