@@ -293,7 +293,11 @@ def root_cause(error: BaseException) -> str:
     told = str(error)
     while (cause := getattr(error, "cause", None)) is not None:
         # Ray Data wraps what was raised, and what came before does not survive the way here but as text.
-        told = told.rpartition(_WRAPPED)[0] if isinstance(cause, ray.exceptions.UserCodeException) else str(cause)
+        told = (
+            told.rpartition(_WRAPPED)[0]
+            if isinstance(cause, ray.exceptions.UserCodeException)
+            else str(cause)
+        )
         error = cause
     raised = _raised_last(told)
     text = one_line(_ADVICE.split(raised or told)[0] or type(error).__name__, _MOST_CHARS)

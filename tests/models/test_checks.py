@@ -19,10 +19,10 @@ from vlmray.models.checks import (
     check_adapter_folder,
     check_model_folder,
     check_model_kind,
-    read_tensor_shapes,
 )
 from vlmray.models.source import ModelSource, fingerprint
 from vlmray.storage.hub import local_folder
+from vlmray.storage.weights import read_tensor_shapes
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,74 @@ def test_a_truncated_weight_file_is_refused(adapter: Path, tiny_model: Path) -> 
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         check_adapter_folder(str(adapter), str(tiny_model))
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", LFS_POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ("model.safetensors", "", "model.safetensors is empty; write or copy it again"),
+        ("model.safetensors", "PK\x03\x04" + "x" * 100, "is not a complete safetensors file"),
+        ("model.safetensors", None, r"no \*.safetensors weights in this folder"),
+        ("tokenizer.json", LFS_POINTER, "tokenizer.json is a Git LFS pointer"),
+        ("tokenizer.json", '{"version": "1.0", "trunc', "tokenizer.json is not JSON"),
+        ("tokenizer.json", None, r"no tokenizer in this folder \(tokenizer.json or the like\); copy it"),
+        ("preprocessor_config.json", None, "no image processor in this folder"),
+        ("preprocessor_config.json", "[]", "preprocessor_config.json holds a list, expected an object"),
+        ("chat_template.jinja", None, "no chat template in this folder"),
+        ("chat_template.jinja", "", "no chat template in this folder"),
+        ("config.json", LFS_POINTER, "config.json is a Git LFS pointer"),
+        ("config.json", '{"model_type": ', "config.json is not JSON"),
+        ("config.json", "\ufeff<html>", "config.json is not JSON"),
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
+        ("model.safetensors.index.json", LFS_POINTER, "index.json is a Git LFS pointer"),
+        ("model.safetensors.index.json", "{}", "is not an index of weights"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}',
+            "lacks 1 of 2 weight files, model-2.safetensors among them",
+        ),
+    ],
+)
+def test_an_incomplete_model_folder_is_refused_in_one_line(
+    name: str, content: str | None, message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    check_model_folder(str(model))
+    (model / name).unlink(missing_ok=True)
+    if content is not None:
+        (model / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        check_model_folder(str(model))
+    assert str(caught.value).startswith("--model_id")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_end_early_are_refused_with_both_sizes(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"it has {len(whole) - 1:,} of {len(whole):,} bytes"):
+        check_model_folder(str(model))
+
+
+def test_shards_without_their_index_are_no_model(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ValueError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
+        check_model_folder(str(model))
+
+
+def test_an_adapter_that_is_a_pointer_is_named_as_one(adapter: Path, tiny_model: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (adapter / name).write_text(LFS_POINTER)
+        with pytest.raises(ValueError, match=f"{name}.* is a Git LFS pointer"):
+            check_adapter_folder(str(adapter), str(tiny_model))
 
 
 def test_an_adapter_of_another_base_is_refused_in_one_line(

@@ -150,6 +150,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if optional:
             return None
         raise OptionError(name, "needs a value")
+    if isinstance(value, str) and not value.isascii():
+        _check_utf8(name, value)
     if typing.get_origin(kind) is dict:
         return _read_mapping(name, value)
     if isinstance(value, list | dict):
@@ -168,6 +170,13 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     except (ValueError, KeyError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise OptionError(name, f"must be {expected}, got {value!r}") from None
+
+
+def _check_utf8(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise OptionError(name, f"{value!r} is not UTF-8", "rename what it names") from None
 
 
 def _read_mapping(name: str, value: Any) -> dict[str, Any]:

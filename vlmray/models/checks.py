@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmray.errors import OptionError
+from vlmray.errors import OptionError, mistake_in
 from vlmray.storage.hub import local_folder
+from vlmray.storage.weights import check_not_a_pointer, check_whole, read_tensor_shapes
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -22,6 +23,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 """What lies beside a checkpoint's weights: processor, tokenizer, chat template, generation, code."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "tekken.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 
 _ENCODER_DECODERS = frozenset(
     {"florence2", "pix2struct", "pp_formulanet", "t5", "t5gemma2", "udop", "vision-encoder-decoder"}
@@ -63,7 +68,13 @@ def check_model_folder(model_id: str) -> None:
         raise FileNotFoundError(
             f"--model_id {model_id}: no *.safetensors weights in this folder{_convert_hint(folder)}"
         )
+    with mistake_in("model_id"):
+        for path in _side_files(folder):
+            check_not_a_pointer(path)
     _check_config(model_id, folder)
+    with mistake_in("model_id"):
+        check_whole(folder)
+    _check_processor(model_id, folder)
 
 
 def check_model_kind(model_id: str, config: Mapping[str, Any]) -> None:
@@ -124,33 +135,6 @@ def check_adapter_folder(adapter: str, model_id: str) -> None:
         )
 
 
-def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a safetensors file, by name.
-
-    Raises:
-        ValueError: Not a safetensors file, or cut short.
-    """
-    return {name: tuple(entry["shape"]) for name, entry in read_header(path)[0].items()}
-
-
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return what a safetensors file says of its tensors (dtype, shape, offsets), and where data begins.
-
-    Raises:
-        ValueError: Not a safetensors file, or cut short.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= path.stat().st_size - 8:
-            raise ValueError(f"{path} is not a complete safetensors file; write or copy it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file; write or copy it again") from error
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
 def _check_hub_id(model_id: str) -> None:
     looks_like_path = model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
     if looks_like_path:
@@ -165,6 +149,33 @@ def _check_hub_id(model_id: str) -> None:
 
 def _check_config(model_id: str, folder: Path) -> None:
     check_model_kind(model_id, _read_json(folder / "config.json", option="model_id", value=model_id))
+
+
+def _side_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file())
+
+
+def _check_processor(model_id: str, folder: Path) -> None:
+    """Check that what is beside the weights is there, and JSON where it has to be."""
+    configs = [
+        _read_json(path, option="model_id", value=model_id)
+        for path in _side_files(folder)
+        if path.name in (*_PROCESSORS, "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    ]
+    if any(folder.glob("*.py")):
+        return  # which may call their files whatever they like
+    for what, patterns in (("tokenizer", _TOKENIZERS), ("image processor", _PROCESSORS)):
+        _require(model_id, folder, what, patterns)
+    if not any(config.get("chat_template") for config in configs):
+        _require(model_id, folder, "chat template", _TEMPLATES)
+
+
+def _require(model_id: str, folder: Path, what: str, patterns: Sequence[str]) -> None:
+    if not any(path.stat().st_size for pattern in patterns for path in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"--model_id {model_id}: no {what} in this folder ({patterns[0]} or the like); copy it from "
+            "the model's repository"
+        )
 
 
 def _convert_hint(folder: Path) -> str:
@@ -182,6 +193,8 @@ def _read_json(path: Path, *, option: str, value: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"--{option} {value}: no {path.name} in this folder; pass a folder that fine-tuning wrote"
         )
+    with mistake_in(option):
+        check_not_a_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -19,6 +19,7 @@ from vlmray.storage import hub
 from vlmray.storage.cache import cache_folder, make_once
 from vlmray.storage.fingerprints import digest, digest_content
 from vlmray.storage.hub import local_folder
+from vlmray.storage.weights import read_header
 
 # ---------------------------------------------------------------------------------------------
 # Names
@@ -142,7 +143,7 @@ def fingerprint(folder: Path) -> str:
 def _digest_file(path: Path) -> bytes:
     if path.suffix != ".safetensors" or path.stat().st_size <= _WHOLE_BYTES:
         return digest_content(path)
-    header, start = checks.read_header(path)
+    header, start = read_header(path)
     tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     found = hashlib.sha256(repr((path.stat().st_size, tensors)).encode())
     with path.open("rb", buffering=0) as file:
