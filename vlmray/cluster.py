@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from vlmray.errors import OptionError, RunError, one_line
 
+_LOG = logging.getLogger(__name__)
 _BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
 _HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # a frame without any; the fourth byte is its kind
@@ -36,7 +38,7 @@ _WRONG_TOKEN = (
     "the cluster wants another token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what it was started with"
 )
 
-_FRAME = re.compile(r"^( *)File \"", re.MULTILINE)
+_FRAME = re.compile(r"^( +)File ", re.MULTILINE)
 _OURS = re.compile(r"^vlmray\.[\w.]+Error: ")  # as a traceback says whose error it is
 _ADVICE = re.compile(
     r"\s+(?=Failed to .+ after \d+/\d+ attempts|To change retry attempts|For further information visit|"
@@ -46,6 +48,8 @@ _ADVICE = re.compile(
 
 _WRAPPED = "The above exception was the direct cause of the following exception:"
 _MOST_CHARS = 600
+
+_PATIENCE_S = 5.0
 
 _MODEL_ON_CPU = {
     "env_vars": {
@@ -283,6 +287,30 @@ def plan_workers(num_workers: int | None) -> WorkerPlan:
 def cpus_per_task() -> float:
     """Return the CPUs that a task of the other stages may ask for: replicas always leave that much."""
     return min(1.0, _present("CPU") / 2) or 1.0
+
+
+def tell_if_taken(*, cpus: float, gpus: float = 0) -> None:
+    """Say in one line what a job waits for, where others hold what it asks for.
+
+    Args:
+        cpus: What it needs to get on.
+        gpus: The same of GPUs.
+    """
+    deadline = time.monotonic() + _PATIENCE_S  # a cluster that has just started is slow to tell
+    while any(asked > ray.available_resources().get(kind, 0) + 1e-3 for kind, asked in _asked(cpus, gpus)):
+        if time.monotonic() > deadline:
+            free = ray.available_resources()
+            found = (
+                f"{asked:g} {kind}s, and {free.get(kind, 0):g} of {_present(kind):g} are free"
+                for kind, asked in _asked(cpus, gpus)
+            )
+            _LOG.warning("waiting until others are done: the job asks for %s", " and ".join(found))
+            return
+        time.sleep(0.1)
+
+
+def _asked(cpus: float, gpus: float) -> list[tuple[str, float]]:
+    return [(kind, asked) for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked]
 
 
 def root_cause(error: BaseException) -> str:

@@ -110,7 +110,7 @@ def test_a_folder_of_an_earlier_version_is_refused_with_the_reason(tmp_path: Pat
     del options["dataset_fingerprint"]
     (tmp_path / "options.json").write_text(json.dumps({**options, "model_fingerprint": "0123456789abcdef"}))
     assert "was written by an earlier version of vlmray (it did not record what tells" in _refusal(tmp_path)
-    assert "model_id was 'fake', now 'other'" in _refusal(tmp_path, model_id="other")
+    assert "model_id was 'fake', now 'fake?answer=7'" in _refusal(tmp_path, model_id="fake?answer=7")
 
 
 # What a source's fingerprint notices

@@ -13,6 +13,7 @@ from vlmray.dataset.selection import open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.schema import Row
+from vlmray.storage.filesystem import check_apart
 from vlmray.storage.run_folder import RunFolder
 
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
@@ -50,6 +51,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
         FileNotFoundError: a model or adapter is not there.
     """
     candidates = config.candidates()
+    check_apart(config.output_dir, config.dataset_name)
     folder = RunFolder.find(config.output_dir, "benchmark")
     asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
     questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)

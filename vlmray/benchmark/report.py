@@ -239,6 +239,7 @@ _MARKS = {
     "better": Mark("right", "better"),
     "worse": Mark("wrong", "worse"),
     "no significant change": Mark("unscored", "no significant change"),
+    "too few images": Mark("unscored", "too few images"),
 }
 
 

@@ -8,6 +8,7 @@ get better by failing where it would have been wrong. Rows whose dataset publish
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from vlmray.schema import Row
 Rows = Mapping[str, Mapping[str, Row]]
 """Result rows by model and sample id."""
 
-Verdict = Literal["better", "worse", "no significant change"]
+Verdict = Literal["better", "worse", "no significant change", "too few images"]
 
 _NUMBER = re.compile(r"[-+]?[$€£]?\s*\d[\d,.]*\s*%?")
 _SIZES = (0.0, 0.25e6, 1e6, float("inf"))
@@ -56,12 +57,23 @@ class GroupDifference:
     p_corrected: float
     """p-value for having asked this of several groups or models (Holm)."""
 
+    num_comparisons: int = 1
+    """How many groups and models that were."""
+
     @property
     def verdict(self) -> Verdict:
         """Say what came of it."""
-        if self.p_corrected >= ALPHA:
-            return "no significant change"
-        return "better" if self.difference.mean > 0 else "worse"
+        if self.p_corrected < ALPHA:
+            return "better" if self.difference.mean > 0 else "worse"
+        return "no significant change" if self.fewest_images <= self.difference.num_images else "too few images"
+
+    @property
+    def fewest_images(self) -> int:
+        """Images from which on the test can show anything, if all of them change for the better.
+
+        The chance that `G` images have the same sign is 2 / 2^G.
+        """
+        return 2 + int(math.log2(self.num_comparisons / ALPHA))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +201,7 @@ def _differences(
     return [
         GroupDifference(
             model=model, base=base, metric=metric, kind=kind, group=group, difference=difference,
-            p_corrected=p_value,
+            p_corrected=p_value, num_comparisons=len(found),
         )
         for (model, group, difference), p_value in zip(found, corrected, strict=True)
     ]  # fmt: skip

@@ -110,7 +110,7 @@ def read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
     if benchmark.config.offline:
         return []
     found = benchmark.folder.read_json(SPEED, cure="delete it to have speed measured again")
-    if found is None or changed_options(found["options"], _speed_options(benchmark.config)):
+    if found is None or changed_options(found["options"], _speed_options(benchmark)):
         return []
     return [SpeedPoint.from_json(point) for point in found["points"]]
 
@@ -118,14 +118,20 @@ def read_speed(benchmark: Benchmark) -> list[SpeedPoint]:
 def write_speed(benchmark: Benchmark, speed: Sequence[SpeedPoint]) -> None:
     """Write what was measured so far, with the options that it depends on."""
     found = {
-        "options": _speed_options(benchmark.config),
+        "options": _speed_options(benchmark),
         "points": [dataclasses.asdict(point) for point in speed],
     }
     benchmark.folder.write_json(SPEED, found)
 
 
-def _speed_options(config: BenchmarkConfig) -> dict[str, Any]:
-    return options_that_affect(config, "result", "derived", "rows", "speed")
+def _speed_options(benchmark: Benchmark) -> dict[str, Any]:
+    """Return what was measured: what stands behind the names counts too."""
+    runs = benchmark.runs
+    return {
+        **options_that_affect(benchmark.config, "result", "derived", "rows", "speed"),
+        "fingerprints": {name: run.model.fingerprints for name, run in runs.items()},
+        "dataset_fingerprint": runs[benchmark.candidates[0].name].source.fingerprint(),
+    }
 
 
 Percentiles = tuple[float, float, float]

@@ -89,6 +89,11 @@ def sentence(found: GroupDifference) -> str:
         f"{format_range(difference)}, p {sign}{format_p(found.p_corrected)} "
         f"({difference.num_samples:,} samples, {difference.num_images:,} images)."
     )
+    if found.verdict == "too few images":
+        return (
+            f"{found.model} against {found.base}{where}: {difference.num_images:,} images are too few to show "
+            f"anything, {found.fewest_images:,} are the fewest that can: {details}"
+        )
     if found.verdict != "no significant change":
         return f"{found.model} is {found.verdict} than {found.base}{where}: {details}"
     text = f"{found.model} against {found.base}{where}: no significant change: {details}"

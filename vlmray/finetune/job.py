@@ -70,6 +70,10 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
         ValueError: the model cannot be trained this way, which only the workers could tell, or diverged.
         FinetuneError: workers kept failing.
     """
+    cluster.tell_if_taken(
+        cpus=run.workers.num_workers * run.workers.resources.get("CPU", 0) + cluster.cpus_per_task(),
+        gpus=run.workers.num_workers * run.workers.resources.get("GPU", 0),
+    )
     board = Board.start()
     trainer = _make_trainer(run, board)
     ended: list[Any] = []

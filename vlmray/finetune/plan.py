@@ -12,6 +12,7 @@ from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
 from vlmray.models.source import ModelSource
+from vlmray.storage.filesystem import check_apart
 from vlmray.storage.run_folder import RunFolder
 from vlmray.training.arguments import check_sft_options
 from vlmray.training.run import TrainingData, TrainingRun
@@ -47,6 +48,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
         ValueError: an option does not fit the model, the dataset, the cluster or the output folder.
         FileNotFoundError: the model is not there.
     """
+    check_apart(config.output_dir, config.dataset_name, config.model_id)
     model = ModelSource.open(config.model_id)
     check_sft_options(config)
     data = open_training_data(config)
@@ -56,7 +58,12 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     workers = cluster.plan_workers(config.num_workers)
     if config.fsdp and workers.num_workers == 1:
         raise OptionError("fsdp", "shards over several workers, and there is one", "leave it out")
-    training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
+    training = TrainingRun.of(
+        dataclasses.replace(config, model_id=model.address),
+        data,
+        num_workers=workers.num_workers,
+        num_threads=workers.num_threads,
+    )
     folder = _open_folder(training, data, model)
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
 
@@ -119,6 +126,7 @@ def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) 
         {
             "job": "finetune",
             **options_that_affect(config, "result"),
+            "model_id": model.name,
             **model.fingerprints,
             "dataset_fingerprint": data.train.source.fingerprint(),
             "samples_per_step": training.samples_per_step,

@@ -43,6 +43,10 @@ def run_inference(run: InferenceRun) -> Summary:
     if run.pending:
         cluster.connect(run.config.log_level)
         replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
+        cluster.tell_if_taken(
+            cpus=replicas.min_replicas * replicas.num_cpus + cluster.cpus_per_task(),
+            gpus=replicas.min_replicas * replicas.num_gpus,
+        )
         _consume(run, replicas, timeline)
     return _conclude(run, time.perf_counter() - started, timeline)
 

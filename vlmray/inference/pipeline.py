@@ -99,7 +99,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     rows = _map(
         rows,
         _Replica,
-        fn_constructor_args=(run.config, replicas, run.task),
+        fn_constructor_args=(run.worker_config, replicas, run.task),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),

@@ -15,12 +15,14 @@ from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
+from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
+from vlmray.storage.filesystem import check_apart
 
 
 class InferenceError(RunError):
@@ -41,6 +43,7 @@ def plan_inference(
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
+    check_apart(config.output_dir, config.dataset_name, config.model_id, config.adapter)
     model = _open_model(config, endpoint)
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
@@ -64,12 +67,15 @@ def plan_inference(
         folder.reopen()
         folder.discard({names[index] for index in pending} & finished.keys())
     return InferenceRun(
-        config=config, source=source, spec=spec, task=task, folder=folder, selected=selected, pending=pending
-    )
+        config=config, model=model, source=source, spec=spec, task=task, folder=folder, selected=selected,
+        pending=pending,
+    )  # fmt: skip
 
 
 def _open_model(config: InferConfig, endpoint: str | None) -> ModelSource:
-    if endpoint is None and config.engine != "fake":
+    if endpoint is None and config.engine == "fake":
+        FakeEngine.from_model_id(config.model_id)
+    elif endpoint is None:
         return ModelSource.open(config.model_id, config.adapter)
     return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name
 
@@ -91,6 +97,7 @@ class InferenceRun:
     """A run before it starts: everything checked, nothing loaded."""
 
     config: InferConfig
+    model: ModelSource
     source: Source
     spec: DatasetSpec
     task: Task
@@ -101,6 +108,12 @@ class InferenceRun:
 
     pending: Sequence[int]
     """Row indices still to answer."""
+
+    @property
+    def worker_config(self) -> InferConfig:
+        """The options, with model and adapter as workers find them."""
+        model = self.model
+        return dataclasses.replace(self.config, model_id=model.address, adapter=model.adapter_address)
 
     def open_bar(self, name: str | None = None) -> tqdm[Any]:
         """Show how far the run is, with what earlier ones did already on it."""

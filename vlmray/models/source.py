@@ -101,6 +101,18 @@ class ModelSource:
         commit = folder.name if folder is not None and is_cached else None
         return cls(name=model_id, path=path, folder=folder, commit=commit, adapter=adapter)
 
+    @property
+    def address(self) -> str:
+        """What a worker finds it by, whatever folder that works in: a name, or an absolute path."""
+        is_name = self.folder is None or self.commit is not None or is_built_in(self.name)
+        return self.name if is_name else str(Path(self.path).expanduser().absolute())
+
+    @property
+    def adapter_address(self) -> str | None:
+        """What a worker finds the adapter by."""
+        folder = Path(self.adapter or "").expanduser()
+        return str(folder.absolute()) if self.adapter and folder.is_dir() else self.adapter
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What changes when the weights do: the hub's commit, or 16 hex digits of the folder's files.

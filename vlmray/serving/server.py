@@ -9,6 +9,7 @@ a Serve config file with `import_path: vlmray.serving:app` and the options as `a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import ipaddress
 import logging
@@ -26,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 from vlmray import cluster
 from vlmray.config import ServeConfig
 from vlmray.config.parsing import build_config
+from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
 from vlmray.schema import GenerationRequest
@@ -35,6 +37,7 @@ from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
 from vlmray.serving.http import build_app
 from vlmray.serving.replica import ModelReplica
+from vlmray.storage.filesystem import absolute_uri
 
 API_KEY = "VLMRAY_API_KEY"
 """Environment variable of the key that clients have to send."""
@@ -110,8 +113,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
             base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
-    _check_model(config)
-    return _bind(config, api_key)
+    return _bind(_check_model(config), api_key)
 
 
 def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
@@ -153,11 +155,21 @@ def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
     return application
 
 
-def _check_model(config: ServeConfig) -> None:
-    """Check what a replica would only find after it started."""
-    if config.engine == "transformers":
-        model = ModelSource.open(config.model_id)
-        AdapterCatalog(model.path, config.adapter_paths(), config.adapter_dir).check()
+def _check_model(config: ServeConfig) -> ServeConfig:
+    """Check what a replica would only find after it started; return where that finds it, from any folder."""
+    if config.engine == "fake":
+        FakeEngine.from_model_id(config.model_id)
+        return config
+    model = ModelSource.open(config.model_id)
+    adapters = config.adapter_paths()
+    AdapterCatalog(model.path, adapters, config.adapter_dir).check()
+    return dataclasses.replace(
+        config,
+        model_id=model.address,
+        served_model_name=config.base_name,
+        adapters=",".join(f"{name}={absolute_uri(path)}" for name, path in adapters.items()) or None,
+        adapter_dir=config.adapter_dir and absolute_uri(config.adapter_dir),
+    )
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -220,10 +232,11 @@ def serve_app(config: ServeConfig) -> Server:
             f"set {API_KEY} to a key that they have to send, or listen on 127.0.0.1",
         )
     _check_port(config)
-    _check_model(config)  # before Ray, which takes seconds to start
+    config = _check_model(config)  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = _bind(config, api_key)
+    _tell_if_taken(config)
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         handle = serve.run(application, name=APP_NAME, route_prefix="/")
@@ -232,6 +245,11 @@ def serve_app(config: ServeConfig) -> Server:
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return Server(config, handle, f"http://{host}:{config.port}")
+
+
+def _tell_if_taken(config: ServeConfig) -> None:
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    cluster.tell_if_taken(cpus=plan.min_replicas * plan.num_cpus, gpus=plan.min_replicas * plan.num_gpus)
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
+from vlmray.errors import OptionError
+
 # Uploads to an object store appear when they are complete; elsewhere a rename makes it so.
 _ATOMIC = ("s3", "gcs", "abfs")
 
@@ -26,3 +28,50 @@ def open_filesystem(uri: str) -> tuple[FileSystem, str]:
 def writes_whole_files(filesystem: FileSystem) -> bool:
     """Tell whether a file that is being written does not show before it is complete."""
     return filesystem.type_name in _ATOMIC
+
+
+_WRITTEN = (
+    "options.json",
+    "run.json",
+    "report.html",
+    "report.md",
+    "results.json",
+    "speed.json",
+    "predictions.parquet",
+)
+
+
+def check_apart(output_dir: str, dataset_name: str, *models: str | None) -> None:
+    """Refuse an output folder that would be read as data, or as a model, once something is in it.
+
+    Args:
+        output_dir: Folder or URI that a job writes to.
+        dataset_name: What it reads: a folder, a file or a URI; of another name nothing lies here.
+        models: Folders, or other names, of what it loads.
+
+    Raises:
+        ValueError: The folder is in the dataset's, or that is in it, or it is a model's own.
+    """
+    output, data = _local_path(output_dir), _local_path(dataset_name)
+    if output is None:
+        return
+    hint = "choose another folder"
+    if data is not None and data.is_dir() and (output.is_relative_to(data) or data.is_relative_to(output)):
+        problem = f"{output_dir} and --dataset_name {dataset_name} lie in one another"
+        raise OptionError("output_dir", f"{problem}: results would be read as data", hint)
+    if data is not None and data.parent == output and data.name in _WRITTEN:
+        raise OptionError(
+            "output_dir", f"{output_dir} is where --dataset_name {dataset_name} would be written", hint
+        )
+    for model in models:
+        if model and _local_path(model) == output and output.is_dir():
+            raise OptionError(
+                "output_dir", f"{output_dir} is the folder of {model}, whose files would change", hint
+            )
+
+
+def _local_path(name: str) -> Path | None:
+    """Return where a path or a `file://` URI leads, links followed."""
+    if name.startswith("file://"):
+        return Path(open_filesystem(name)[1]).resolve()
+    return None if "://" in name else Path(name).expanduser().resolve()
