@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
+import ray.data  # noqa: F401  # sets up the logger that is silenced below
 import yaml
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
@@ -206,7 +206,7 @@ def _silent_stderr() -> Iterator[None]:
     """Drop what native code writes to stderr meanwhile; exceptions pass."""
     kept = os.dup(2)
     try:
-        with Path(os.devnull).open("w") as nowhere:
+        with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:

@@ -63,6 +63,20 @@ def _ray_address() -> object:
     return takes(read_ray_address, "temp_dir") and read_ray_address("/no/such/folder") is None
 
 
+def _gcs_client() -> object:
+    from ray._raylet import GcsClient
+
+    with pytest.raises(TypeError, match=r"takes at least 1 positional argument"):  # says where it asks
+        GcsClient(nothing="")
+    return isinstance(GcsClient, type)
+
+
+def _token_if_available() -> object:
+    from ray._private.authentication import authentication_token_setup
+
+    return takes(authentication_token_setup.maybe_enable_token_auth_if_token_available, "warn_if_disabled")
+
+
 def _ray_data_console() -> object:
     importlib.import_module("ray.data")  # sets up its logger
     return "console" in [handler.name for handler in logging.getLogger("ray.data").handlers]
@@ -157,6 +171,16 @@ TABLE = [
         why="`ray.init` waits minutes for a cluster that was killed; its address has to be tried before",
         upstream="ray-project/ray#28008", until="`ray.init` gives up soon, or tells its address",
         holds=_ray_address,
+    ),
+    Private(
+        module="cluster", name="GcsClient", library="ray 2.60.0",
+        why="tells at once that a cluster wants another token; `ray.init` tries for 20 seconds to reach it",
+        upstream=NOT_FOUND, until="`ray.init` raises AuthenticationError", holds=_gcs_client,
+    ),
+    Private(
+        module="cluster", name="maybe_enable_token_auth_if_token_available", library="ray 2.60.0",
+        why="takes this machine's token for an address that is given; `ray.init` does so for `auto` alone",
+        upstream=NOT_FOUND, until="`ray.init` does so for every address", holds=_token_if_available,
     ),
     Private(
         module="cluster", name="console", library="ray 2.60.0",

@@ -65,3 +65,25 @@ def test_a_sentence_names_the_group_it_is_about() -> None:
     other = board.difference("tuned", "exact_match", "family", "value_by_label")
     assert sentence(other).startswith("tuned against base on value_by_label: no significant change")
     assert sentence(board.difference("tuned", "exact_match")).startswith("tuned is better than base: +50.0")
+
+
+@pytest.mark.parametrize(("num_images", "num_others"), [(5, 1), (6, 2), (8, 8)])
+def test_few_images_are_said_to_show_nothing(num_images: int, num_others: int) -> None:
+    samples = [
+        SampleFacts(sample_id=f"{i}", question="?", answers=("4",), family=None, image=f"{i}")
+        for i in range(num_images + 1)
+    ]
+    right, wrong = {"prediction": "4", "error": None}, {"prediction": "5", "error": None}
+
+    def compare(size: int) -> str:
+        names = [s.sample_id for s in samples[:size]]
+        rows = {"base": dict.fromkeys(names, wrong)}
+        rows |= {f"m{n}": dict.fromkeys(names, right if n == 0 else wrong) for n in range(num_others)}
+        return sentence(score_models(samples[:size], rows, ["exact_match"]).difference("m0", "exact_match"))
+
+    few = compare(num_images)
+    assert few.startswith(
+        f"m0 against base: too few images to show anything ({num_images + 1} are the fewest"
+    )
+    assert "no significant" not in few
+    assert compare(num_images + 1).startswith("m0 is better than base: +100.0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def test_what_was_measured_is_measured_once(tmp_path: Path) -> None:
     assert read_speed(_plan(tmp_path)) == [POINT]  # nothing was deleted by looking
     assert read_speed(_plan(tmp_path, overwrite=True)) == []
     assert read_speed(_plan(tmp_path)) == []
+
+
+def test_a_model_under_the_same_name_is_measured_again_once_it_is_another(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    options = {"engine": "transformers", "models": f"base={model}"}
+    write_speed(_plan(tmp_path / "out", **options), [POINT])
+    assert read_speed(_plan(tmp_path / "out", **options)) == [POINT]
+    with (model / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert read_speed(_plan(tmp_path / "out", **options)) == []
 
 
 def test_a_damaged_measurement_is_named(tmp_path: Path) -> None:

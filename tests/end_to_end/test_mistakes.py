@@ -108,6 +108,90 @@ def test_mistakes_in_files_are_one_line_too(
         ("benchmark", "--dataset_name charts --sample_slices [:1] --models a={model}"),
     ],
 )
+def test_every_job_refuses_an_incomplete_model_before_ray_starts(
+    job: str,
+    options: str,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from vlmray import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, shlex.split(options.format(model=model)))
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert stderr.startswith(f"error: --model_id: {model}/model.safetensors is a Git LFS pointer, not")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("infer", "--dataset_name data --sample_slices [:1] --model_id builtin --output_dir data/out"),
+        ("finetune", "--dataset_name data --model_id builtin --output_dir data/out"),
+        ("benchmark", "--dataset_name data --models a=builtin --output_dir data/out"),
+    ],
+)
+def test_every_job_refuses_to_write_into_what_it_reads(
+    job: str,
+    options: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, shlex.split(options))
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert stderr.startswith("error: --output_dir data/out and --dataset_name data lie in one another: ")
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "data" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("infer", "--dataset_name charts --sample_slices [:1] --engine fake --model_id builtin"),
+        ("serve", "--engine fake --model_id builtin"),
+        ("benchmark", "--dataset_name charts --sample_slices [:1] --engine fake --models a=builtin"),
+    ],
+)
+def test_a_model_that_is_not_for_the_engine_is_found_before_ray_starts(
+    job: str,
+    options: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from vlmray import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, shlex.split(options))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --model_id 'builtin' is not for the fake engine; pass fake or fake?name=value&...\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("infer", "--dataset_name charts --sample_slices [:1] --model_id {model}"),
+        ("finetune", "--dataset_name charts --sample_slices [:1] --model_id {model}"),
+        ("serve", "--model_id {model}"),
+        ("benchmark", "--dataset_name charts --sample_slices [:1] --models a={model}"),
+    ],
+)
 def test_every_job_refuses_an_encoder_decoder_before_ray_starts(
     job: str,
     options: str,

@@ -70,6 +70,24 @@ def test_weights_that_changed_under_their_name_are_refused(
     assert len(_plan(tmp_path / "out", overwrite=True, **options).pending) == 3
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+        "tokenizer.json", "chat_template.jinja",
+    ],
+)  # fmt: skip
+def test_a_model_of_which_a_file_was_edited_is_refused(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    options = {"engine": "transformers", "model_id": str(model)}
+    _answer_one(_plan(tmp_path / "out", **options))
+    text = (model / name).read_text()
+    (model / name).write_text(text)  # only its time changes
+    assert len(_plan(tmp_path / "out", **options).pending) == 2
+    (model / name).write_text(text + "\n")
+    assert "(the weights of model_id" in _refusal(tmp_path / "out", **options)
+
+
 def test_an_adapter_that_was_trained_again_is_refused(
     tiny_model: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:

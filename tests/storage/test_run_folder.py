@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from vlmray.errors import RunError
 from vlmray.storage import run_folder
+from vlmray.storage.filesystem import check_apart
 from vlmray.storage.run_folder import RunFolder
 from vlmray.storage.run_options import Earlier
 
@@ -34,6 +38,70 @@ def _answer(folder: RunFolder) -> None:
 
 def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_is_said_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _open(tmp_path)
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ):
+
+        class Full:
+            type_name = "local"
+
+            def open_output_stream(self, path: str, error: OSError = error) -> None:
+                raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run_folder, "open_filesystem", lambda uri: (Full(), uri))
+            with pytest.raises(
+                RunError, match=f"^no space left on device: {tmp_path}; free some and run again$"
+            ):
+                folder.write_text("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("output", "data", "problem"),
+    [
+        ("data", "data", "lie in one another"),
+        ("data/out", "data", "lie in one another"),
+        ("data/out/deeper", "data", "lie in one another"),
+        (".", "data", "lie in one another"),
+        ("link/out", "data", "lie in one another"),
+        ("data/out", "link", "lie in one another"),
+        ("file://{here}/data/out", "data", "lie in one another"),
+        ("data/out", "file://{here}/data", "lie in one another"),
+        ("data/../data/out", "./data", "lie in one another"),
+        ("data", "data/results.json", "would be written"),
+        ("model", "data", "is the folder of model"),
+        ("data", "data/rows.jsonl", None),
+        ("data/out", "data/rows.jsonl", None),
+        ("out", "data", None),
+        ("data-2", "data", None),
+        ("model/out", "data", None),
+        ("charts", "charts?num_rows=3", None),
+        ("s3://bucket/data/out", "s3://bucket/data", None),
+    ],
+)
+def test_results_are_kept_apart_from_what_is_read(
+    output: str, data: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "model", "out"):
+        (tmp_path / folder).mkdir()
+    for name in ("rows.jsonl", "results.json"):
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "link").symlink_to("data")
+    output, data = (name.format(here=tmp_path) for name in (output, data))
+    if problem is None:
+        check_apart(output, data, "model", None)
+        return
+    with pytest.raises(
+        ValueError, match=rf"^--output_dir {re.escape(output)} .*{problem}.*; choose another f"
+    ):
+        check_apart(output, data, "model", None)
 
 
 # Whose folder it is

@@ -65,7 +65,9 @@ class GroupDifference:
         """Say what came of it."""
         if self.p_corrected < ALPHA:
             return "better" if self.difference.mean > 0 else "worse"
-        return "no significant change" if self.fewest_images <= self.difference.num_images else "too few images"
+        return (
+            "no significant change" if self.fewest_images <= self.difference.num_images else "too few images"
+        )
 
     @property
     def fewest_images(self) -> int:

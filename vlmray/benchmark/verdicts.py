@@ -91,8 +91,8 @@ def sentence(found: GroupDifference) -> str:
     )
     if found.verdict == "too few images":
         return (
-            f"{found.model} against {found.base}{where}: {difference.num_images:,} images are too few to show "
-            f"anything, {found.fewest_images:,} are the fewest that can: {details}"
+            f"{found.model} against {found.base}{where}: too few images to show anything "
+            f"({found.fewest_images:,} are the fewest that can): {details}"
         )
     if found.verdict != "no significant change":
         return f"{found.model} is {found.verdict} than {found.base}{where}: {details}"

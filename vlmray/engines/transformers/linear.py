@@ -55,7 +55,7 @@ def onednn_speed_up() -> float:
         and described.exists()
     ):
         return 1.0
-    text = described.read_text()
+    text = described.read_text(encoding="utf-8")
     family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
     if "AuthenticAMD" not in text or family is None:
         return 1.0
