@@ -77,3 +77,14 @@ def test_an_option_that_is_not_utf8_is_named() -> None:
     with pytest.raises(OptionError, match=r"--output_dir 'a\\udcff' is not UTF-8"):
         build_config(cli.InferConfig, {"sample_slices": "[:1]", "output_dir": "a\udcff"})
     assert build_config(cli.InferConfig, {"sample_slices": "[:1]", "output_dir": "é"}).output_dir == "é"
+
+
+@pytest.mark.parametrize("option", ["model_id", "dataset_name", "adapter", "output_dir"])
+def test_the_home_of_nobody_is_a_mistake(option: str) -> None:
+    from vlmray.config.parsing import build_config
+
+    with pytest.raises(OptionError, match=rf"^--{option} ~nobody-here/x: ~ is the home of a user"):
+        build_config(cli.InferConfig, {"sample_slices": "[:1]", option: "~nobody-here/x"})
+    for value in ("~/x", "a~b"):
+        assert build_config(cli.InferConfig, {"sample_slices": "[:1]", option: value})
+    build_config(cli.InferConfig, {"sample_slices": "[:1]", "system_prompt": "~nobody-here/x"})

@@ -174,6 +174,11 @@ def test_an_incomplete_model_folder_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_a_model_is_not_its_folder(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is a file; pass the folder that it is in"):
+        check_model_folder(f"{tiny_model}/config.json")
+
+
 def test_weights_that_end_early_are_refused_with_both_sizes(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     whole = (model / "model.safetensors").read_bytes()

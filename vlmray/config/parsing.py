@@ -26,6 +26,8 @@ from vlmray.errors import OptionError, one_line
 
 C = TypeVar("C")
 
+_PATHS = ("_dir", "_id", "dataset_name", "adapter", "baseline")
+
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -152,6 +154,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         raise OptionError(name, "needs a value")
     if isinstance(value, str) and not value.isascii():
         _check_utf8(name, value)
+    if isinstance(value, str) and value.startswith("~"):
+        _check_home(name, value)
     if typing.get_origin(kind) is dict:
         return _read_mapping(name, value)
     if isinstance(value, list | dict):
@@ -170,6 +174,16 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     except (ValueError, KeyError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise OptionError(name, f"must be {expected}, got {value!r}") from None
+
+
+def _check_home(name: str, value: str) -> None:
+    """Refuse a path in the home of somebody who has none; other texts may begin with a tilde."""
+    if not name.endswith(_PATHS):
+        return
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise OptionError(name, f"{value}: ~ is the home of a user, and there is no such user here") from None
 
 
 def _check_utf8(name: str, value: str) -> None:

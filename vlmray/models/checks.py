@@ -54,6 +54,8 @@ def check_model_folder(model_id: str) -> None:
         ValueError: Neither a folder nor a possible hub id, or a kind of model that no engine runs.
     """
     folder = Path(model_id).expanduser()
+    if folder.is_file():
+        raise OptionError("model_id", f"{model_id} is a file", "pass the folder that it is in")
     if not model_id or not folder.is_dir():  # an empty string would be the current folder
         _check_hub_id(model_id)
         snapshot = local_folder(model_id)

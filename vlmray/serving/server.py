@@ -240,6 +240,9 @@ def serve_app(config: ServeConfig) -> Server:
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         handle = serve.run(application, name=APP_NAME, route_prefix="/")
+    except KeyboardInterrupt:
+        serve.shutdown()  # or it would go on starting on a cluster that stays
+        raise
     except RuntimeError as error:
         serve.shutdown()
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
