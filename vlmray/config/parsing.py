@@ -152,10 +152,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if optional:
             return None
         raise OptionError(name, "needs a value")
-    if isinstance(value, str) and not value.isascii():
-        _check_utf8(name, value)
-    if isinstance(value, str) and value.startswith("~"):
-        _check_home(name, value)
+    if isinstance(value, str):
+        _check_text(name, value)
     if typing.get_origin(kind) is dict:
         return _read_mapping(name, value)
     if isinstance(value, list | dict):
@@ -176,21 +174,19 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         raise OptionError(name, f"must be {expected}, got {value!r}") from None
 
 
-def _check_home(name: str, value: str) -> None:
-    """Refuse a path in the home of somebody who has none; other texts may begin with a tilde."""
-    if not name.endswith(_PATHS):
-        return
-    try:
-        Path(value).expanduser()
-    except RuntimeError:
-        raise OptionError(name, f"{value}: ~ is the home of a user, and there is no such user here") from None
-
-
-def _check_utf8(name: str, value: str) -> None:
+def _check_text(name: str, value: str) -> None:
+    """Refuse text that cannot be written down, and a path in the home of nobody."""
     try:
         value.encode()
     except UnicodeEncodeError:
         raise OptionError(name, f"{value!r} is not UTF-8", "rename what it names") from None
+    if value.startswith("~") and name.endswith(_PATHS):  # other texts may begin so
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise OptionError(
+                name, f"{value}: ~ is the home of a user, and there is no such user here"
+            ) from None
 
 
 def _read_mapping(name: str, value: Any) -> dict[str, Any]:
