@@ -74,7 +74,7 @@ def test_a_quantized_model_generates(tiny_model: Path, tiny_adapter: Path, quant
     )
     kinds = {type(module).__name__ for module in model.modules()}
     assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
-    engine = TransformersEngine(model, processor, default_adapter="default")
+    engine = TransformersEngine(model, processor)
     completions = engine.generate([ask(), ask(image=False)])
     assert [c.error for c in completions] == [None, None]
     with model.disable_adapter():
@@ -221,7 +221,7 @@ def test_adapter_weights_that_would_have_no_effect_are_refused(
     for path in (renamed, halved, wider):
         model, processor = load_qwen_vl_model_and_processor(str(tiny_model))
         with pytest.raises(ValueError, match=f"--adapter {path} does not fit the model") as caught:
-            attach_adapter(model, str(path), name="default")
+            attach_adapter(model, str(path))
         assert "\n" not in str(caught.value)
     model, processor = load_qwen_vl_model_and_processor(str(tiny_model))
     engine = TransformersEngine(model, processor)
@@ -230,7 +230,7 @@ def test_adapter_weights_that_would_have_no_effect_are_refused(
     with pytest.raises(ValueError, match="does not fit the model"):
         engine.load_adapter("bad", str(renamed))
     assert engine.generate([ask()]) == before  # a refused adapter leaves the engine as it was
-    assert len(engine.model.peft_config) == 1
+    assert not hasattr(engine.model, "peft_config")
 
 
 def test_an_adapter_of_another_base_is_refused_before_loading(
