@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import shutil
 import weakref
@@ -198,8 +197,7 @@ def test_a_dropped_adapter_frees_its_memory(engine: TransformersEngine, folders:
     texts(engine.generate([for_kind(ROWS[0], kind) for kind in kinds]))
     for kind in kinds:
         engine.unload_adapter(kind)
-    gc.collect()
-    assert len(parts) > 100
+    assert len(parts) > 90
     assert not any(part() is not None for part in parts)
 
 
