@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers.adapters import APART, MIXING, answer_by_peft, build_adapter
 from helpers.engines import load, make_request, texts
+from vlmray.engines import build_engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.models.adapter_kinds import tell_kind
 from vlmray.models.adapters import load_adapter
 from vlmray.models.checks import check_adapter_folder
 from vlmray.models.merging import merge_adapter
+from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 ROWS = [make_request(number, number % 3) for number in range(4)]
@@ -133,6 +135,36 @@ def test_only_what_is_added_to_rows_shares_a_forward_pass(tiny_model: Path, fold
     model = load(tiny_model)
     mixes = {kind: load_adapter(model, str(folder)).mixes for kind, folder in folders.items()}
     assert mixes == dict.fromkeys(MIXING, True) | dict.fromkeys(APART, False)
+
+
+@pytest.mark.parametrize("kind", ["dora", "bias-all", "vision"])
+def test_a_default_adapter_of_any_kind(
+    tiny_model: Path, folders: dict[str, Path], expect: Expect, kind: str
+) -> None:
+    engine = build_engine(engine="transformers", model_id=str(tiny_model), adapter=str(folders[kind]))
+    assert isinstance(engine, TransformersEngine)
+    engine.load_adapter("plain", str(folders["plain"]))
+    assert ask(engine, "base", "plain") == {"base": expect(kind), "plain": expect("plain")}
+    engine.close()
+
+
+def test_a_family_that_is_run_whole(tiny_llava: Path, tmp_path: Path) -> None:
+    processor = load_processor(str(tiny_llava))
+    options: dict[str, dict[str, Any]] = {
+        kind: APART[kind] for kind in ("dora", "bias-all", "saved-lm_head", "vision", "tokens")
+    }
+    options |= {"plain": {}, "projector": {"modules_to_save": ["multi_modal_projector"]}}
+    engine = TransformersEngine(load(tiny_llava), processor)
+    before = state_of(engine.model)
+    expected = {"base": answer_by_peft(tiny_llava, None, processor, ROWS)}
+    for kind, option in options.items():
+        adapter = build_adapter(tmp_path / kind, tiny_llava, **option)
+        expected[kind] = answer_by_peft(tiny_llava, adapter, processor, ROWS)
+        engine.load_adapter(kind, str(adapter))
+    assert ask(engine, *expected) == expected
+    assert len(set(map(tuple, expected.values()))) == len(expected)
+    assert is_as_before(engine.model, before)
+    engine.close()
 
 
 def test_a_mixed_batch_that_does_not_fit_is_halved_without_a_trace(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers.adapters import build_adapter
 from helpers.paths import REAL_PROCESSOR, needs_real_processor
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.transformers.engine import TransformersEngine
@@ -80,6 +81,16 @@ def test_a_quantized_model_generates(tiny_model: Path, tiny_adapter: Path, quant
     with model.disable_adapter():
         base, _ = generate_text_from_sample(model, processor, ask(), max_new_tokens=20)
     assert base != generate_text_from_sample(model, processor, ask(), max_new_tokens=20)[0]
+
+
+def test_dora_on_8_bit_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    adapter = build_adapter(tmp_path / "dora", tiny_model, use_dora=True)
+    model, processor = load_qwen_vl_model_and_processor(str(tiny_model), quantization="8bit")
+    engine = TransformersEngine(model, processor)
+    with pytest.raises(ValueError, match=r"is a DoRA, .* 8-bit weights; pass --quantization 4bit or none"):
+        engine.load_adapter("dora", str(adapter))
+    assert engine.generate([ask()])[0].error is None
 
 
 def test_pixel_limits_take_effect(tiny_model: Path) -> None:

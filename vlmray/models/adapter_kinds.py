@@ -31,6 +31,11 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"),
 }
 
+_SUPPORTED = "LoRA, rsLoRA and DoRA are, with bias, modules_to_save and trainable_token_indices"
+_HINTS = {
+    "init_lora_weights": "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+}
+
 _NEEDS_TURNS = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
     "ensure_weight_tying",
@@ -95,20 +100,10 @@ def tell_kind(adapter: str, config: Mapping[str, Any], names: Iterable[str]) -> 
 
 def _check_fields(adapter: str, config: Mapping[str, Any]) -> None:
     for field, value in config.items():
-        known = value in _VALUES[field] if field in _VALUES else field in _ANY_VALUE or not value
-        if known:
+        if value in _VALUES[field] if field in _VALUES else field in _ANY_VALUE or not value:
             continue
-        if field == "init_lora_weights":
-            problem = f"was started by {value!r}, which takes its share out of the weights of the base"
-            hint = (
-                "convert it to plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-            )
-        elif field == "peft_type":
-            problem, hint = f"peft_type is {value}", "only LORA adapters are supported"
-        else:
-            problem = f"{field} is {value!r} in adapter_config.json, which is not supported"
-            hint = "LoRA, rsLoRA and DoRA are, with bias, modules_to_save and trainable_token_indices"
-        raise OptionError("adapter", f"{adapter}: {problem}", hint)
+        problem = f"{adapter}: {field} is {value} in adapter_config.json, which is not supported"
+        raise OptionError("adapter", problem, _HINTS.get(field, _SUPPORTED))
 
 
 def _adds(name: str, config: Mapping[str, Any]) -> bool:

@@ -51,14 +51,12 @@ def load_adapter(model: Any, adapter: str) -> Adapter:
         adapter: Folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ValueError: As `attach_adapter`; or the model has an adapter already, or lies on several devices of
-            which one holds only what waits.
+        ValueError: As `attach_adapter`; or the model has an adapter of its own, or weights that wait on
+            a CPU or disk for a GPU.
     """
     _check_base(model)
     with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as weights:
-        names = list(weights.keys())
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-    kind = tell_kind(adapter, config, names)
+        kind = tell_kind(adapter, _read_config(adapter), list(weights.keys()))
     before = {(module, name): part for module in model.modules() for name, part in _members(module)}
     try:
         # PEFT writes whole weights into the parameters that it finds.
@@ -105,6 +103,9 @@ def attach_adapter(model: Any, adapter: str) -> Any:
             weights (both happen when layer names changed between versions), or other shapes.
     """
     _check_finite(adapter)
+    if getattr(model, "is_loaded_in_8bit", False) and _read_config(adapter).get("use_dora"):
+        problem = f"{adapter} is a DoRA, whose lengths of columns PEFT cannot tell from 8-bit weights"
+        raise OptionError("adapter", problem, "pass --quantization 4bit or none")
     from peft import PeftModel  # imports bitsandbytes, which takes seconds: only when needed
 
     try:
@@ -179,13 +180,18 @@ def _join(adapters: Sequence[Adapter | None]) -> dict[Place, RowwiseLora]:
     return joined
 
 
+def _read_config(adapter: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def _check_base(model: Any) -> None:
     if is_peft_model(model):
         raise ValueError("the engine's model has an adapter of its own; load others into the bare model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise OptionError(
             "adapter",
-            "needs the whole model on GPUs, and some of its weights wait elsewhere for lack of memory",
+            "needs all of the model on GPUs, and some of its weights wait elsewhere for lack of memory",
             "pass --quantization 4bit or take more GPUs",
         )
 
