@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers.adapters import build_adapter
 from helpers.paths import REAL_PROCESSOR, needs_real_processor
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.transformers.engine import TransformersEngine
@@ -74,12 +75,22 @@ def test_a_quantized_model_generates(tiny_model: Path, tiny_adapter: Path, quant
     )
     kinds = {type(module).__name__ for module in model.modules()}
     assert {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization] in kinds
-    engine = TransformersEngine(model, processor, default_adapter="default")
+    engine = TransformersEngine(model, processor)
     completions = engine.generate([ask(), ask(image=False)])
     assert [c.error for c in completions] == [None, None]
     with model.disable_adapter():
         base, _ = generate_text_from_sample(model, processor, ask(), max_new_tokens=20)
     assert base != generate_text_from_sample(model, processor, ask(), max_new_tokens=20)[0]
+
+
+def test_dora_on_8_bit_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    adapter = build_adapter(tmp_path / "dora", tiny_model, use_dora=True)
+    model, processor = load_qwen_vl_model_and_processor(str(tiny_model), quantization="8bit")
+    engine = TransformersEngine(model, processor)
+    with pytest.raises(ValueError, match=r"is a DoRA, .* 8-bit weights; pass --quantization 4bit or none"):
+        engine.load_adapter("dora", str(adapter))
+    assert engine.generate([ask()])[0].error is None
 
 
 def test_pixel_limits_take_effect(tiny_model: Path) -> None:
@@ -221,7 +232,7 @@ def test_adapter_weights_that_would_have_no_effect_are_refused(
     for path in (renamed, halved, wider):
         model, processor = load_qwen_vl_model_and_processor(str(tiny_model))
         with pytest.raises(ValueError, match=f"--adapter {path} does not fit the model") as caught:
-            attach_adapter(model, str(path), name="default")
+            attach_adapter(model, str(path))
         assert "\n" not in str(caught.value)
     model, processor = load_qwen_vl_model_and_processor(str(tiny_model))
     engine = TransformersEngine(model, processor)
@@ -230,7 +241,7 @@ def test_adapter_weights_that_would_have_no_effect_are_refused(
     with pytest.raises(ValueError, match="does not fit the model"):
         engine.load_adapter("bad", str(renamed))
     assert engine.generate([ask()]) == before  # a refused adapter leaves the engine as it was
-    assert len(engine.model.peft_config) == 1
+    assert not hasattr(engine.model, "peft_config")
 
 
 def test_an_adapter_of_another_base_is_refused_before_loading(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from helpers.adapters import APART, MIXING, answer_by_peft, build_adapter
 from vlmray.config import ServeConfig
-from vlmray.schema import GenerationRequest
+from vlmray.models.processors import load_processor
+from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving import replica as module
 from vlmray.serving.backend import Reply
 from vlmray.serving.replica import ModelReplica
@@ -160,3 +163,39 @@ def test_an_adapter_that_nobody_waits_for_is_taken_out_again(
 
     asyncio.run(check())
     engine.close()
+
+
+def test_adapters_of_several_kinds_and_the_base_are_answered_together(
+    make_replica: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    kinds = {kind: (MIXING | APART)[kind] for kind in ("plain", "dora", "bias-all", "merger")}
+    folders = {kind: build_adapter(tmp_path / kind, tiny_model, **options) for kind, options in kinds.items()}
+    started = build_adapter(tmp_path / "pissa", tiny_model)
+    config = (started / "adapter_config.json").read_text()
+    (started / "adapter_config.json").write_text(config.replace('_weights": true', '_weights": "pissa"'))
+    processor = load_processor(str(tiny_model))
+    request = ask("How many?", max_new_tokens=12)
+    expected: dict[str | None, list[str]] = {
+        kind: answer_by_peft(tiny_model, folder, processor, [request]) for kind, folder in folders.items()
+    }
+    expected[None] = answer_by_peft(tiny_model, None, processor, [request])
+    assert len({tuple(texts) for texts in expected.values()}) == 5
+    replica = make_replica(
+        str(tiny_model), engine="transformers", adapter_dir=str(tmp_path), max_batch_size=8,
+        batch_wait_timeout_s=0.2,
+    )  # fmt: skip
+
+    async def answer(adapter: str | None) -> Completion:
+        reply = await read(replica.answer(dataclasses.replace(request, adapter=adapter), False))
+        return reply.completion
+
+    async def check() -> None:
+        for _ in range(2):
+            refused, *found = await asyncio.gather(answer("pissa"), *map(answer, expected))
+            assert refused.error is not None
+            assert "pissa: init_lora_weights is pissa" in refused.error
+            assert {kind: [each.text] for kind, each in zip(expected, found, strict=True)} == expected
+        assert (await answer(None)).text == expected[None][0]
+
+    asyncio.run(check())
+    replica._engine.close()

@@ -109,8 +109,7 @@ def _requests(answers: Answers, max_new_tokens: int = 1) -> list[GenerationReque
 
 
 def _answer(config: FinetuneConfig, model: Any, processor: Any, answers: Answers) -> list[dict[str, Any]]:
-    adapter = "default" if hasattr(model, "peft_config") else None
-    engine = TransformersEngine(model, processor, default_adapter=adapter)
+    engine = TransformersEngine(model, processor)
     completions = engine.generate(_requests(answers, config.max_new_tokens))
     return [
         {**row, "prediction": completion.text} for row, completion in zip(answers, completions, strict=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmray.errors import OptionError, mistake_in
+from vlmray.models.adapter_kinds import tell_kind
 from vlmray.storage.hub import local_folder
 from vlmray.storage.weights import check_not_a_pointer, check_whole, read_tensor_shapes
 
@@ -111,7 +112,8 @@ def check_adapter_folder(adapter: str, model_id: str) -> None:
 
     Raises:
         FileNotFoundError: The folder, its config or its safetensors weights are missing.
-        ValueError: The adapter was made for another base; the message says what was found and expected.
+        ValueError: The adapter is of a kind that is not known to be answered exactly, or was made for
+            another base; the message says what was found and expected.
     """
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
@@ -120,14 +122,12 @@ def check_adapter_folder(adapter: str, model_id: str) -> None:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"--adapter {adapter}: no adapter_model.safetensors{_convert_hint(folder)}")
-    if config.get("peft_type", "LORA") != "LORA":
-        raise OptionError(
-            "adapter", f"{adapter}: peft_type is {config['peft_type']}", "only LORA adapters are supported"
-        )
+    shapes = read_tensor_shapes(weights)
+    tell_kind(adapter, config, shapes)
     base = local_folder(model_id)
-    if base is None:
+    if base is None or config.get("target_parameters"):  # those may be of any shape
         return
-    problem = _shape_problem(read_tensor_shapes(weights), _base_shapes(base))
+    problem = _shape_problem(shapes, _base_shapes(base))
     if problem:
         raise OptionError(
             "adapter",
@@ -229,13 +229,14 @@ def _layer_path(module: str) -> str:
 
 def _shape_problem(adapter: dict[str, tuple[int, ...]], base: dict[str, set[tuple[int, ...]]]) -> str | None:
     """Return the first way in which the adapter's tensors do not fit the base, or None."""
-    matched = 0
     for name, shape in adapter.items():
         match = _LORA_KEY.fullmatch(name)
         if match is None or len(shape) != 2:
             continue
         layer = _layer_path(match["module"])
         found = base.get(layer)
+        if found is None and layer == "lm_head":
+            continue  # that of a model which ties it to its embeddings is not stored
         if found is None:
             return f"the adapter changes {layer}, which the model does not have"
         axis = 1 if match["side"] == "A" else 0
@@ -244,5 +245,4 @@ def _shape_problem(adapter: dict[str, tuple[int, ...]], base: dict[str, set[tupl
         if shape[axis] not in widths and 1 not in {base_shape[1] for base_shape in found}:
             side = "input" if axis == 1 else "output"
             return f"{layer} has {side} width {shape[axis]} in the adapter and {widths[0]} in the model"
-        matched += 1
-    return None if matched else "it holds no LoRA weights"
+    return None

@@ -68,8 +68,7 @@ def load_checkpoint(
         model_id: Local checkpoint folder or hub id.
         config: How it is loaded. Quantization is NF4 with double quantisation at `4bit`; `dtype` is then
             that of the arithmetic.
-        adapter: Folder of a LoRA adapter of that very model; the model returned is then a `PeftModel`
-            whose active adapter is called `default`.
+        adapter: Folder of a LoRA adapter of that very model; the model returned is then a `PeftModel`.
         device_map: Passed to transformers where there is a GPU; None loads without one.
 
     Returns:
@@ -94,7 +93,7 @@ def load_checkpoint(
         trust_remote_code=config.trust_remote_code,
     )
     if adapter is not None:
-        model = attach_adapter(model, adapter, name="default")
+        model = attach_adapter(model, adapter)
     return model, processor
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from vlmray.errors import OptionError
-from vlmray.models.checks import SIDE_FILES
+from vlmray.errors import OptionError, one_line
+from vlmray.models.checks import SIDE_FILES, check_adapter_folder, read_tensor_shapes
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
+
+_BESIDE = "pass it as --adapter beside its base"
+_EMBEDDINGS = re.compile(r"\.(?:embed_tokens|lm_head)\.(?!token_adapter\.)")
 
 
 def merge_adapter(
@@ -48,14 +52,17 @@ def merge_adapter(
 
     Raises:
         FileExistsError: `folder` holds something.
-        ValueError: A quantised base, an adapter of another base, or one with weights that are not numbers.
+        ValueError: A quantised base, an adapter of another base, or one that cannot be merged exactly.
     """
     from vlmray.models.loading import load_qwen_vl_model_and_processor
 
     target = Path(folder).expanduser()
     _check_new_folder(target)
     config = load_base_config(model_id, trust_remote_code=trust_remote_code)
+    check_adapter_folder(adapter, model_id)
     _check_not_quantized(model_id, config)
+    if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
+        _check_leaves_ties(adapter)
     model, processor = load_qwen_vl_model_and_processor(
         model_id,
         adapter=adapter,
@@ -64,7 +71,10 @@ def merge_adapter(
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
     )
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        raise OptionError("adapter", f"{adapter} cannot be merged: {one_line(error)}", _BESIDE) from error
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt
     partial.mkdir(parents=True)
@@ -101,6 +111,15 @@ def _check_not_quantized(model_id: str, config: Any) -> None:
             f"{model_id} is a quantised checkpoint ({method})",
             "an adapter merges well only into full weights: pass the checkpoint that it was made from",
         )
+
+
+def _check_leaves_ties(adapter: str) -> None:
+    """Refuse an adapter of embeddings or head where both are one: merged, it would change the other."""
+    names = read_tensor_shapes(Path(adapter).expanduser() / "adapter_model.safetensors")
+    changed = [name for name in names if _EMBEDDINGS.search(name)]
+    if changed:
+        problem = f"{adapter} changes {changed[0]}, and the model ties its embeddings to its head"
+        raise OptionError("adapter", f"{problem}, so that merging would change both", _BESIDE)
 
 
 def _dtype_name(config: Any) -> str:

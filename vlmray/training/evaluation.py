@@ -8,7 +8,6 @@ from typing import Any, TypeGuard
 
 from vlmray import metrics
 from vlmray.engines.transformers.engine import TransformersEngine
-from vlmray.models.adapters import is_peft_model
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.samples import Feature, Features, first_question
 
@@ -45,12 +44,7 @@ class Evaluation:
 
     def answer(self, model: Any, features: Sequence[Feature]) -> list[dict[str, Any]]:
         """Answer the first question of samples greedily, as inference would; return them as result rows."""
-        engine = TransformersEngine(
-            model.eval(),
-            self.collator.processor,
-            batch_size=self.batch_size,
-            default_adapter="default" if is_peft_model(model) else None,
-        )
+        engine = TransformersEngine(model.eval(), self.collator.processor, batch_size=self.batch_size)
         requests = [first_question(feature, self.max_new_tokens) for feature in features]
         try:
             completions = engine.generate(requests)

@@ -11,6 +11,7 @@ import pytest
 
 from vlmray.engines.transformers.batching import Batcher
 from vlmray.engines.transformers.in_flight import InFlight
+from vlmray.models.adapters import Adapter
 from vlmray.schema import GenerationRequest
 
 HEAD_TOKENS = 50
@@ -83,9 +84,9 @@ def test_after_a_failure_batches_are_half_as_large_and_never_grow() -> None:
 
 def test_adapters_that_may_not_mix_come_one_after_the_other() -> None:
     batcher, rows = Batcher(16, 10**6), make_rows(lambda index: 1 + index)
+    plain, one, two = (Adapter({}, mixes=mixes) for mixes in (True, False, False))
     for row in rows:
-        row.adapter = [None, "one", "two"][row.index % 3]
-    assert {batcher.group(row) for row in rows} == {""}
-    batcher.mixes_adapters = False
+        row.adapter = [None, one, plain, two][row.index % 4]
     batcher.sort(rows)
-    assert [name for name, _ in groupby(rows, key=batcher.group)] == ["", "one", "two"]
+    groups = [[row.adapter for row in group] for _, group in groupby(rows, key=lambda row: row.group)]
+    assert list(map(set, groups)) == [{None, plain}, {one}, {two}]

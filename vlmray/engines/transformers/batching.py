@@ -27,9 +27,6 @@ class Batcher:
     def __init__(self, batch_size: int, max_batch_tokens: int, copied_share: float = 1.0) -> None:
         self.batch_size = batch_size
         self.max_batch_tokens = max_batch_tokens
-        self.mixes_adapters = True
-        """Whether rows of several adapters may share a batch."""
-
         self._copied_share = copied_share
 
     def sort(self, rows: list[InFlight]) -> None:
@@ -41,9 +38,9 @@ class Batcher:
         for row in sorted(rows, key=lambda row: -row.num_tokens):
             first.setdefault(row.head or row.index, row)
 
-        def place(row: InFlight) -> tuple[str, int, int, int]:
+        def place(row: InFlight) -> tuple[int, int, int, int]:
             leader = first[row.head or row.index]
-            return self.group(row), -leader.num_tokens, leader.index, -row.num_tokens
+            return row.group, -leader.num_tokens, leader.index, -row.num_tokens
 
         rows.sort(key=place)
 
@@ -66,10 +63,6 @@ class Batcher:
     def remember_failure(self, rows: Sequence[InFlight]) -> None:
         """Make later batches smaller than half of one that did not fit into memory."""
         self.max_batch_tokens = min(self.max_batch_tokens, self.count_tokens(rows) // 2)
-
-    def group(self, row: InFlight) -> str:
-        """Name what rows must have in common to share a forward pass, as far as adapters go."""
-        return "" if self.mixes_adapters else row.adapter or ""
 
 
 def have_common_heads(rows: Sequence[InFlight]) -> bool:

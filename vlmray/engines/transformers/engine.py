@@ -42,7 +42,7 @@ from vlmray.engines.transformers.memory import (
 )
 from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
-from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter
+from vlmray.models.adapters import Adapter, load_adapter
 from vlmray.models.checks import check_adapter_folder
 from vlmray.models.inputs import encode_text, row_signature
 from vlmray.models.loading import find_max_model_len, load_checkpoint
@@ -59,14 +59,14 @@ class TransformersEngine:
     remembered in tokens, so that later batches of long rows are smaller while those of short rows are not.
 
     Args:
-        model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
+        model: An image-text-to-text model in eval mode, or a `PeftModel` around one, whose active adapter
+            then answers everything.
         processor: Its processor, as `vlmray.models.processors.load_processor` gives it.
         batch_size: Most rows in one forward pass.
         max_batch_tokens: Most prompt tokens in one forward pass, padding included; a longer row goes alone.
             A beginning that rows share counts once, and for each of the others what its copy takes.
             None: what the memory holds (see `vlmray.engines.transformers.memory`).
-        default_adapter: PEFT name of an adapter that `model` has and that answers the requests which
-            name none; None answers those with the base. With a default the base cannot be asked.
+        default_adapter: Answers the requests that name none, instead of the base.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TransformersEngine:
         *,
         batch_size: int = 16,
         max_batch_tokens: int | None = None,
-        default_adapter: str | None = None,
+        default_adapter: Adapter | None = None,
     ) -> None:
         if batch_size < 1:
             raise OptionError("batch_size", f"must be at least 1, got {batch_size}")
@@ -87,8 +87,7 @@ class TransformersEngine:
         self.max_model_len = find_max_model_len(model.config)
         share = cached_share(model.config) if self.forward.copies_rows else 1.0
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
-        self._adapters: dict[str | None, str | None] = {None: default_adapter}
-        self._num_loaded = 0
+        self._adapters: dict[str | None, Adapter | None] = {None: default_adapter}
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
         self._decode = functools.lru_cache(maxsize=8)(decode_image)
@@ -104,7 +103,7 @@ class TransformersEngine:
         num_threads: int | None = None,
         memory_fraction: float = 1.0,
     ) -> TransformersEngine:
-        """Load a model and wrap it; `adapter` becomes the default adapter.
+        """Load a model and wrap it; `adapter` answers the requests that name none, instead of the base.
 
         On a CPU this process keeps the memory that it frees, from then on.
 
@@ -123,22 +122,26 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         limit_memory(memory_fraction)
-        model, processor = load_checkpoint(model_id, config, adapter=adapter)
+        if adapter is not None:
+            check_adapter_folder(adapter, model_id)
+        model, processor = load_checkpoint(model_id, config)
         pack_attention(model)
         if model.device.type == "cpu":
             keep_freed_memory()
             use_faster_kernels(model)
+        default = None if adapter is None else load_adapter(model, adapter)
+        max_batch_tokens = config.max_batch_tokens or find_batch_tokens(model, memory_fraction)
         return cls(
             model,
             processor,
             batch_size=batch_size,
-            max_batch_tokens=config.max_batch_tokens or find_batch_tokens(model, memory_fraction),
-            default_adapter=adapter and "default",
+            max_batch_tokens=max_batch_tokens,
+            default_adapter=default,
         )
 
     @property
     def model(self) -> Any:
-        """The model, with the adapters that were loaded; None once the engine is closed."""
+        """The model, bare of the adapters that were loaded; None once the engine is closed."""
         return self.forward.model
 
     def load_adapter(self, name: str, path: str) -> None:
@@ -151,12 +154,7 @@ class TransformersEngine:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter_folder(path, self.model.config.name_or_path)
-        internal = f"loaded_{self._num_loaded}"  # PEFT makes module names of it, which allow no dots
-        self.forward.model = attach_adapter(self.model, path, name=internal)
-        self._adapters[name] = internal
-        self._num_loaded += 1
-        # PEFT applies each adapter to its rows of a batch; a vision tower sees patches instead of rows.
-        self.batcher.mixes_adapters = self.batcher.mixes_adapters and adapts_language_alone(self.model)
+        self._adapters[name] = load_adapter(self.model, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that `load_adapter` loaded, and free its memory.
@@ -164,10 +162,8 @@ class TransformersEngine:
         Raises:
             ValueError: There is none of that name.
         """
-        internal = self._adapters.pop(name, None)
-        if internal is None:
+        if self._adapters.pop(name, None) is None:
             raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
-        self.forward.model = detach_adapter(self.model, internal)
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Word requests, put them in order, and begin to encode the first batch."""
@@ -252,7 +248,7 @@ class TransformersEngine:
                     row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
                     row.max_new_tokens = limit_answer(row.request, row.num_prompt_tokens, self.max_model_len)
                     signatures = tuple(map(row_signature, row.segments))
-                    ready.setdefault((signatures, self.batcher.group(row)), []).append(row)
+                    ready.setdefault((signatures, row.group), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
                     listener.end(row, failed_completion(error, prompt=row.prompt))
             for rows in ready.values():

@@ -6,10 +6,9 @@ of all rows.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
 from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
-from vlmray.models.adapters import base_of, is_peft_model
+from vlmray.models.adapters import base_of, use_adapters
 from vlmray.models.families import family_of
 from vlmray.models.inputs import join_rows
 from vlmray.models.vision import encode_images, replace_pixels
@@ -84,13 +83,12 @@ class Forward:
             num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
             is_finite=lambda: choose.is_finite,
         )
-        with self._use_adapters(rows) as options:
+        with use_adapters([row.adapter for row in rows]):
             ids = self.model.generate(
                 **inputs,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([stop]),
-                **options,
             )
         inputs["input_ids"] = ids
         inputs["attention_mask"] = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
@@ -114,7 +112,7 @@ class Forward:
         longest = max(row.tail_inputs["input_ids"].shape[1] for row in rows)
         cache = make_cache(longest + min(_ROOM, max(row.max_new_tokens for row in rows)))
         if not have_common_heads(rows):
-            with self._use_adapters(rows):
+            with use_adapters([row.adapter for row in rows]):
                 return {**self._encode_images(self._join(rows)), "past_key_values": cache}
         return self._prefill(rows, cache)
 
@@ -143,26 +141,11 @@ class Forward:
         place = {row.head: index for index, row in enumerate(leaders)}
         heads = self._join(leaders, lambda row: row.head_inputs)
         tails = self._join(rows, lambda row: row.tail_inputs)
-        with self._use_adapters(leaders) as options:
+        with use_adapters([row.adapter for row in leaders]):
             heads = self._encode_images(heads)
-            self.model(**heads, **options, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(**heads, past_key_values=cache, use_cache=True, logits_to_keep=1)
         inputs = {**heads, "past_key_values": cache}
         self._select(inputs, [place[row.head] for row in rows])
         for name in ("input_ids", "attention_mask"):
             inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
         return inputs
-
-    @contextlib.contextmanager
-    def _use_adapters(self, rows: list[InFlight]) -> Iterator[dict[str, Any]]:
-        """Let each row meet its own adapter; yield what `generate` has to be told for that."""
-        adapters = [row.adapter for row in rows]
-        if not is_peft_model(self.model):
-            yield {}
-        elif len(set(adapters)) > 1:
-            yield {"adapter_names": [adapter or "__base__" for adapter in adapters]}
-        elif adapters[0] is not None:
-            self.model.set_adapter(adapters[0])
-            yield {}
-        else:
-            with self.model.disable_adapter():
-                yield {}

@@ -12,6 +12,7 @@ import torch
 
 from vlmray.engines.base import Cancelled, OnEnd, OnText, failed_completion
 from vlmray.engines.streamed_text import Answer
+from vlmray.models.adapters import Adapter
 from vlmray.models.inputs import chain_segments
 from vlmray.schema import Completion, FinishReason, GenerationRequest
 
@@ -33,9 +34,7 @@ class InFlight:
     num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
-    adapter: str | None = None
-    """PEFT's name of it."""
-
+    adapter: Adapter | None = None
     head: tuple[Any, ...] | None = None
     """What it begins with: adapter, text up to the last image, and the images; None where that is not
     shared with other rows."""
@@ -57,6 +56,11 @@ class InFlight:
 
     num_sent: int = 0
     """Characters that were streamed; a batch that is tried again does not send them twice."""
+
+    @property
+    def group(self) -> int:
+        """What rows must have in common to share a forward pass, as far as adapters go."""
+        return 0 if self.adapter is None or self.adapter.mixes else self.adapter.number
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
