@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmray.errors import OptionError, one_line
-from vlmray.models.checks import SIDE_FILES, check_adapter_folder, read_tensor_shapes
+from vlmray.models.checks import SIDE_FILES, check_adapter_folder
+from vlmray.storage.weights import read_tensor_shapes
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
 
