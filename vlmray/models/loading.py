@@ -21,6 +21,7 @@ from vlmray.errors import OptionError
 from vlmray.models.adapters import attach_adapter
 from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
 from vlmray.models.families import family_of
+from vlmray.models.generation import warn_of_settings
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
@@ -223,4 +224,5 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             "pass a complete checkpoint of an image-text-to-text model",
         )
     family_of(model.config.model_type).prepare(model)
+    warn_of_settings(model_id, model.generation_config)
     return model.eval()

@@ -44,7 +44,7 @@ from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter
 from vlmray.models.checks import check_adapter_folder
-from vlmray.models.inputs import encode_text, row_signature
+from vlmray.models.inputs import encode_text, row_signature, template_options
 from vlmray.models.loading import load_checkpoint
 from vlmray.schema import Completion, GenerationRequest
 
@@ -186,6 +186,14 @@ class TransformersEngine:
             self._start_encoding(self.batcher.take(prepared.queue.copy()), prepared.heads)
         return prepared
 
+    def check(self, request: GenerationRequest) -> Completion | None:
+        """Word and count a request; what shows only with its images is found by `generate`."""
+        try:
+            self._open(InFlight(0, request))
+        except Exception as error:
+            return failed_completion(error)
+        return None
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -222,7 +230,7 @@ class TransformersEngine:
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
         messages = [dict(message) for message in request.messages]  # the template call rewrites some parts
-        row.prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        row.prompt = self.processor.apply_chat_template(messages, **template_options(self.processor, request))
         row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded
         row.num_tokens += sum(
