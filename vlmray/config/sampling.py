@@ -68,9 +68,9 @@ def sampling_problems(settings: SamplingConfig | Sampling) -> Iterator[tuple[str
         value = getattr(settings, name, None)
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             yield name, f"must be {expected}, got {value}"
-    least, most = (getattr(settings, f"{end}_new_tokens", None) for end in ("min", "max"))
-    if least is not None and most is not None and least > most:
-        yield "min_new_tokens", f"must be at most max_new_tokens, {most}, got {least}"
+    fewest, limit = (getattr(settings, f"{end}_new_tokens", None) for end in ("min", "max"))
+    if fewest is not None and limit is not None and fewest > limit:
+        yield "min_new_tokens", f"must be at most max_new_tokens, {limit}, got {fewest}"
 
 
 def sampling_of(config: object) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def encode_text(
 
 
 def template_options(processor: Any, request: GenerationRequest) -> dict[str, Any]:
-    """Return what the chat template is told beside the messages; variables that it does not name are left out."""
+    """Return what the chat template is told beside the messages, of variables those that it names."""
     template = processor.chat_template
     text = template.get("default", "") if isinstance(template, dict) else template or ""
     known = {
