@@ -60,8 +60,9 @@ WITH_RAY = {
 """Modules that may import Ray; all others run, and are tested, without."""
 
 WITH_TORCH = {
-    "models.loading", "models.generation", "models.inputs", "models.vision", "models.processors", "models.families",
-    "models.families.base", "models.families.patch_embedding", "models.families.qwen2_5_vl",
+    "models.loading", "models.generation", "models.inputs", "models.vision", "models.processors",
+    "models.families", "models.families.base", "models.families.patch_embedding",
+    "models.families.qwen2_5_vl",
     "training.worker", "training.trainer", "training.evaluation", "training.checkpoint",
     "training.collator", "training.vision_cache", "training.arguments", "training.optimizers",
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
