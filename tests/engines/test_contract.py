@@ -193,8 +193,6 @@ def neighbours(model: Any, processor: Any) -> tuple[list[GenerationRequest], lis
         (dataclasses.replace(make_request(1, 0), images=[make_image(0, (60, 60))]), "0 image places"),
         (dataclasses.replace(make_request(1), images=[make_image(0, (6000, 2))]), "aspect ratio"),
         (dataclasses.replace(make_request(1), images=[cast(Any, "not an image")]), "Error"),
-        (text_request("one <|image_pad|> of my own"), "1 image tokens"),
-        (text_request("a <|video_pad|> of my own"), "video"),
         (make_request(1, adapter="missing"), "unknown adapter 'missing'; known: none"),
         (make_request(1, max_new_tokens=0), "max_new_tokens must be at least 1"),
         (make_request(1, temperature=float("nan")), "temperature must be at least 0"),
@@ -318,9 +316,8 @@ def test_another_model_family_is_answered_just_as_exactly(tiny_llava: Path) -> N
     expected = [generate_alone(engine.model, engine.processor, request) for request in requests]
     assert texts(engine.generate(requests)) == expected
     assert len(set(expected)) > 6
-    bad = text_request("one <|image_pad|> of my own")
-    assert (
-        engine.generate([bad])[0].error == "ValueError: the prompt has 1 image tokens where its images give 0"
-    )
+    odd = text_request("one <|image_pad|> of my own")
+    (answered,) = engine.generate([odd])
+    assert (answered.error, answered.prompt.count("<|image_pad|>")) == (None, 1)
     with pytest.raises(ValueError, match="--max_pixels do not apply to CLIPImageProcessorPil"):
         load_processor(str(tiny_llava), max_pixels=10_000)

@@ -57,7 +57,7 @@ BAD = {
     "empty answer": {"answers": [""]},
     "broken image": {"image": b"no picture"},
     "too long": {"question": "How many bars are there? " * 40},
-    "special token": {"question": "What is <|image_pad|>?"},
+    "special token": {"answers": ["<|image_pad|>"]},
 }
 
 

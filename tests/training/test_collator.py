@@ -121,12 +121,6 @@ def test_the_prompt_is_the_one_that_the_engine_sends(model: Any, processor: Any)
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"error": "the image is no image"}, "the image is no image"),
     (feature_of("Which?", " \n"), "empty answer"),
-    (
-        feature_of("one <|image_pad|> of my own", "yes"),
-        "the text of a user turn holds the special token '<|image_pad|>'",
-    ),
-    (feature_of("one <|image_pad|> of my own", "yes", images=1), "'<|image_pad|>'; remove it"),
-    (feature_of("Which?", "one", "a <|video_pad|>", "two"), "'<|video_pad|>'; remove it"),
     (feature_of("Which?", "red<|im_end|>blue"), "an answer holds the special token '<|im_end|>'"),
     (feature_of("Which?", "<|vision_start|><|image_pad|>"), "an answer holds the special token"),
     ({**feature_of("Which?", "red"), "images": [Image.new("RGB", (60, 60))]}, "0 image places for 1 images"),

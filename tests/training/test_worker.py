@@ -30,6 +30,7 @@ from helpers.trainings import PIXELS, Interruption, differ, interrupted_at, spoi
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.models.processors import load_processor
 from vlmray.training.run import TrainingRun
+from vlmray.training.trainer import DivergedError
 from vlmray.training.worker import LocalWorker, Outcome, WorkerSession
 
 pytestmark = pytest.mark.usefixtures("spare_time")
@@ -269,3 +270,14 @@ def test_progress_is_told(tiny_model: Path) -> None:
     assert [progress["step"] for progress in told if "step" in progress] == [0, 1, 2]
     assert [p["loss"] for p in told if "loss" in p] == curve(outcome)
     assert [p["eval_loss"] for p in told if "eval_loss" in p] == curve(outcome, "eval_loss")
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_training_ends_where_it_diverges(tiny_model: Path, tmp_path: Path, saved_first: bool) -> None:
+    """Neither a loss nor weights that are no numbers are gone on with, or kept."""
+    options = {"save_steps": 2, "logging_steps": 5} if saved_first else {"save_steps": 50, "logging_steps": 1}
+    config = make_config(tiny_model, max_steps=6, learning_rate=1e20, warmup_ratio=0, **options)
+    told = "is not finite at step 2" if saved_first else r"(loss|grad_norm) is (nan|inf) at step [23]"
+    with pytest.raises(DivergedError, match=f"{told}, so training has diverged; lower --learning_rate"):
+        train(config, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -40,6 +40,8 @@ class Engine(Protocol):
       images that do not match, an image the processor refuses, an unknown adapter, a row too large
       for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
       in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
+    * **A text is text.** Special tokens in a message's text are encoded as the characters they are written
+      with; only the chat template writes turns and placeholders.
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
       its completion. `on_end` gets each completion as soon as it is there, after all its pieces. Both are
       called by the thread that called `generate`, before it returns.

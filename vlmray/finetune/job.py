@@ -48,7 +48,7 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
     """Train, write the artifacts, check them, and write report and manifest.
 
     Raises:
-        ValueError: the model cannot be trained this way, which only the workers could tell.
+        ValueError: the model cannot be trained this way, which only the workers could tell, or diverged.
         FinetuneError: workers kept failing, or more samples failed than `--max_errors` allows.
     """
     started = time.perf_counter()
@@ -67,7 +67,7 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
     """Run the trainer in a thread, and show how far it is in this one.
 
     Raises:
-        ValueError: the model cannot be trained this way, which only the workers could tell.
+        ValueError: the model cannot be trained this way, which only the workers could tell, or diverged.
         FinetuneError: workers kept failing.
     """
     board = Board.start()

@@ -26,6 +26,7 @@ from vlmray import cluster
 from vlmray.training.batch_plan import BatchPlan
 from vlmray.training.run import TrainingRun
 from vlmray.training.samples import SAMPLE_SCHEMA, Conversations, Features, open_images, to_feature
+from vlmray.training.trainer import DivergedError
 from vlmray.training.worker import TrainingMistake, train_loop_per_worker
 
 _SAMPLES_PER_TASK = 16
@@ -103,7 +104,7 @@ def train_on_ray(config: dict[Any, Any]) -> dict[str, Any]:
     """
     try:
         outcome = train_loop_per_worker(config, RayWorker(config["run"], config["shards"], config["board"]))
-    except TrainingMistake as mistake:
+    except (TrainingMistake, DivergedError) as mistake:
         return {"mistake": str(mistake)}  # raised, it would be tried again and again
     return dataclasses.asdict(outcome)
 

@@ -10,14 +10,11 @@ Shapes: `B` rows, `T` tokens of the longest of them, `P` patches or images of al
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import pad
-
-from vlmray.schema import GenerationRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,21 +43,6 @@ def encode_text(
     row = dict(processor(text=[text], images=list(images) or None, return_tensors="pt", **options))
     check_placeholders(processor, row)
     return row
-
-
-def template_options(processor: Any, request: GenerationRequest) -> dict[str, Any]:
-    """Return what the chat template is told beside the messages, of variables those that it names."""
-    template = processor.chat_template
-    text = template.get("default", "") if isinstance(template, dict) else template or ""
-    known = {
-        name: value
-        for name, value in request.chat_template_kwargs.items()
-        if re.search(rf"\b{re.escape(name)}\b", text)
-    }
-    return known | {
-        "add_generation_prompt": request.add_generation_prompt,
-        "continue_final_message": request.continue_final_message,
-    }
 
 
 def check_placeholders(processor: Any, row: dict[str, torch.Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ from vlmray.models.checks import check_adapter_folder, check_model_folder, check
 from vlmray.models.families import family_of
 from vlmray.models.generation import warn_of_settings
 from vlmray.models.processors import load_processor
+from vlmray.models.prompts import ChatPrompts
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STRETCHED = ("linear", "dynamic", "yarn")
+"""Kinds of rotary positions whose config may give the length before they were stretched."""
+
 _QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
@@ -144,6 +148,31 @@ def resolve_dtype(dtype: str) -> Any:
     return _DTYPES[dtype]
 
 
+def find_max_model_len(config: Any) -> int | None:
+    """Return how many positions a model has, for a prompt and its answer; None where its config does not say.
+
+    Args:
+        config: Of the model, as transformers has it.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not isinstance(length, int) or rope.get("rope_type") not in _STRETCHED:
+        return length if isinstance(length, int) and length > 0 else None
+    return max(length, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", length)))
+
+
+def find_not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Return the name of the first weight with a value that is NaN or infinite; None if there is none."""
+    for name, weight in weights:
+        if weight.is_meta or weight.dtype not in _DTYPES.values() or not weight.numel():
+            continue
+        smallest, largest = weight.detach().aminmax()  # reads once and copies nothing; NaN wins in both
+        if not (smallest.isfinite() and largest.isfinite()):
+            return name
+    return None
+
+
 def generate_text_from_sample(
     model: Any,
     processor: Any,
@@ -168,14 +197,16 @@ def generate_text_from_sample(
     """
     messages = sample.messages if isinstance(sample, GenerationRequest) else list(sample)
     images = sample.images if isinstance(sample, GenerationRequest) else _images_of(messages)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=[prompt], images=images or None, return_tensors="pt").to(device or model.device)
+    prompts = ChatPrompts(processor)
+    prompt = prompts.render(messages, add_generation_prompt=True)
+    encode = prompts.processor_for(prompt)
+    inputs = encode(text=[prompt], images=images or None, return_tensors="pt").to(device or model.device)
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=max_new_tokens)
     with torch.inference_mode():
         output = model.generate(**inputs, generation_config=config)
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(new_tokens, skip_special_tokens=True), prompt
+    return processor.tokenizer.decode(new_tokens, skip_special_tokens=True), prompts.readable(prompt)
 
 
 def _images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
@@ -222,6 +253,13 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"{model_id}: {len(missing)} weights are not in the checkpoint ({missing[0]}, ...) and would be "
             "random",
             "pass a complete checkpoint of an image-text-to-text model",
+        )
+    broken = find_not_finite(model.named_parameters())
+    if broken is not None:
+        raise OptionError(
+            "model_id",
+            f"{model_id}: the weight {broken} holds values that are not finite (NaN or infinity)",
+            "download or write the checkpoint again",
         )
     family_of(model.config.model_type).prepare(model)
     warn_of_settings(model_id, model.generation_config)

@@ -14,7 +14,6 @@ Shapes: `B` rows, `T` tokens of the longest, `P` patches or images of all rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from PIL import Image
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.errors import OptionError, one_line
 from vlmray.models.inputs import IGNORED_LABEL, chain_segments, encode_text, join_rows
+from vlmray.models.prompts import ChatPrompts, match_any
 from vlmray.training.vision_cache import VisionCache
 
 _IMAGE_TYPES = ("image", "image_url")
@@ -77,6 +77,7 @@ class DataCollatorForVLMSFT:
     Args:
         processor: Of the model to train, as `vlmray.models.processors.load_processor` gives it.
         max_length: Most tokens of a row, visual ones included; None sets no limit.
+        max_model_len: Positions that the model has; None where that is not known.
         vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
             which is then one for `VisionCache.encode`. None: pixels of all images.
         errors: What `errors` begins with, of rows that were left out before.
@@ -94,6 +95,7 @@ class DataCollatorForVLMSFT:
         processor: Any,
         *,
         max_length: int | None = None,
+        max_model_len: int | None = None,
         vision_cache: VisionCache | None = None,
         errors: Mapping[str, str] | None = None,
     ) -> None:
@@ -103,12 +105,11 @@ class DataCollatorForVLMSFT:
             raise ValueError("the tokenizer has no padding token; set processor.tokenizer.pad_token")
         self.processor = processor
         self.max_length = max_length
+        self.max_model_len = max_model_len
         self.vision_cache = vision_cache
         self.errors = dict(errors or {})
-        names = ("image_token", "video_token")
-        placeholders = {token for name in names if (token := getattr(processor, name, None))}
-        self._placeholder = _pattern(placeholders)
-        self._special_token = _pattern(placeholders | _special_tokens(processor.tokenizer))
+        self._prompts = ChatPrompts(processor)
+        self._special_token = match_any(self._prompts.special_tokens)
 
     def __call__(self, features: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
         """Make a batch of the features that can be trained on, in order, and record the others.
@@ -139,7 +140,8 @@ class DataCollatorForVLMSFT:
 
         Raises:
             ValueError: The conversation, its images or the chat template do not allow training, or the
-                row is longer than `max_length`. For a broken image the processor may raise others.
+                row is longer than `max_length` or the model's positions. For a broken image the processor
+                may raise others.
         """
         turns = _copy_messages(messages)
         self._check_conversation(turns, images)
@@ -147,9 +149,9 @@ class DataCollatorForVLMSFT:
         start, done, unseen = 0, "", list(images)
         for place in [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]:
             num_images = _count_images(turns[start:place])
-            prompt = self.processor.apply_chat_template(turns[:place], add_generation_prompt=True)
+            prompt = self._prompts.render(turns[:place], add_generation_prompt=True)
             parts.append(_Part(_text_after(done, prompt), unseen[:num_images]))
-            written = _text_after(prompt, self.processor.apply_chat_template(turns[: place + 1]))
+            written = _text_after(prompt, self._prompts.render(turns[: place + 1]))
             answer = self._cut_after_end_token(written, _text_of(turns[place]))
             parts.append(_Part(answer, is_answer=True))
             start, done, unseen = place + 1, prompt + answer, unseen[num_images:]
@@ -171,7 +173,7 @@ class DataCollatorForVLMSFT:
     def _stand_in(self) -> dict[str, torch.Tensor]:
         """Return a small row with an image and nothing to learn."""
         messages = format_qwen_vl_messages("What is this?")
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        prompt = self._prompts.render(messages, add_generation_prompt=True)
         row = self._encode_text(prompt, [Image.new("RGB", (56, 56))])
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORED_LABEL)}
 
@@ -179,7 +181,7 @@ class DataCollatorForVLMSFT:
         self, text: str, images: Sequence[Image.Image], **options: Any
     ) -> dict[str, torch.Tensor]:
         encode = encode_text if self.vision_cache is None else self.vision_cache.encode_text
-        return encode(self.processor, text, images, **options)
+        return encode(self._prompts.processor_for(text), text, images, **options)
 
     def _encode_parts(self, parts: Sequence[_Part]) -> list[dict[str, torch.Tensor]]:
         """Encode a question, its answer, the next question and so on, each by itself.
@@ -199,7 +201,8 @@ class DataCollatorForVLMSFT:
 
     def _tokenize(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Turn texts into ids (1, T) without tokens that start or end a sequence."""
-        for row in self.processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        tokenizer = self._prompts.processor_for(*texts).tokenizer
+        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
             ids = torch.tensor([row], dtype=torch.long)
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -247,10 +250,11 @@ class DataCollatorForVLMSFT:
         text = _text_of(turn)
         if is_answer and not text.strip():
             raise ValueError("empty answer")
-        found = (self._special_token if is_answer else self._placeholder).search(text)
+        found = self._special_token.search(text) if is_answer else None
         if found is not None:
-            what = "an answer" if is_answer else f"the text of a {turn['role']} turn"
-            raise ValueError(f"{what} holds the special token {found[0]!r}; remove it or leave the row out")
+            raise ValueError(
+                f"an answer holds the special token {found[0]!r}; remove it or leave the row out"
+            )
 
     def _check_length(self, row: dict[str, torch.Tensor]) -> None:
         length = row["input_ids"].shape[1]
@@ -258,6 +262,11 @@ class DataCollatorForVLMSFT:
             raise ValueError(
                 f"{length} tokens, and --max_length allows {self.max_length}; "
                 "raise --max_length or lower --max_pixels"
+            )
+        if self.max_model_len is not None and length > self.max_model_len:
+            raise ValueError(
+                f"{length} tokens, and the model has {self.max_model_len} positions; lower --max_pixels or "
+                "shorten the row"
             )
 
 
@@ -300,14 +309,3 @@ def _text_after(earlier: str, text: str) -> str:
         f"{text[max(0, same - 20) : same]!r} stood {earlier[same : same + 20]!r}, and with the next turn "
         f"{text[same : same + 20]!r}; use a checkpoint whose template only appends"
     )
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-
-
-def _pattern(tokens: set[str]) -> re.Pattern[str]:
-    """Match any of the tokens, of two that start alike the longer one."""
-    longest_first = sorted(tokens - {""}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -33,6 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from vlmray.models.adapters import is_peft_model
+from vlmray.models.loading import find_not_finite
 from vlmray.training.checkpoint import CheckpointWriter
 from vlmray.training.evaluation import Evaluation, is_good
 from vlmray.training.samples import Feature, Features
@@ -206,6 +207,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class DivergedError(RuntimeError):
+    """Training has come to values that are no numbers; every worker raises it at the same step."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, step)  # as given, so that it survives pickling
+        self.what = what
+        self.step = step
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.what} at step {self.step}, so training has diverged; lower --learning_rate or raise "
+            "--warmup_ratio"
+        )
+
+
 class RunCallback(TrainerCallback):
     """Tells the run's worker how far training is, and hands it every checkpoint.
 
@@ -250,7 +267,10 @@ class RunCallback(TrainerCallback):
                 control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Tell the losses."""
+        """Tell the losses, and end what has diverged: such a model cannot be trained any further."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(value := (logs or {}).get(name, 0.0)):
+                raise DivergedError(f"{name} is {value}", state.global_step)
         self._worker.tell(**{name: value for name, value in (logs or {}).items() if "loss" in name})
         self._saving_since = time.perf_counter()
 
@@ -263,6 +283,11 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Complete the checkpoint and hand it over; every worker comes here for every checkpoint."""
+        # Shards differ between workers, which have to raise together.
+        weights = [(name, each) for name, each in model.named_parameters() if not hasattr(each, "to_local")]
+        broken = find_not_finite((name, weight) for name, weight in weights if weight.requires_grad)
+        if broken is not None:
+            raise DivergedError(f"{broken} is not finite", state.global_step)
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         self._writer.write(model, folder)

@@ -29,7 +29,7 @@ from trl import SFTConfig
 from vlmray.config import FinetuneConfig
 from vlmray.errors import one_line
 from vlmray.models import lora
-from vlmray.models.loading import load_checkpoint
+from vlmray.models.loading import find_max_model_len, load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.training.arguments import sft_arguments
 from vlmray.training.checkpoint import STATE_FILE, CheckpointWriter, Earlier, Probes
@@ -196,13 +196,18 @@ class WorkerSession:
         self.collator = DataCollatorForVLMSFT(
             processor,
             max_length=config.max_length,
+            max_model_len=find_max_model_len(model.config),
             vision_cache=cache if run.num_steps > plan.steps_per_epoch else None,
             errors=earlier.errors,
         )
         self.evaluation = Evaluation(
             read=functools.partial(_read_evaluation, run, worker) if run.num_eval_samples else None,
             collator=DataCollatorForVLMSFT(
-                processor, max_length=config.max_length, vision_cache=cache, errors=earlier.eval_errors
+                processor,
+                max_length=config.max_length,
+                max_model_len=find_max_model_len(model.config),
+                vision_cache=cache,
+                errors=earlier.eval_errors,
             ),
             metric=run.metric,
             num_answered=config.eval_samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -15,6 +16,8 @@ from vlmray.engines.transformers.sampling import (
     sample_scores,
 )
 from vlmray.schema import GenerationRequest
+
+NUMBERS = torch.ones(3, dtype=torch.bool)
 
 
 def test_sampling_draws_from_the_softmax_of_the_nucleus() -> None:
@@ -113,21 +116,37 @@ def test_greedy_rows_are_not_touched() -> None:
 
 
 def test_a_row_that_has_ended_is_read_no_further() -> None:
-    read: list[tuple[int, int]] = []
+    read: list[tuple[int, int | None]] = []
 
-    def ends(row: int, token_id: int) -> bool:
+    def ends(row: int, token_id: int | None) -> bool:
         read.append((row, token_id))
         return token_id == 7
 
-    criteria = RowwiseStoppingCriteria(3, ends, num_to_end=2)
+    criteria = RowwiseStoppingCriteria(3, ends, num_to_end=2, is_finite=lambda: NUMBERS)
     ids, scores = torch.tensor([[1, 7], [7, 2], [7, 2]]), torch.zeros(3, 9)
     assert criteria(ids, scores).tolist() == [True, False, False]
     assert criteria(ids, scores).tolist() == [True, False, False]
     assert read == [(0, 7), (1, 2), (2, 2), (1, 2), (2, 2)]
 
 
+def test_a_token_chosen_by_scores_that_are_no_numbers_is_none() -> None:
+    rows = [GenerationRequest(request_id="a", messages=[], max_new_tokens=8)] * 5
+    ids, scores = torch.zeros(5, 4, dtype=torch.long), torch.zeros(5, 9)
+    scores[1, 3], scores[2, 3], scores[3, 3], scores[4] = math.nan, math.inf, -math.inf, -math.inf
+    processor = RowwiseLogitsProcessor(rows, torch.ones_like(ids))
+    read: list[int | None] = []
+    criteria = RowwiseStoppingCriteria(
+        5, lambda row, token_id: bool(read.append(token_id)), 5, is_finite=lambda: processor.is_finite
+    )
+    processor(ids, scores)
+    criteria(ids, scores)
+    assert read == [0, None, None, 0, None]
+
+
 def test_all_stop_once_enough_rows_have_ended() -> None:
-    criteria = RowwiseStoppingCriteria(3, lambda row, token_id: token_id == 7, num_to_end=2)
+    criteria = RowwiseStoppingCriteria(
+        3, lambda row, token_id: token_id == 7, num_to_end=2, is_finite=lambda: NUMBERS
+    )
     scores = torch.zeros(3, 9)
     assert criteria(torch.tensor([[2], [7], [2]]), scores).tolist() == [False, True, False]
     assert criteria(torch.tensor([[7], [0], [2]]), scores).tolist() == [True, True, True]

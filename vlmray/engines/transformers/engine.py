@@ -44,8 +44,9 @@ from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import adapts_language_alone, attach_adapter, detach_adapter
 from vlmray.models.checks import check_adapter_folder
-from vlmray.models.inputs import encode_text, row_signature, template_options
-from vlmray.models.loading import load_checkpoint
+from vlmray.models.inputs import encode_text, row_signature
+from vlmray.models.loading import find_max_model_len, load_checkpoint
+from vlmray.models.prompts import ChatPrompts, template_options
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -80,11 +81,10 @@ class TransformersEngine:
         if batch_size < 1:
             raise OptionError("batch_size", f"must be at least 1, got {batch_size}")
         self.processor = processor
+        self.prompts = ChatPrompts(processor)
         self.waited_s = 0.0
         self.forward = Forward(model, processor)
-        self.max_model_len: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
+        self.max_model_len = find_max_model_len(model.config)
         share = cached_share(model.config) if self.forward.copies_rows else 1.0
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
         self._adapters: dict[str | None, str | None] = {None: default_adapter}
@@ -229,19 +229,19 @@ class TransformersEngine:
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
-        messages = [dict(message) for message in request.messages]  # the template call rewrites some parts
-        row.prompt = self.processor.apply_chat_template(messages, **template_options(self.processor, request))
-        row.num_tokens = len(self.processor.tokenizer(row.prompt)["input_ids"])
+        prompt = self.prompts.render(request.messages, **template_options(self.processor, request))
+        row.prompt, row.tail = self.prompts.readable(prompt), prompt
+        row.num_tokens = self._count_tokens(prompt)
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded
         row.num_tokens += sum(
             count_visual_tokens(self.processor.image_processor, image) for image in request.images
         )
         row.adapter = self._adapters[request.adapter]
         if self.forward.copies_rows and request.images:
-            head, token, row.tail = row.prompt.rpartition(self.processor.image_token)
+            head, token, row.tail = prompt.rpartition(self.processor.image_token)
             images = (image if isinstance(image, bytes) else id(image) for image in request.images)
             row.head = (row.adapter, head + token, *images)
-            row.num_tail_tokens = len(self.processor.tokenizer(row.tail)["input_ids"])
+            row.num_tail_tokens = self._count_tokens(row.tail)
 
     def _answer(self, queue: deque[InFlight], heads: Heads, listener: Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
@@ -280,18 +280,21 @@ class TransformersEngine:
         for row in rows:
             if row.encoded is not None:
                 continue
-            if row.head is None:
-                row.encoded = self._encoders.submit(self._encode, row.prompt, row.request.images)
-                continue
-            if row.head not in heads:
-                heads[row.head] = self._encoders.submit(self._encode, row.head[1], row.request.images)
-            row.encoded_head = heads[row.head]
-            row.encoded = self._encoders.submit(self._encode, row.tail, ())
+            if row.head is not None:
+                if row.head not in heads:
+                    heads[row.head] = self._encoders.submit(self._encode, row.head[1], row.request.images)
+                row.encoded_head = heads[row.head]
+            images = row.request.images if row.head is None else ()
+            row.encoded = self._encoders.submit(self._encode, row.tail, images)
 
     def _encode(self, text: str, images: Sequence[Image | bytes]) -> dict[str, torch.Tensor]:
         """Turn a text and its images into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
         decoded = [self._decode(image) if isinstance(image, bytes) else image for image in images]
-        return encode_text(self.processor, text, decoded)
+        return encode_text(self.prompts.processor_for(text), text, decoded)
+
+    def _count_tokens(self, text: str) -> int:
+        """Count the tokens of a text in which an image is one."""
+        return len(self.prompts.processor_for(text).tokenizer(text)["input_ids"])
 
     def _run_or_halve(self, rows: list[InFlight], listener: Listener) -> None:
         """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""

@@ -111,6 +111,7 @@ class Forward:
             len(rows),
             functools.partial(read_token, rows, listener),
             num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
+            is_finite=lambda: choose.is_finite,
         )
         with self._use_adapters(rows) as options:
             ids = self.model.generate(

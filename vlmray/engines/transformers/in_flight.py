@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText
+from vlmray.engines.base import Cancelled, OnEnd, OnText, failed_completion
 from vlmray.engines.streamed_text import Answer
 from vlmray.models.inputs import chain_segments
 from vlmray.schema import Completion, FinishReason, GenerationRequest
+
+_NOT_FINITE = (
+    "the model's scores for the next token are not finite (NaN or infinity); look for such values in the "
+    "weights of model and adapter, or try --dtype float32"
+)
 
 
 @dataclass(slots=True)
@@ -24,6 +29,8 @@ class InFlight:
     index: int
     request: GenerationRequest
     prompt: str = ""
+    """As people read it."""
+
     num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
 
@@ -35,7 +42,7 @@ class InFlight:
     shared with other rows."""
 
     tail: str = ""
-    """The rest of the prompt."""
+    """The rest of the prompt, as it is encoded; all of it, where there is no head."""
 
     num_tail_tokens: int = 0
 
@@ -131,10 +138,13 @@ class Listener:
         return unwanted
 
 
-def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int) -> bool:
-    """Add a row's next token to its answer and tell whether it ends there."""
+def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int | None) -> bool:
+    """Add a row's next token to its answer and tell whether it ends there; None is a failure of the model."""
     row = rows[index]
     if listener.end_if_cancelled(row):
+        return True
+    if token_id is None:
+        listener.end(row, failed_completion(FloatingPointError(_NOT_FINITE), prompt=row.prompt))
         return True
     answer = row.answer
     assert answer is not None

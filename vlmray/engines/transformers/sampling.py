@@ -46,6 +46,9 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         self.requests = list(requests)
         self.attention_mask = attention_mask
         self.num_tokens = list(num_tokens or [0] * len(self.requests))
+        self.is_finite = torch.ones(len(self.requests), dtype=torch.bool)
+        """(B,) which rows the model gave numbers for at the last step: not NaN, nor infinite at the top."""
+
         self._own = list(own or [()] * len(self.requests))
         self._repetition = self._column(
             [
@@ -71,6 +74,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         if self._num_prompt_tokens is None:
             self._num_prompt_tokens = input_ids.shape[1]
         step = input_ids.shape[1] - self._num_prompt_tokens
+        self.is_finite = scores.amax(dim=-1).isfinite()
         if self._repetition is not None:
             scores = self._penalize_seen(input_ids, scores, self._repetition)
         if self._presence is not None or self._frequency is not None:
@@ -165,20 +169,29 @@ class RowwiseStoppingCriteria(StoppingCriteria):
 
     Args:
         num_rows: Rows of the batch, B.
-        read: Called with row and token of every new token of a row that has not ended; returns whether
-            the row ends with it.
+        read: Called with row and token of every new token of a row that has not ended, and None for a token
+            that was chosen by scores which are no numbers; returns whether the row ends with it.
         num_to_end: Once so many have ended, all stop: the caller goes on with the others.
+        is_finite: Returns which rows (B,) have scores that are numbers.
     """
 
-    def __init__(self, num_rows: int, read: Callable[[int, int], bool], num_to_end: int) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        read: Callable[[int, int | None], bool],
+        num_to_end: int,
+        is_finite: Callable[[], torch.Tensor],
+    ) -> None:
         self._ended = [False] * num_rows
         self._read = read
+        self._is_finite = is_finite
         self._num_to_end = num_to_end
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Return which rows (B,) are done with, given the ids so far (B, T)."""
-        for row, token_id in enumerate(input_ids[:, -1].tolist()):
-            self._ended[row] = self._ended[row] or self._read(row, token_id)
+        chosen = zip(input_ids[:, -1].tolist(), self._is_finite().tolist(), strict=True)
+        for row, (token_id, is_finite) in enumerate(chosen):
+            self._ended[row] = self._ended[row] or self._read(row, token_id if is_finite else None)
         if sum(self._ended) >= self._num_to_end:
             return torch.ones(len(self._ended), dtype=torch.bool, device=input_ids.device)
         return torch.tensor(self._ended, device=input_ids.device)
