@@ -60,7 +60,7 @@ WITH_RAY = {
 """Modules that may import Ray; all others run, and are tested, without."""
 
 WITH_TORCH = {
-    "models.loading", "models.generation", "models.inputs", "models.vision", "models.processors",
+    "models.loading", "models.inputs", "models.vision", "models.processors",
     "models.families", "models.families.base", "models.families.patch_embedding",
     "models.families.qwen2_5_vl",
     "training.worker", "training.trainer", "training.evaluation", "training.checkpoint",
@@ -68,6 +68,7 @@ WITH_TORCH = {
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
     "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
+    "engines.transformers.settings",
     "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip

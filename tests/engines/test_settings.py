@@ -23,7 +23,7 @@ from helpers.engines import (
 )
 from vlmray.engines.base import check_request
 from vlmray.engines.fake import FakeEngine
-from vlmray.models.generation import settings_not_followed, warn_of_settings
+from vlmray.models.source import settings_not_followed, warn_of_settings
 from vlmray.schema import GenerationRequest
 
 SETTINGS: list[dict[str, Any]] = [
@@ -159,7 +159,7 @@ def test_other_settings_change_no_answer_and_are_named(
     own_settings.update(**settings)
     assert make_engine().generate(requests) == plain
     caplog.clear()
-    warn_of_settings("mine", own_settings)
+    warn_of_settings("mine", vars(own_settings))
     assert len(caplog.messages) == 1
     assert next(iter(settings)) in caplog.messages[0]
     assert "\n" not in caplog.messages[0]
@@ -182,7 +182,7 @@ def test_settings_that_requests_decide_or_that_change_no_text_are_passed_over(
     plain = make_engine().generate(requests)
     own_settings.update(**settings)
     assert make_engine().generate(requests) == plain
-    assert settings_not_followed(own_settings) == {}
+    assert settings_not_followed(vars(own_settings)) == {}
 
 
 def test_the_model_keeps_its_own_settings(model: Any, make_engine: Any) -> None:

@@ -22,9 +22,9 @@ from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
 from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
+from vlmray.engines.transformers.settings import least_new_tokens, own_processors, plain_config
 from vlmray.models.adapters import base_of, is_peft_model
 from vlmray.models.families import family_of
-from vlmray.models.generation import least_new_tokens, own_processors, plain_config
 from vlmray.models.inputs import join_rows
 from vlmray.models.vision import encode_images, replace_pixels
 

@@ -1,13 +1,11 @@
-"""What of a model's `generation_config.json` is followed when it answers, and what is not.
+"""What answers follow of a model's generation config: its special tokens, and what looks at one row alone.
 
-Rows of a batch are answered greedily or sampled, each by itself. Settings that look at one row alone are
-followed; those that search with several rows, or that only `generate` itself can do, are not. How answers are
-drawn and how long they are is said by requests.
+Rows are greedy or sampled, each by itself, so what searches with several rows is not followed
+(`vlmray.models.source.settings_not_followed`). How answers are drawn, and how long they are, requests say.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -21,50 +19,6 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
-
-_LOG = logging.getLogger(__name__)
-
-_NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "diversity_penalty": (0,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "guidance_scale": (1,),
-    "constraints": ([],),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "stop_strings": ([], ""),
-    "token_healing": (False,),
-    "watermarking_config": (),
-    "max_time": (),
-}
-"""Settings that would change answers, with the values, beside None, at which they do not."""
-
-
-def settings_not_followed(config: GenerationConfig) -> dict[str, Any]:
-    """Return the settings that would change answers and are not followed."""
-    found = {name: getattr(config, name, None) for name in _NOT_FOLLOWED}
-    return {
-        name: value for name, value in found.items() if value is not None and value not in _NOT_FOLLOWED[name]
-    }
-
-
-def warn_of_settings(model_id: str, config: GenerationConfig) -> None:
-    """Say in one line which settings of a model are not followed."""
-    found = settings_not_followed(config)
-    if found:
-        said = ", ".join(f"{name}={value!r}" for name, value in found.items())[:300]
-        _LOG.warning(
-            "%s: its generation_config.json has %s, which is not followed: each answer is greedy or sampled "
-            "by itself",
-            model_id, said,
-        )  # fmt: skip
 
 
 def plain_config(own: GenerationConfig) -> GenerationConfig:
