@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from helpers.engines import (
     text_request,
     texts,
 )
+from vlmray.builtin.models import BUILTIN_FOLDER
 from vlmray.engines.base import check_request
 from vlmray.engines.fake import FakeEngine
-from vlmray.models.source import settings_not_followed, warn_of_settings
+from vlmray.models.source import ModelSource, settings_not_followed, warn_of_settings
 from vlmray.schema import GenerationRequest
 
 SETTINGS: list[dict[str, Any]] = [
@@ -185,6 +188,19 @@ def test_settings_that_requests_decide_or_that_change_no_text_are_passed_over(
     assert settings_not_followed(vars(own_settings)) == {}
 
 
+def test_the_driver_of_a_job_names_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN_FOLDER, folder)
+    ModelSource.open(str(folder))
+    assert caplog.messages == []
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_beams": 4, "top_k": 3}))
+    ModelSource.open(str(folder))
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"{folder}: its generation_config.json has num_beams=4"
+    ]
+
+
 def test_the_model_keeps_its_own_settings(model: Any, make_engine: Any) -> None:
     before = model.generation_config
     make_engine().generate(make_mixed_requests(3))
@@ -209,7 +225,9 @@ def test_a_stop_token_ends_the_answer_and_is_no_text(model: Any, processor: Any,
     ids = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=12)[0].tolist()
     ids = ids[inputs["input_ids"].shape[1] :]
     third = next(place for place in range(2, 12) if ids[place] not in ids[:place])
-    found = engine.generate([dataclasses.replace(request, stop_token_ids=(ids[third], 10**9))])[0]
+    found = engine.generate(
+        [dataclasses.replace(request, stop_token_ids=(ids[third], 10**30, -5), min_new_tokens=2)]
+    )[0]
     assert (found.num_completion_tokens, found.finish_reason) == (third + 1, "stop")
     assert found.text == processor.decode(ids[:third], skip_special_tokens=True)
 
@@ -249,7 +267,7 @@ def test_variables_reach_the_chat_template_if_it_knows_them(
     [
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"min_p": 1.5}, "min_p must be from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 0.01 to 100"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"presence_penalty": float("nan")}, "presence_penalty must be from -2 to 2"),
         ({"frequency_penalty": 3}, "frequency_penalty must be from -2 to 2"),

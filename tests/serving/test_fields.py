@@ -100,10 +100,12 @@ def test_what_changes_nothing_is_taken(url: str, backend: Backend) -> None:
     [
         ({"top_k": -2}, "top_k", "greater than or equal to -1, got -2"),
         ({"min_p": 2}, "min_p", "less than or equal to 1, got 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ({"min_tokens": 10, "max_tokens": 5}, "min_tokens", "min_tokens is 10; max_tokens is 5"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "integer"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty", "less than or equal to 100"),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids[0]", "too large"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "got -1"),
         ({"stop": [1]}, "stop", "a text, or a list of texts"),
         ({"stop": ["a", ""]}, "stop", "empty"),

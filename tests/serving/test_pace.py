@@ -27,7 +27,7 @@ def test_nobody_comes_back_before_there_is_room(clock: list[float]) -> None:
     back = Counter(waits)
     for second in range(1, max(waits) + 1):
         assert sum(back[s] for s in range(second + 1)) <= per_s * second  # those who found room by then
-    assert max(waits) <= 2 * 100 / per_s
+    assert max(waits) <= 3 * 100 / per_s
 
 
 def test_times_are_such_that_clients_heed_them(clock: list[float]) -> None:
@@ -42,6 +42,6 @@ def test_one_batch_is_no_pace_of_thousands(clock: list[float]) -> None:
     clock[0] += 8
     for _ in range(16):
         pace.answered(came)
-    assert [pace.turn_away() for _ in range(16)][-1] in range(8, 14)
+    assert [pace.turn_away() for _ in range(16)][-1] in range(16, 20)
     clock[0] += 60  # what was then says nothing of now
     assert pace.turn_away() == 1

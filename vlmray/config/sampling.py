@@ -55,7 +55,7 @@ _BOUNDS: dict[str, tuple[str, float, float]] = {
     "top_p": ("above 0 and at most 1", math.ulp(0.0), 1),
     "top_k": ("at least 0", 0, math.inf),
     "min_p": ("from 0 to 1", 0, 1),
-    "repetition_penalty": ("above 0", math.ulp(0.0), math.inf),
+    "repetition_penalty": ("from 0.01 to 100", 0.01, 100),
     "presence_penalty": ("from -2 to 2", -2, 2),
     "frequency_penalty": ("from -2 to 2", -2, 2),
 }

@@ -7,9 +7,9 @@ import time
 from collections import deque
 
 _WINDOW_S = 30.0
-_GUESS = 8.0  # answers a second, until there are some to tell by
+_GUESS = 16.0  # answers a second, until there are some to tell by
 _LONGEST_S = 60.0  # clients of OpenAI take a longer time for a mistake and come back at once
-_MARGIN = 1.25
+_MARGIN = 2.0  # nothing is lost by it: who waits in line keeps the model busy meanwhile
 
 
 class Pace:

@@ -53,13 +53,14 @@ def own_processors(
         min_new_tokens: It does not end before it has so many.
         device: Where its ids are.
     """
+    ends = sorted(token for token in end_ids if 0 <= token < 2**31)
     found: list[LogitsProcessor] = []
     if config.sequence_bias:
         found.append(SequenceBiasLogitsProcessor(config.sequence_bias))
     if config.no_repeat_ngram_size:
         found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids:
-        found.append(NoBadWordsLogitsProcessor(config.bad_words_ids, sorted(end_ids)))
+        found.append(NoBadWordsLogitsProcessor(config.bad_words_ids, ends))
     if config.suppress_tokens:
         found.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
     if config.begin_suppress_tokens:
@@ -68,10 +69,8 @@ def own_processors(
                 config.begin_suppress_tokens, num_prompt_tokens, device=device
             )
         )
-    if min_new_tokens and end_ids:
+    if min_new_tokens and ends:
         found.append(
-            MinNewTokensLengthLogitsProcessor(
-                num_prompt_tokens, min_new_tokens, sorted(end_ids), device=device
-            )
+            MinNewTokensLengthLogitsProcessor(num_prompt_tokens, min_new_tokens, ends, device=device)
         )
     return found

@@ -66,7 +66,7 @@ def build_app(gateway: Gateway, key_digest: bytes | None = None) -> FastAPI:
     if config.origins():
         app.add_middleware(
             CORSMiddleware, allow_origins=config.origins(), allow_methods=["GET", "POST"],
-            allow_headers=["*"], expose_headers=["Retry-After"], allow_private_network=True,
+            allow_headers=["*"], expose_headers=["Retry-After"],
         )  # fmt: skip
     _add_error_handlers(app)
     _add_model_routes(app, gateway)

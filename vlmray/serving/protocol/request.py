@@ -175,11 +175,15 @@ class ChatRequest(BaseModel):
     top_p: Finite | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="-1 or 0: all tokens")
     min_p: Finite | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: Finite | None = Field(default=None, gt=0, description="default: the model's own")
+    repetition_penalty: Finite | None = Field(
+        default=None, ge=0.01, le=100, description="default: the model's own"
+    )
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOP_TOKENS)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        default=None, max_length=MAX_STOP_TOKENS
+    )
     ignore_eos: bool | None = Field(default=None, description="go on where the model would end")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
