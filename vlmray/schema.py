@@ -41,7 +41,41 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class Sampling:
+    """How an answer is drawn, and how long it may be."""
+
+    max_new_tokens: int = 512
+
+    min_new_tokens: int = 0
+    """The answer neither ends nor stops before it has so many tokens."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+
+    top_k: int = 0
+    """Draw among so many of the likeliest tokens; 0: among all."""
+
+    min_p: float = 0.0
+    """Draw among tokens of at least this share of the likeliest one's probability."""
+
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens that prompt or answer hold; None: the model's own."""
+
+    presence_penalty: float = 0.0
+    """Taken off the scores of tokens that the answer holds."""
+
+    frequency_penalty: float = 0.0
+    """Taken off the score of a token for each time that the answer holds it."""
+
+    seed: int = 0
+    """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest(Sampling):
     """What an engine is asked: chat messages, their images, and how to sample."""
 
     request_id: str
@@ -53,18 +87,23 @@ class GenerationRequest:
     """RGB images or encoded bytes, one for each placeholder, in order. An engine decodes bytes itself,
     ahead of the model."""
 
-    max_new_tokens: int = 512
-
-    temperature: float = 0.0
-    """0 is greedy."""
-
-    top_p: float = 1.0
-
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
 
-    seed: int = 0
-    """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends with the first of these tokens, which is counted and is no text."""
+
+    ignore_eos: bool = False
+    """Go on where the model would end its answer."""
+
+    add_generation_prompt: bool = True
+    """Whether the prompt ends with the head of a new answer."""
+
+    continue_final_message: bool = False
+    """Whether the prompt ends within the last message, which the answer goes on with."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the model's chat template, as far as it knows them."""
 
     adapter: str | None = None
     """Name of a loaded adapter; None asks the base model."""

@@ -200,7 +200,7 @@ def _wait(condition: Callable[[], object], what: str, setting: Setting) -> None:
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as reply:
             return bool(reply.status == 200)
     except (OSError, urllib.error.URLError):
         return False

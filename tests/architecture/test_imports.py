@@ -69,6 +69,7 @@ WITH_TORCH = {
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
     "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
+    "engines.transformers.settings",
     "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip

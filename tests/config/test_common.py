@@ -219,3 +219,14 @@ def test_either_option_turns_the_evaluation_on() -> None:
     assert not FinetuneConfig(eval_samples=5, eval_steps=5).evaluates
     assert FinetuneConfig(eval_split="validation").evaluates
     assert FinetuneConfig(eval_slices="[-9:]").evaluates
+
+
+@pytest.mark.parametrize(
+    "origins", ["https://a.example/", "a.example", "https://a.example/b", "https://", "a b"]
+)
+def test_what_is_no_origin_is_refused(origins: str) -> None:
+    with pytest.raises(ValueError, match="--allowed_origins has"):
+        ServeConfig(allowed_origins=f"http://localhost:3000,{origins}")
+    config = ServeConfig(allowed_origins="https://a.example, http://127.0.0.1:3000,http://[::1]:5,app://x")
+    assert config.origins() == ["https://a.example", "http://127.0.0.1:3000", "http://[::1]:5", "app://x"]
+    assert ServeConfig().origins() == []

@@ -195,7 +195,7 @@ def neighbours(model: Any, processor: Any) -> tuple[list[GenerationRequest], lis
         (dataclasses.replace(make_request(1), images=[cast(Any, "not an image")]), "Error"),
         (make_request(1, adapter="missing"), "unknown adapter 'missing'; known: none"),
         (make_request(1, max_new_tokens=0), "max_new_tokens must be at least 1"),
-        (make_request(1, temperature=float("nan")), "temperature must be 0 or more"),
+        (make_request(1, temperature=float("nan")), "temperature must be at least 0"),
         (make_request(1, top_p=0.0), "top_p must be above 0"),
         (dataclasses.replace(make_request(1, 0), messages=[{"role": "user"}]), "content"),
     ],

@@ -25,7 +25,7 @@ from vlmray.schema import GenerationRequest
 from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
-from vlmray.serving.http import build_app
+from vlmray.serving.http.app import build_app
 
 KEY = "open sesame"
 MODEL = "fake"
@@ -53,6 +53,7 @@ class Backend:
         self.flowing.set()
         self.num_given_up = 0
         self.busy = False
+        self.ready = True
         self.break_after: int | None = None
 
     async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
@@ -72,6 +73,12 @@ class Backend:
             self.num_given_up += 1
             raise
         yield Reply(completion, 1)
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def max_model_len(self) -> int | None:
+        return self.engine.max_model_len
 
 
 async def until(event: threading.Event) -> None:

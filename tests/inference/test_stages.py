@@ -183,9 +183,11 @@ class _Recorder(FakeEngine):
 
 
 def test_an_engine_is_asked_once_for_the_rows_without_error() -> None:
-    task = Task(
-        prompt_template="{question}", metric="anls", max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3
-    )
+    drawn: dict[str, Any] = {
+        "max_new_tokens": 7, "min_new_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1,
+        "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.4, "seed": 3,
+    }  # fmt: skip
+    task = Task(prompt_template="{question}", metric="anls", **drawn)
     engine = _Recorder()
     generate_rows(_rows(8), engine, task)
     (requests,) = engine.calls
@@ -193,7 +195,7 @@ def test_an_engine_is_asked_once_for_the_rows_without_error() -> None:
     assert requests[0].images == requests[1].images  # encoded: the engine decodes, ahead of the model
     assert all(isinstance(image, bytes) for request in requests for image in request.images)
     for request in requests:
-        assert (request.max_new_tokens, request.temperature, request.top_p, request.seed) == (7, 0.5, 0.9, 3)
+        assert {name: getattr(request, name) for name in drawn} == drawn
         assert len(request.images) == 1
     generate_rows(prepare_rows([_prepared(question="")], TASK), engine, task)
     assert len(engine.calls) == 1

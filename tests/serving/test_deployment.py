@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import signal
@@ -81,8 +82,21 @@ def test_a_full_queue_is_refused_not_kept() -> None:
 
         with ThreadPoolExecutor(12) as pool:
             statuses = list(pool.map(answer, range(12)))
-        assert set(statuses) == {(200, None), (503, "1")}
+        refused = [int(after) for status, after in statuses if status == 503 and after]
+        assert 200 in dict(statuses)
+        assert len(refused) + sum(status == 200 for status, _ in statuses) == 12
+        assert refused
+        assert max(refused) <= 60
         assert answer(0) == (200, None)
+        impatient = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2)
+
+        def keep_asking(number: int) -> str | None:
+            message: Any = {"role": "user", "content": str(number)}
+            answered = impatient.chat.completions.create(model=config.model_id, messages=[message])
+            return answered.choices[0].message.content
+
+        with ThreadPoolExecutor(12) as pool:  # of whom all but two or three are turned away at first
+            assert all(pool.map(keep_asking, range(12)))
 
 
 def test_the_model_is_free_within_a_token_of_the_client(tmp_path: Path) -> None:
@@ -152,7 +166,8 @@ def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> N
             answer = pool.submit(client.chat.completions.create, model=model, messages=[message])
             wait_until(lambda: "in_flight 1.0" in requests.get(f"{url}/metrics").text)
             process.send_signal(stop)
-            wait_until(lambda: requests.get(f"{url}/health").status_code == 503)
+            wait_until(lambda: requests.get(f"{url}/ready").status_code == 503)
+            assert requests.get(f"{url}/health").status_code == 200
             with pytest.raises(openai.InternalServerError, match="the server is stopping"):
                 client.chat.completions.create(model=model, messages=[message])
             assert answer.result().choices[0].message.content == "done"
@@ -163,13 +178,40 @@ def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> N
         process.kill()
 
 
+def test_the_server_is_alive_before_it_is_ready() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    serve.start(http_options={"port": port})
+    application = app({"model_id": "fake?load_s=6", "engine": "fake"})
+
+    def status(path: str) -> int | None:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"{url}{path}", timeout=30).status_code
+        return None
+
+    try:
+        threading.Thread(target=serve.run, args=(application,), kwargs={"name": APP_NAME}).start()
+        wait_until(lambda: status("/health") == 200)
+        assert status("/ready") == 503
+        wait_until(lambda: status("/ready") == 200)
+        message = {"role": "user", "content": "hi"}
+        body = {"model": "fake?load_s=6", "messages": [message]}
+        assert requests.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    finally:
+        serve.shutdown()
+
+
 def test_serve_itself_can_run_it() -> None:
     """What `serve run vlmray.serving:app model_id=fake engine=fake` does."""
     port = free_port()
     serve.start(http_options={"port": port})
-    serve.run(app({"model_id": "fake", "engine": "fake", "max_batch_size": "4"}), name=APP_NAME)
+    options = {"model_id": "fake?max_model_len=9", "engine": "fake", "max_batch_size": "4"}
+    serve.run(app(options), name="another")
     try:
         assert requests.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+        assert requests.get(f"http://127.0.0.1:{port}/ready").json() == {"status": "ready"}
+        (model,) = requests.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        assert model["max_model_len"] == 9
     finally:
         serve.shutdown()
 

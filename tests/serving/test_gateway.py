@@ -139,6 +139,55 @@ def test_draining_answers_what_is_in_progress_and_refuses_the_rest() -> None:
         assert answers == [200, 200]
 
 
+def test_a_prompt_too_long_is_told_with_both_numbers(client: openai.OpenAI, backend: Backend) -> None:
+    backend.engine.max_model_len = 20
+    try:
+        with pytest.raises(openai.BadRequestError, match=r"has 501 tokens, .* at most 20") as refused:
+            client.chat.completions.create(**ask("word " * 500))
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+        cut = client.chat.completions.create(**ask("word " * 18)).choices[0]
+        assert (cut.finish_reason, len((cut.message.content or "").split())) == ("length", 1)
+    finally:
+        backend.engine.max_model_len = None
+
+
+def test_every_request_is_counted_by_what_became_of_it() -> None:
+    backend = Backend()
+    with serving(backend, max_body_bytes=2**20) as (url, gateway):
+        wrong_key = {"Authorization": "Bearer x"}
+        for body, headers in (
+            (ask(), None), (ask(), wrong_key), (b"{", None), (b"x" * 2**21, None), (ask(top_k=-9), None),
+            (ask(tools=[1]), None), ({**ask(), "model": "gpt"}, None), (b"{}", {"Content-Encoding": "gzip"}),
+        ):  # fmt: skip
+            post(url, body, headers)
+        backend.busy = True
+        post(url, ask())
+        backend.busy, backend.break_after = False, 0
+        post(url, ask(stream=True))
+        backend.break_after = 1
+        read_all(url, ask(stream=True))
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Authorization", f"Bearer {KEY}")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"{")
+        connection.close()  # before its body has come
+
+        def counted() -> dict[tuple[str, str], float]:
+            samples = next(iter(gateway.metrics.requests.collect())).samples
+            return {
+                (each.labels["model"], each.labels["status"]): each.value
+                for each in samples
+                if each.name.endswith("_total")
+            }
+
+        wait_for(lambda: ("", "499") in counted())
+    assert counted() == {
+        ("fake", "200"): 1, ("", "401"): 1, ("", "400"): 3, ("", "413"): 1, ("", "404"): 1, ("", "415"): 1,
+        ("fake", "503"): 1, ("fake", "500"): 2, ("", "499"): 1,
+    }  # fmt: skip
+
+
 def test_metrics_count_what_happened() -> None:
     with serving(Backend(), key=None) as (url, _):
         for body in (ask(), ask(stream=True), ask(model="chart"), ask(model="x" * 9), ask(max_tokens=-1)):

@@ -31,7 +31,7 @@ from helpers.gateways import (
 from helpers.processes import http_server
 from vlmray.config import ServeConfig
 from vlmray.serving.gateway import Gateway
-from vlmray.serving.http import build_app
+from vlmray.serving.http.app import build_app
 
 
 @contextlib.contextmanager

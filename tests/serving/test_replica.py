@@ -110,6 +110,21 @@ def test_a_request_that_waits_is_dropped_when_its_reader_leaves(make_replica: An
     asyncio.run(check())
 
 
+def test_a_prompt_too_long_is_refused_while_the_engine_works(make_replica: Any) -> None:
+    async def check() -> None:
+        replica = make_replica(f"fake?answer={LONG}&token_s=0.01&max_model_len=100")
+        assert replica.max_model_len() == 100
+        busy = await let_start(read(replica.answer(ask(), False)))
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):  # a tenth of what the engine is at
+            reply = await read(replica.answer(ask("word " * 200, adapter="gone"), False))
+        assert not busy.done()
+        assert reply.completion.error_code == "context_length_exceeded"
+        busy.cancel()
+
+    asyncio.run(check())
+
+
 def test_neighbours_of_those_who_leave_are_answered_right(make_replica: Any) -> None:
     """Many come at random times and leave at random times, in line or in the middle of a batch."""
     chance = random.Random(0)

@@ -91,6 +91,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         options: dict[str, Any] = {
             "model": model, "messages": _to_openai(request), "max_tokens": request.max_new_tokens,
             "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed,
+            "extra_body": _extra_settings(request),
         }  # fmt: skip
         if request.stop:
             options["stop"] = list(request.stop)
@@ -162,6 +163,13 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 reason = choice.finish_reason or reason
             usage = chunk.usage or usage
         return _completion(text, reason, usage), ttft_s
+
+
+def _extra_settings(request: GenerationRequest) -> dict[str, Any]:
+    """Return what is asked for beside the usual, under vLLM's names: not every server knows them."""
+    names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    found = {name: getattr(request, name) for name in names} | {"min_tokens": request.min_new_tokens}
+    return {name: value for name, value in found.items() if value}
 
 
 def _take(numbered: Iterator[tuple[int, GenerationRequest]], count: int) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmray.config import BenchmarkConfig
+from vlmray.config import BenchmarkConfig, sampling_of
 from vlmray.dataset.rows import read_rows
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
@@ -67,9 +67,15 @@ def describe_samples(
         },
         "prompt": {
             "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
-            "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+            "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
         },
     }  # fmt: skip
+
+
+def _drawn(config: BenchmarkConfig) -> dict[str, Any]:
+    """Return how answers were drawn, as far as that was said: earlier results say no more."""
+    found = {name: value for name, value in sampling_of(config).items() if name not in ("seed", "top_p")}
+    return found if config.top_p == 1 else {**found, "top_p": config.top_p}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from vlmray.config.demo import DemoConfig
 from vlmray.config.finetune import FinetuneConfig
 from vlmray.config.infer import InferConfig
 from vlmray.config.marks import options_that_affect
+from vlmray.config.sampling import SamplingConfig, sampling_of
 from vlmray.config.serve import ServeConfig
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "QuestionsConfig",
     "ReplicaConfig",
     "RunConfig",
+    "SamplingConfig",
     "ServeConfig",
     "options_that_affect",
+    "sampling_of",
     "shared_options",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least
 from vlmray.config.marks import mark, option
+from vlmray.config.sampling import SamplingConfig
 from vlmray.errors import OptionError
 
 
@@ -20,7 +21,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(RunConfig, ReplicaConfig, DatasetConfig):
+class BenchmarkConfig(RunConfig, SamplingConfig, ReplicaConfig, DatasetConfig):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
     models: str = field(metadata=mark("result"))
@@ -39,9 +40,6 @@ class BenchmarkConfig(RunConfig, ReplicaConfig, DatasetConfig):
 
     max_new_tokens: int = option(64, affects="result")
     """Tokens to generate per answer, at most."""
-
-    temperature: float = option(0.0, affects="result")
-    """Sampling temperature; 0 is greedy."""
 
     output_dir: str = option("outputs/benchmark", affects="run")
     """Where answers and report go: a local folder. The same command with the same folder goes on."""
@@ -74,7 +72,7 @@ class BenchmarkConfig(RunConfig, ReplicaConfig, DatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "batch_size")
-        check_at_least(self, 0, "temperature", "speed_samples", "price_per_hour")
+        check_at_least(self, 0, "speed_samples", "price_per_hour")
         if self.offline and (self.endpoint or self.request_rate):
             raise OptionError("offline", "asks no server", "leave out --endpoint and --request_rate")
         if "://" in self.output_dir:

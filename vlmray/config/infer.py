@@ -7,11 +7,11 @@ from typing import Literal
 
 from vlmray.config.common import QuestionsConfig, ReplicaConfig, RunConfig, check_at_least
 from vlmray.config.marks import mark, option
-from vlmray.errors import OptionError
+from vlmray.config.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(RunConfig, ReplicaConfig, QuestionsConfig):
+class InferConfig(RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
     adapter: str | None = option(None, affects="result")
@@ -33,18 +33,9 @@ class InferConfig(RunConfig, ReplicaConfig, QuestionsConfig):
     max_new_tokens: int = option(512, affects="result")
     """Tokens to generate per answer, at most."""
 
-    temperature: float = option(0.0, affects="result")
-    """Sampling temperature; 0 is greedy."""
-
-    top_p: float = option(1.0, affects="result")
-    """Nucleus sampling: the smallest set of tokens with this probability."""
-
     batch_size: int = option(64, affects="speed")
     """Rows per forward pass, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "batch_size")
-        check_at_least(self, 0, "temperature")
-        if not 0 < self.top_p <= 1:
-            raise OptionError("top_p", f"must be above 0 and at most 1, got {self.top_p}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlmray.config.common import ModelConfig, ReplicaConfig, check_at_least
 from vlmray.config.marks import option
 from vlmray.errors import OptionError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,10 @@ class ServeConfig(ReplicaConfig, ModelConfig):
 
     port: int = option(8000, affects="run")
     """Port to listen on."""
+
+    allowed_origins: str | None = option(None, affects="run")
+    """Pages that may ask from a browser: 'https://app.example.com,http://localhost:3000', or '*' for all;
+    default: only the server's own."""
 
     target_ongoing_requests: int | None = option(None, affects="speed")
     """Requests per replica at which more replicas are started; default: --max_batch_size."""
@@ -105,6 +112,7 @@ class ServeConfig(ReplicaConfig, ModelConfig):
                 f"{self.max_new_tokens} is above --max_new_tokens_limit {self.max_new_tokens_limit}",
             )
         self.adapter_paths()
+        self.origins()
 
     @property
     def base_name(self) -> str:
@@ -123,4 +131,16 @@ class ServeConfig(ReplicaConfig, ModelConfig):
             if name in found or name == self.base_name:
                 raise OptionError("adapters", f": the name {name!r} is given twice")
             found[name] = path
+        return found
+
+    def origins(self) -> list[str]:
+        """Return the origins whose pages may ask."""
+        found = [entry.strip() for entry in (self.allowed_origins or "").split(",") if entry.strip()]
+        for entry in found:
+            if entry != "*" and not _ORIGIN.fullmatch(entry):
+                raise OptionError(
+                    "allowed_origins",
+                    f"has {entry!r}",
+                    "expected scheme://host or scheme://host:port without a path, with commas between them",
+                )
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from vlmray.config.sampling import sampling_problems
 from vlmray.errors import ContextLengthError, one_line
 from vlmray.schema import Completion, GenerationRequest
 
@@ -51,7 +52,7 @@ class Engine(Protocol):
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
-    An engine is used by one thread at a time, except for `prepare`.
+    An engine is used by one thread at a time, except for `check` and `prepare`.
     """
 
     max_model_len: int | None
@@ -66,6 +67,13 @@ class Engine(Protocol):
         """Begin to make requests ready; `generate` takes what this returns in the place of them, once.
 
         Whoever calls it while another thread is in `generate` spares the model the wait for the next ones.
+        """
+        ...
+
+    def check(self, request: GenerationRequest) -> Completion | None:
+        """Return the failed completion of a request that can be told to fail without the model, else None.
+
+        Like `prepare` it may run beside `generate`.
         """
         ...
 
@@ -94,12 +102,10 @@ def check_request(request: GenerationRequest) -> None:
     Raises:
         ValueError: Sampling settings out of range, or not one image for each placeholder.
     """
-    if request.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-    if not 0 <= request.temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or more, got {request.temperature}")
-    if not 0 < request.top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {request.top_p}")
+    for name, problem in sampling_problems(request):
+        raise ValueError(f"{name} {problem}")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise ValueError("continue_final_message needs add_generation_prompt to be false")
     contents = [message["content"] for message in request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     num_places = sum(part.get("type") in ("image", "image_url") for part in parts)

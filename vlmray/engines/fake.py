@@ -143,6 +143,11 @@ class FakeEngine:
         """Do nothing: there is nothing to make ready."""
         return requests
 
+    def check(self, request: GenerationRequest) -> Completion | None:
+        """Compose the answer, and return it if it is an error."""
+        completion = self._compose(request)
+        return completion if completion.error is not None else None
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

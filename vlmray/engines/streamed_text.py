@@ -16,6 +16,7 @@ class Answer:
         max_new_tokens: The answer ends with this many tokens at the latest.
         end_ids: Tokens that end it; they are counted and are no text.
         stop: The answer ends before the first of these texts that it comes to; empty ones are ignored.
+        min_new_tokens: Stop texts are looked for behind the text of so many tokens.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Answer:
         max_new_tokens: int,
         end_ids: Collection[int] = (),
         stop: Sequence[str] = (),
+        min_new_tokens: int = 0,
     ) -> None:
         self.num_tokens = 0
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -32,6 +34,8 @@ class Answer:
         self._max_new_tokens = max_new_tokens
         self._end_ids = end_ids
         self._stop = [text for text in stop if text]
+        self._min_new_tokens = min_new_tokens
+        self._stops_from = 0
         self._token_ids: list[int] = []
         self._text: str | None = ""
 
@@ -43,7 +47,9 @@ class Answer:
             return True
         self._token_ids.append(token_id)
         self._text = None
-        places = [place for stop in self._stop if (place := self.text.find(stop)) >= 0]
+        if self._stop and self.num_tokens <= self._min_new_tokens:
+            self._stops_from = len(self.text)
+        places = [place for stop in self._stop if (place := self.text.find(stop, self._stops_from)) >= 0]
         if places:
             self._text = self.text[: min(places)]
             self.finish_reason = "stop"
@@ -64,7 +70,7 @@ class Answer:
         if self.finish_reason is not None:
             return self.text
         text = self.text.rstrip(_INCOMPLETE)
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = max((_overlap(text[self._stops_from :], stop) for stop in self._stop), default=0)
         return text[: len(text) - held]
 
 

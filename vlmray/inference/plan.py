@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlmray.config import InferConfig, options_that_affect
+from vlmray.config import InferConfig, options_that_affect, sampling_of
 from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
@@ -96,10 +96,7 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         prompt_template=spec.prompt_template,
         system_prompt=config.system_prompt,
         metric=spec.metric,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
+        **sampling_of(config),
     )
 
 

@@ -21,12 +21,13 @@ from typing import Any, cast
 import pyarrow as pa
 
 from vlmray import metrics
+from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, sample_row
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
-from vlmray.schema import Completion, GenerationRequest, Row, Sample
+from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
 
 ROW_SCHEMA = pa.schema(
     [
@@ -43,16 +44,12 @@ ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "fa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(Sampling):
     """How questions are asked and scored: everything about a run but its model and its rows."""
 
     prompt_template: str
     system_prompt: str | None = None
     metric: str
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -> list[Row]:
@@ -133,10 +130,7 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
         request_id=row["sample_id"],
         messages=json.loads(messages),
         images=[] if image is None else [image],
-        max_new_tokens=task.max_new_tokens,
-        temperature=task.temperature,
-        top_p=task.top_p,
-        seed=task.seed,
+        **shared_options(task, Sampling),
     )
 
 

@@ -23,6 +23,7 @@ from vlmray.models.checks import check_adapter_folder, check_model_folder, check
 from vlmray.models.families import family_of
 from vlmray.models.processors import load_processor
 from vlmray.models.prompts import ChatPrompts
+from vlmray.models.source import warn_of_settings
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
@@ -260,4 +261,5 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             "download or write the checkpoint again",
         )
     family_of(model.config.model_type).prepare(model)
+    warn_of_settings(model_id, vars(model.generation_config))
     return model.eval()

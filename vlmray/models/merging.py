@@ -14,9 +14,9 @@ from typing import Any
 
 from vlmray.errors import OptionError, one_line
 from vlmray.models.checks import SIDE_FILES, check_adapter_folder
-from vlmray.storage.weights import read_tensor_shapes
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
+from vlmray.storage.weights import read_tensor_shapes
 
 _BESIDE = "pass it as --adapter beside its base"
 _EMBEDDINGS = re.compile(r"\.(?:embed_tokens|lm_head)\.(?!token_adapter\.)")

@@ -19,6 +19,8 @@ from typing import Any
 
 from tokenizers import normalizers
 
+from vlmray.schema import GenerationRequest
+
 _ESCAPE = "\U00100000"
 """What marks begin with; where a text itself has it, it is marked too."""
 
@@ -99,6 +101,21 @@ class ChatPrompts:
         steps += [backend.normalizer] if backend.normalizer is not None else []
         backend.normalizer = normalizers.Sequence(steps)
         return processor
+
+
+def template_options(processor: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Return what the chat template is told beside the messages, of variables those that it names."""
+    template = processor.chat_template
+    text = template.get("default", "") if isinstance(template, dict) else template or ""
+    known = {
+        name: value
+        for name, value in request.chat_template_kwargs.items()
+        if re.search(rf"\b{re.escape(name)}\b", text)
+    }
+    return known | {
+        "add_generation_prompt": request.add_generation_prompt,
+        "continue_final_message": request.continue_final_message,
+    }
 
 
 def find_special_tokens(processor: Any) -> set[str]:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmray.builtin.models import BUILDS, BUILTIN, BUILTIN_FOLDER
 from vlmray.models import checks
@@ -20,6 +24,8 @@ from vlmray.storage.cache import cache_folder, make_once
 from vlmray.storage.fingerprints import digest, digest_content
 from vlmray.storage.hub import local_folder
 from vlmray.storage.weights import read_header
+
+_LOG = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------
 # Names
@@ -90,6 +96,8 @@ class ModelSource:
             found = dataclasses.replace(found, commit=commit)
         if adapter:
             checks.check_adapter_folder(adapter, found.path)
+        if found.folder is not None:
+            warn_of_settings(model_id, _read_settings(found.folder))
         return found
 
     @classmethod
@@ -164,3 +172,58 @@ def _digest_file(path: Path) -> bytes:
             file.seek(start + max(begin, (begin + end - _BLOCK) // 2))
             found.update(file.read(min(_BLOCK, end - begin)))
     return found.digest()
+
+
+# ---------------------------------------------------------------------------------------------
+# What its generation config asks for in vain
+# ---------------------------------------------------------------------------------------------
+
+_NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "diversity_penalty": (0,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "guidance_scale": (1,),
+    "constraints": ([],),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "stop_strings": ([], ""),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "max_time": (),
+}
+"""Settings that would change answers, with the values, beside None, at which they do not."""
+
+
+def settings_not_followed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a generation config that would change answers and are not followed."""
+    return {
+        name: config[name]
+        for name, neutral in _NOT_FOLLOWED.items()
+        if config.get(name) is not None and config[name] not in neutral
+    }
+
+
+def warn_of_settings(model_id: str, config: Mapping[str, Any]) -> None:
+    """Say in one line which settings of a model's generation config are not followed."""
+    found = settings_not_followed(config)
+    if found:
+        _LOG.warning(
+            "%s: its generation_config.json has %s, which is not followed: each answer is greedy or sampled "
+            "by itself",
+            model_id, ", ".join(f"{name}={value!r}" for name, value in found.items())[:300],
+        )  # fmt: skip
+
+
+def _read_settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or loading will say what is wrong with it
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -30,3 +30,11 @@ class Backend(Protocol):
             BusyError: before the first piece.
         """
         ...
+
+    async def is_ready(self) -> bool:
+        """Tell whether a request would be answered."""
+        ...
+
+    async def max_model_len(self) -> int | None:
+        """Return the most tokens of a prompt and its answer; None where it is not known, or not yet."""
+        ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi.responses import JSONResponse, Response
 
-from vlmray.serving.protocol import ErrorBody, ErrorDetail
+from vlmray.serving.protocol.answers import ErrorBody, ErrorDetail
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
 

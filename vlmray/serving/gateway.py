@@ -1,6 +1,6 @@
 """A request from its protocol to its answer: checks, images, streams. No Ray, no model.
 
-http.py: key, size, JSON -> ChatRequest -> images -> GenerationRequest -> Backend -> answer or stream
+http/: key, size, JSON -> ChatRequest -> images -> GenerationRequest -> Backend -> answer or stream
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 from anyio import CancelScope, to_thread
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -28,21 +28,18 @@ from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Backend, Reply
 from vlmray.serving.errors import ApiError, BusyError
 from vlmray.serving.monitoring import Count, Metrics
-from vlmray.serving.protocol import (
+from vlmray.serving.pace import Pace
+from vlmray.serving.protocol.answers import (
     AnswerMessage,
     ChatCompletion,
-    ChatRequest,
     Choice,
     Chunks,
     ErrorBody,
     ModelCard,
     ModelList,
     Usage,
-    check_supported,
-    count_chars,
-    image_sources,
-    to_messages,
 )
+from vlmray.serving.protocol.request import ChatRequest, count_chars, image_sources, sampling, to_messages
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,6 +61,7 @@ class Gateway:
         self.backend = backend
         self.catalog = AdapterCatalog(config.model_id, config.adapter_paths(), config.adapter_dir)
         self.metrics = Metrics()
+        self.pace = Pace()
         self.created = int(time.time())
         self.draining = False
         self._adapters: list[str] = []
@@ -79,16 +77,36 @@ class Gateway:
             await asyncio.sleep(0.05)
         return self.metrics.num_in_flight
 
+    async def check_ready(self) -> None:
+        """Raise an `ApiError` as long as requests are not answered."""
+        if self.draining:
+            raise ApiError(503, "the server is stopping", retry_s=5)
+        if not await self.backend.is_ready():
+            raise ApiError(503, "no model can answer yet", retry_s=2)
+
     async def models(self) -> ModelList:
         """List base and adapters."""
         base = self.config.base_name
         names = await to_thread.run_sync(self.catalog.names)
-        cards = [ModelCard(id=name, created=self.created, parent=base) for name in names]
-        return ModelList(data=[ModelCard(id=base, created=self.created), *cards])
+        about: dict[str, Any] = {
+            "created": self.created, "max_model_len": await self.backend.max_model_len()
+        }  # fmt: skip
+        cards = [ModelCard(id=name, parent=base, **about) for name in names]
+        return ModelList(data=[ModelCard(id=base, **about), *cards])
 
-    def chat(self, chat: ChatRequest) -> Response:
+    async def model(self, name: str) -> ModelCard:
+        """Describe one model; slashes at the ends of its name do not count, as paths come without.
+
+        Raises:
+            ApiError: There is none of that name.
+        """
+        cards = (await self.models()).data
+        found = next((card for card in cards if card.id.strip("/") == name.strip("/")), None)
+        return found or _refuse_model(name, [card.id for card in cards])
+
+    def chat(self, chat: ChatRequest, count: Count) -> Response:
         """Return the response to a conversation, which is worked on while it is sent."""
-        return _Exchange(self, chat)
+        return _Exchange(self, chat, count)
 
     async def read(self, chat: ChatRequest, count: Count) -> GenerationRequest:
         """Check a request, fetch its images, and write it as an engine reads it.
@@ -108,46 +126,48 @@ class Gateway:
         if name not in self._adapters:  # listing may ask an object store: only for new names
             self._adapters = await to_thread.run_sync(self.catalog.names)
         if name not in self._adapters:
-            known = ", ".join([self.config.base_name, *self._adapters][:20])
-            message = f"the model {name[:80]!r} does not exist; known: {known}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            _refuse_model(name, [self.config.base_name, *self._adapters])
         return name
 
     async def _to_request(self, chat: ChatRequest, adapter: str | None) -> GenerationRequest:
         config = self.config
-        try:
-            check_supported(chat)
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
         limit = chat.limit or config.max_new_tokens
         if limit > config.max_new_tokens_limit:
             message = f"max_tokens is {limit}; at most {config.max_new_tokens_limit} are allowed"
             raise ApiError(400, message, param="max_tokens")
+        if chat.min_tokens and chat.min_tokens > limit:
+            message = f"min_tokens is {chat.min_tokens}; max_tokens is {limit}"
+            raise ApiError(400, message, param="min_tokens")
         num_chars = count_chars(chat)
         if num_chars > config.max_prompt_chars:
-            raise ApiError(400, f"{num_chars} characters; at most {config.max_prompt_chars} are allowed")
+            message = (
+                f"the messages have {num_chars} characters; at most {config.max_prompt_chars} are allowed"
+            )
+            raise ApiError(400, message, param="messages")
         sources = image_sources(chat)
         if len(sources) > config.max_images:
-            raise ApiError(400, f"{len(sources)} images; at most {config.max_images} are allowed")
-        images: list[Any] = await asyncio.gather(*map(self._fetch, sources))
+            message = f"the messages have {len(sources)} images; at most {config.max_images} are allowed"
+            raise ApiError(400, message, param="messages")
+        images: list[Any] = await asyncio.gather(*(self._fetch(*item) for item in sources.items()))
         return GenerationRequest(
             # Sampling depends on id and seed: the same request with the same seed is answered the same.
             request_id="chat",
             messages=to_messages(chat),
             images=images,
             max_new_tokens=limit,
-            temperature=chat.temperature or 0.0,
-            top_p=chat.top_p or 1.0,
             stop=chat.stop_texts,
+            stop_token_ids=tuple(chat.stop_token_ids or ()),
+            chat_template_kwargs=chat.template_kwargs,
             seed=random.getrandbits(32) if chat.seed is None else chat.seed,
             adapter=adapter,
+            **sampling(chat),
         )
 
-    async def _fetch(self, source: str) -> bytes:
+    async def _fetch(self, place: str, source: str) -> bytes:
         """Return the bytes of an image, which can be decoded."""
         config = self.config
         if not source.lower().startswith(("data:", "http://", "https://")):
-            raise ApiError(400, "an image_url is neither a data URI nor an http(s) URL", param="messages")
+            raise ApiError(400, f"{place}.url is neither a data URI nor an http(s) URL", param=place)
         read = functools.partial(
             read_image_bytes, source, max_bytes=config.max_body_bytes, timeout_s=config.image_timeout_s,
             public_only=not config.allow_private_image_urls,
@@ -158,26 +178,27 @@ class Gateway:
             check = functools.partial(decode_image, data, max_pixels=config.max_image_pixels)
             await loop.run_in_executor(self._decodes, check)
         except ImageError as error:
-            raise ApiError(400, f"cannot read an image: {error}", param="messages") from error
+            raise ApiError(400, f"{place}: cannot read an image: {error}", param=place) from error
         return data
 
 
 class _Exchange(Response):
     """A conversation and its answer: counted while it lasts, and ended when the client leaves."""
 
-    def __init__(self, gateway: Gateway, chat: ChatRequest) -> None:
+    def __init__(self, gateway: Gateway, chat: ChatRequest, count: Count) -> None:
         super().__init__()
         self._gateway = gateway
         self._chat = chat
+        self._count = count
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        gateway, chat = self._gateway, self._chat
-        async with _while_connected(receive):
-            with gateway.metrics.counted() as count:
+        gateway, chat, count = self._gateway, self._chat, self._count
+        async with _while_connected(receive, count):
+            with gateway.metrics.in_progress():
                 request = await gateway.read(chat, count)
                 pieces = gateway.backend.answer(request, stream=bool(chat.stream))
                 async with contextlib.aclosing(pieces):
-                    answer = _Answer(chat, pieces, count, gateway.metrics)
+                    answer = _Answer(gateway, chat, pieces, count)
                     await answer.start()
                     if chat.stream:
                         stream = StreamingResponse(
@@ -189,18 +210,22 @@ class _Exchange(Response):
 
 
 @contextlib.asynccontextmanager
-async def _while_connected(receive: Any) -> AsyncIterator[None]:
+async def _while_connected(receive: Any, count: Count) -> AsyncIterator[None]:
     """Cancel what is inside, and go on behind it, once the client has left."""
 
     async def cancel_when_left() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        count.leave()
         inside.cancel()
 
     with CancelScope() as inside:
         watch = asyncio.create_task(cancel_when_left())
         try:
             yield
+        except Exception:
+            if not inside.cancel_called:  # else it is what a call says that was cut off
+                raise
         finally:
             watch.cancel()
 
@@ -209,14 +234,15 @@ class _Answer:
     """One answer on its way to a client."""
 
     def __init__(
-        self, chat: ChatRequest, pieces: AsyncIterator[str | Reply], count: Count, metrics: Metrics
+        self, gateway: Gateway, chat: ChatRequest, pieces: AsyncIterator[str | Reply], count: Count
     ) -> None:
         self.chat = chat
         self.model = chat.model
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._pieces = pieces
         self._count = count
-        self._metrics = metrics
+        self._metrics = gateway.metrics
+        self._pace = gateway.pace
         self._first: str | Reply | None = None
         self._started = time.monotonic()
 
@@ -230,7 +256,7 @@ class _Answer:
             try:
                 self._first = await anext(self._pieces)
             except BusyError as error:
-                raise ApiError(503, str(error), retry_s=1) from error
+                raise ApiError(503, str(error), retry_s=self._pace.turn_away()) from error
         if isinstance(self._first, Reply):
             _check(self._first)
         if self.chat.stream:
@@ -283,13 +309,25 @@ class _Answer:
         """Count the whole answer."""
         _check(reply)
         self._count.status = 200
+        self._pace.answered(self._started)
         self._metrics.latency.labels(self.model).observe(time.monotonic() - self._started)
         self._metrics.count(self.model, reply)
 
 
 def _check(reply: Reply) -> None:
-    if reply.completion.error is not None:
-        raise ApiError(400, f"the request cannot be answered: {reply.completion.error}")
+    completion = reply.completion
+    if completion.error is None:
+        return
+    message = completion.error.removeprefix("ValueError: ").removeprefix("ContextLengthError: ")
+    code = completion.error_code
+    raise ApiError(
+        400, f"the request cannot be answered: {message}", param="messages" if code else None, code=code
+    )
+
+
+def _refuse_model(name: str, known: Sequence[str]) -> NoReturn:
+    message = f"the model {name[:80]!r} does not exist; known: {', '.join(known[:20])}"
+    raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from vlmray.serving.backend import Reply
-from vlmray.serving.errors import ApiError
 
-_CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
+CLIENT_LEFT = 499  # no client sees it; it is what others count such requests as
 
 
 @dataclass(slots=True)
@@ -25,7 +23,11 @@ class Count:
     """Set once it is known to exist. A client may not make up labels: each one is kept for good."""
 
     status: int | None = None
-    """Set once it is certain; otherwise what ends the request tells."""
+    """Set where it is another than the one that was sent: a stream may break, a client may leave."""
+
+    def leave(self) -> None:
+        """Note that the client has left, unless it has its answer."""
+        self.status = self.status or CLIENT_LEFT
 
 
 class Metrics:
@@ -57,21 +59,17 @@ class Metrics:
         return kind(f"vlmray_{name}", text, labels, registry=self.registry, **options)
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[Count]:
-        """Count a request: as one in progress, and once it has ended by model and status."""
-        count = Count()
+    def in_progress(self) -> Iterator[None]:
+        """Count a request as one in progress."""
         self.num_in_flight += 1
         try:
-            yield count
-        except ApiError as error:
-            count.status = error.status
-            raise
-        except asyncio.CancelledError:
-            count.status = count.status or _CLIENT_LEFT
-            raise
+            yield
         finally:
             self.num_in_flight -= 1
-            self.requests.labels(count.model, count.status or 500).inc()
+
+    def ended(self, model: str, status: int) -> None:
+        """Count a request that has ended, answered or not."""
+        self.requests.labels(model, status).inc()
 
     def count(self, model: str, reply: Reply) -> None:
         """Count one answer."""

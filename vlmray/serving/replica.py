@@ -22,6 +22,7 @@ from vlmray.serving.backend import Reply
 
 _SHARE_OF_WAITING = 0.05
 """Of the time of a batch, for clients who had an answer of the last one and ask again."""
+_NUM_CHECKS = 2
 
 
 class _Item:
@@ -90,6 +91,7 @@ class ModelReplica:
             resolve_model_id(config.model_id), config.adapter_paths(), config.adapter_dir
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # engines are for one thread
+        self._checks = ThreadPoolExecutor(_NUM_CHECKS, thread_name_prefix="check")
         self._num_adapters = 0
         self._failure: Exception | None = None
 
@@ -108,6 +110,10 @@ class ModelReplica:
 
         Cancelled or closed before its end, it ends the request: in line, or in the engine.
         """
+        failed = await self._check(request)
+        if failed is not None:
+            yield Reply(failed, 1)
+            return
         async with contextlib.AsyncExitStack() as stack:
             if request.adapter is not None:
                 try:
@@ -129,6 +135,16 @@ class ModelReplica:
                     yield piece
             finally:
                 item.left = True
+
+    async def _check(self, request: GenerationRequest) -> Completion | None:
+        """Refuse beside the engine's thread what can be refused: it would wait for others in vain."""
+        base = dataclasses.replace(request, adapter=None)  # an adapter may not be loaded yet
+        return await asyncio.get_running_loop().run_in_executor(self._checks, self._engine.check, base)
+
+    def max_model_len(self) -> int | None:
+        """Return the most tokens of a prompt and its answer."""
+        limit: int | None = self._engine.max_model_len
+        return limit
 
     def check_health(self) -> None:
         """Let Serve replace a replica whose engine broke."""

@@ -9,6 +9,7 @@ a Serve config file with `import_path: vlmray.serving:app` and the options as `a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import ipaddress
@@ -35,7 +36,7 @@ from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
-from vlmray.serving.http import build_app
+from vlmray.serving.http.app import build_app
 from vlmray.serving.replica import ModelReplica
 from vlmray.storage.filesystem import absolute_uri
 
@@ -49,13 +50,17 @@ _LOG = logging.getLogger(__name__)
 _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
 _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 _MAX_TRIES = 5
+_PATIENCE_S = 2.0
+_MODEL_NAME = "model"
 
 
 class _Replicas:
     """The model replicas as a `vlmray.serving.gateway.Backend`."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, min_replicas: int) -> None:
         self._handle = handle
+        self._min_replicas = min_replicas
+        self._max_model_len: int | None = None
 
     async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
         """Pass a request on; if its replica dies before the answer began, to another one."""
@@ -80,13 +85,33 @@ class _Replicas:
                     raise
                 _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
 
+    async def is_ready(self) -> bool:
+        """Tell whether a replica is running, or would be started for a request."""
+        return bool(not self._min_replicas or await self._num_running())
+
+    async def max_model_len(self) -> int | None:
+        """Ask a replica, once there is one; a busy one is not waited for."""
+        if self._max_model_len is None and await self._num_running():
+            with contextlib.suppress(TimeoutError, BackPressureError, *_LOST):
+                async with asyncio.timeout(_PATIENCE_S):
+                    self._max_model_len = await self._handle.max_model_len.remote()
+        return self._max_model_len
+
+    async def _num_running(self) -> int:
+        status = await asyncio.to_thread(serve.status)
+        application = status.applications.get(serve.get_replica_context().app_name)
+        model = application.deployments.get(_MODEL_NAME) if application else None
+        states: Mapping[Any, int] = model.replica_states if model else {}
+        return states.get("RUNNING", 0)
+
 
 @serve.ingress()
 class GatewayReplica:
     """Takes HTTP requests and asks the model replicas."""
 
     def __init__(self, config: ServeConfig, key_digest: bytes | None, model: DeploymentHandle) -> None:
-        self._gateway = Gateway(config, _Replicas(model))
+        least, _ = config.replica_range() or (1, 1)
+        self._gateway = Gateway(config, _Replicas(model, least))
         self._key_digest = key_digest
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -97,7 +122,7 @@ class GatewayReplica:
         return await self._gateway.drain(timeout_s)
 
 
-_MODEL: Any = serve.deployment(name="model")(ModelReplica)
+_MODEL: Any = serve.deployment(name=_MODEL_NAME)(ModelReplica)
 _GATEWAY: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000)(GatewayReplica)
 
 

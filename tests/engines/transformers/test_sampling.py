@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -51,6 +52,56 @@ def test_penalty_of_a_padded_row_equals_that_of_the_row_alone() -> None:
         assert torch.equal(ours(padded, scores), expected)
         new = torch.tensor([[token]])
         row, padded = torch.cat([row, new], dim=1), torch.cat([padded, new], dim=1)
+
+
+def request(**options: Any) -> GenerationRequest:
+    return GenerationRequest(request_id="a", messages=[], **options)
+
+
+def kept(logits: torch.Tensor, **options: Any) -> list[int]:
+    """The tokens that a row may get."""
+    return sample_scores(logits, request(temperature=1.0, **options), 0).isfinite().nonzero()[:, 0].tolist()
+
+
+def test_top_k_and_min_p_keep_the_likeliest() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    assert kept(logits) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_k=2) == [0, 1]
+    assert kept(logits, top_k=99) == [0, 1, 2, 3, 4]
+    assert kept(logits, min_p=0.2) == [0, 1, 2]  # e^-1.5 is 0.22, e^-2 is 0.14
+    assert kept(logits, min_p=1.0) == [0]
+    assert kept(logits, top_k=3, top_p=0.7) == [0, 1]  # top_p counts what top_k has left
+    assert kept(logits, min_p=0.3, top_p=1e-9) == [0]
+
+
+def test_penalties_count_the_answer_alone_wherever_it_begins() -> None:
+    rows = [
+        request(presence_penalty=0.5), request(frequency_penalty=0.25), request(),
+        request(presence_penalty=-1.0, frequency_penalty=2.0),
+    ]  # fmt: skip
+    prompt, said = torch.tensor([[1, 2, 2]] * 4), torch.tensor([[4, 2, 4]] * 4)
+    scores = torch.zeros(4, 6)
+    expected = torch.zeros(4, 6)
+    expected[0, [2, 4]] = -0.5
+    expected[1, 2], expected[1, 4] = -0.25, -0.5
+    expected[3, 2], expected[3, 4] = 1.0 - 2.0, 1.0 - 4.0
+    whole = RowwiseLogitsProcessor(rows, torch.ones_like(prompt))
+    for length in range(4):
+        found = whole(torch.cat([prompt, said[:, :length]], dim=1), scores)
+    assert torch.equal(found, expected)
+    half = torch.cat([prompt, said[:, :2]], dim=1)
+    gone_on = RowwiseLogitsProcessor(rows, torch.ones_like(half), num_tokens=[2] * 4)
+    gone_on(half, scores)
+    assert torch.equal(gone_on(torch.cat([prompt, said], dim=1), scores), expected)
+
+
+def test_each_row_has_its_own_repetition_penalty() -> None:
+    rows = [request(), request(repetition_penalty=2.0), request(repetition_penalty=1.0)]
+    ids, scores = torch.tensor([[1, 2]] * 3), torch.tensor([[4.0, -4.0, 4.0, 4.0]] * 3)
+    found = RowwiseLogitsProcessor(rows, torch.ones_like(ids), 1.5)(ids, scores)
+    assert torch.allclose(found, torch.tensor([
+        [4.0, -6.0, 4 / 1.5, 4.0], [4.0, -8.0, 2.0, 4.0], [4.0, -4.0, 4.0, 4.0],
+    ]))  # fmt: skip
 
 
 def test_greedy_rows_are_not_touched() -> None:

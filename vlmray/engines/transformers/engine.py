@@ -46,7 +46,7 @@ from vlmray.models.adapters import Adapter, load_adapter
 from vlmray.models.checks import check_adapter_folder
 from vlmray.models.inputs import encode_text, row_signature
 from vlmray.models.loading import find_max_model_len, load_checkpoint
-from vlmray.models.prompts import ChatPrompts
+from vlmray.models.prompts import ChatPrompts, template_options
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -182,6 +182,14 @@ class TransformersEngine:
             self._start_encoding(self.batcher.take(prepared.queue.copy()), prepared.heads)
         return prepared
 
+    def check(self, request: GenerationRequest) -> Completion | None:
+        """Word and count a request; what shows only with its images is found by `generate`."""
+        try:
+            self._open(InFlight(0, request))
+        except Exception as error:
+            return failed_completion(error)
+        return None
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -217,7 +225,7 @@ class TransformersEngine:
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
-        prompt = self.prompts.render(request.messages, add_generation_prompt=True)
+        prompt = self.prompts.render(request.messages, **template_options(self.processor, request))
         row.prompt, row.tail = self.prompts.readable(prompt), prompt
         row.num_tokens = self._count_tokens(prompt)
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from vlmray.engines.streamed_text import Answer
@@ -21,6 +21,7 @@ from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
 from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
+from vlmray.engines.transformers.settings import least_new_tokens, own_processors, plain_config
 from vlmray.models.adapters import base_of, use_adapters
 from vlmray.models.families import family_of
 from vlmray.models.inputs import join_rows
@@ -49,24 +50,48 @@ class Forward:
 
     def run(self, rows: list[InFlight], listener: Listener) -> None:
         """Generate for rows that share a forward pass; those that have ended leave it."""
-        config = copy.deepcopy(self.model.generation_config)
-        penalty = config.repetition_penalty or 1.0
-        # Sampling and the penalty are ours (see RowwiseLogitsProcessor). These are what transformers
-        # takes for "unset", where a value would make it warn that greedy ignores it.
-        config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
-        ends = end_ids(config)
+        own = self.model.generation_config
         for row in rows:
-            row.answer = Answer(self._processor.tokenizer, row.max_new_tokens, ends, row.request.stop)
-        with torch.inference_mode():
+            self._start_answer(row, own)
+        with torch.inference_mode(), self._plain_generation() as config:
             inputs = self._begin(rows)
             while rows:
-                self._generate_some(rows, inputs, config, penalty, listener)
+                self._generate_some(rows, inputs, config, own, listener)
                 left = [place for place, row in enumerate(rows) if row.completion is None]
                 rows = [rows[place] for place in left]
                 self._select(inputs, left)
 
+    def _start_answer(self, row: InFlight, own: GenerationConfig) -> None:
+        """Give a row an answer without a token yet, and the processors of those to come."""
+        request = row.request
+        ends = {*(() if request.ignore_eos else end_ids(own)), *request.stop_token_ids}
+        least = max(request.min_new_tokens, least_new_tokens(own, row.num_prompt_tokens))
+        row.answer = Answer(
+            self._processor.tokenizer, row.max_new_tokens, ends, request.stop, request.min_new_tokens
+        )
+        row.processors = own_processors(
+            own, end_ids=ends, num_prompt_tokens=row.num_prompt_tokens, min_new_tokens=least,
+            device=self.model.device,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _plain_generation(self) -> Iterator[GenerationConfig]:
+        """Keep the model's own settings from `generate`, which takes over all that it is not told."""
+        model = base_of(self.model)
+        own, plain = model.generation_config, plain_config(model.generation_config)
+        model.generation_config = plain
+        try:
+            yield copy.deepcopy(plain)
+        finally:
+            model.generation_config = own
+
     def _generate_some(
-        self, rows: list[InFlight], inputs: dict[str, Any], config: Any, penalty: float, listener: Listener
+        self,
+        rows: list[InFlight],
+        inputs: dict[str, Any],
+        config: GenerationConfig,
+        own: GenerationConfig,
+        listener: Listener,
     ) -> None:
         """Generate until half the rows have ended, or all where none can leave; update the inputs."""
         answers = [row.answer for row in rows if row.answer is not None]
@@ -75,7 +100,11 @@ class Forward:
         )
         mask = inputs["attention_mask"]
         choose = RowwiseLogitsProcessor(
-            [row.request for row in rows], mask, penalty, [answer.num_tokens for answer in answers]
+            [row.request for row in rows],
+            mask,
+            own.repetition_penalty or 1.0,
+            [answer.num_tokens for answer in answers],
+            [row.processors for row in rows],
         )
         stop = RowwiseStoppingCriteria(
             len(rows),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from vlmray.engines.base import Cancelled, OnEnd, OnText, failed_completion
 from vlmray.engines.streamed_text import Answer
@@ -49,6 +50,9 @@ class InFlight:
     """The rest of the row; all of it, where there is no head."""
 
     answer: Answer | None = None
+    processors: Sequence[LogitsProcessor] = ()
+    """What its scores go through, without its neighbours."""
+
     completion: Completion | None = None
     num_prompt_tokens: int = 0
     max_new_tokens: int = 0

@@ -6,9 +6,11 @@ Shapes: `B` rows of the batch, `T` tokens so far (left padding included), `V` vo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
 from vlmray.schema import GenerationRequest
@@ -18,7 +20,7 @@ GREEDY_BELOW = 1e-5
 
 
 class RowwiseLogitsProcessor(LogitsProcessor):
-    """Repetition penalty and sampling, each row by its own request; for `generate(do_sample=False)`.
+    """Penalties and sampling, each row by its own request; for `generate(do_sample=False)`.
 
     transformers samples a batch from one global random stream and counts padding as text that was
     already said. Here the argmax that `generate` takes afterwards is greedy for greedy rows, and a draw
@@ -28,8 +30,9 @@ class RowwiseLogitsProcessor(LogitsProcessor):
     Args:
         requests: The rows of the batch, B in order.
         attention_mask: (B, T) of the prompts, 0 for padding.
-        repetition_penalty: As in the model's generation config; 1 is none.
+        repetition_penalty: The model's own, for requests that ask for none; 1 is none.
         num_tokens: Of each row's answer, where the prompts hold its beginning already.
+        own: Processors of each row, that see it without its neighbours and padding.
     """
 
     def __init__(
@@ -38,16 +41,33 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         attention_mask: torch.Tensor,
         repetition_penalty: float = 1.0,
         num_tokens: Sequence[int] | None = None,
+        own: Sequence[Sequence[LogitsProcessor]] | None = None,
     ) -> None:
         self.requests = list(requests)
         self.attention_mask = attention_mask
-        self.repetition_penalty = repetition_penalty
         self.num_tokens = list(num_tokens or [0] * len(self.requests))
         self.is_finite = torch.ones(len(self.requests), dtype=torch.bool)
         """(B,) which rows the model gave numbers for at the last step: not NaN, nor infinite at the top."""
 
+        self._own = list(own or [()] * len(self.requests))
+        self._repetition = self._column(
+            [
+                repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+                for request in self.requests
+            ],
+            neutral=1.0,
+        )
+        self._presence = self._column([request.presence_penalty for request in self.requests])
+        self._frequency = self._column([request.frequency_penalty for request in self.requests])
         self._num_prompt_tokens: int | None = None
         self._seen: torch.Tensor | None = None
+        self._said: torch.Tensor | None = None
+
+    def _column(self, values: list[float], neutral: float = 0.0) -> torch.Tensor | None:
+        """Put a setting of each row into (B, 1); None where it changes no row."""
+        if all(value == neutral for value in values):
+            return None
+        return torch.tensor(values, device=self.attention_mask.device).unsqueeze(1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) whose argmax is each row's next token, given the ids so far (B, T)."""
@@ -55,16 +75,35 @@ class RowwiseLogitsProcessor(LogitsProcessor):
             self._num_prompt_tokens = input_ids.shape[1]
         step = input_ids.shape[1] - self._num_prompt_tokens
         self.is_finite = scores.amax(dim=-1).isfinite()
-        if self.repetition_penalty != 1.0:
-            scores = self._penalize(input_ids, scores)
-        sampled = [row for row, request in enumerate(self.requests) if request.temperature >= GREEDY_BELOW]
-        if sampled:
+        if self._repetition is not None:
+            scores = self._penalize_seen(input_ids, scores, self._repetition)
+        if self._presence is not None or self._frequency is not None:
+            scores = self._penalize_said(input_ids, scores)
+        alone = [
+            row
+            for row, request in enumerate(self.requests)
+            if self._own[row] or request.temperature >= GREEDY_BELOW
+        ]
+        if alone:
             scores = scores.clone()
-            for row in sampled:
-                scores[row] = sample_scores(scores[row], self.requests[row], self.num_tokens[row] + step)
+            for row in alone:
+                scores[row] = self._choose(row, step, input_ids, scores[row])
         return scores
 
-    def _penalize(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _choose(self, row: int, step: int, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return one row's scores (V,) as its own processors and settings have them."""
+        if self._own[row]:
+            ids = input_ids[row, pad(self.attention_mask[row], (0, step), value=1).bool()]
+            for processor in self._own[row]:
+                scores = processor(ids.unsqueeze(0), scores.unsqueeze(0)).squeeze(0)
+        request = self.requests[row]
+        if request.temperature < GREEDY_BELOW:
+            return scores
+        return sample_scores(scores, request, self.num_tokens[row] + step)
+
+    def _penalize_seen(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, penalties: torch.Tensor
+    ) -> torch.Tensor:
         """Lower the score of every token of the row, prompt included, padding left out."""
         vocab_size = scores.shape[1]
         if self._seen is None:
@@ -74,10 +113,23 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         else:
             new = input_ids[:, -1:].clamp(max=vocab_size)
         self._seen.scatter_(1, new, True)
-        penalized = torch.where(
-            scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty
-        )
+        penalized = torch.where(scores < 0, scores * penalties, scores / penalties)
         return torch.where(self._seen[:, :vocab_size], penalized, scores)
+
+    def _penalize_said(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Lower the scores of tokens of the answer, and more those that it holds more often."""
+        vocab_size = scores.shape[1]
+        if self._said is None:
+            self._said = torch.zeros(len(scores), vocab_size + 1, device=scores.device)
+            new = [input_ids[row, input_ids.shape[1] - count :] for row, count in enumerate(self.num_tokens)]
+        else:
+            new = list(input_ids[:, -1:])
+        for said, ids in zip(self._said, new, strict=True):
+            said.index_add_(0, ids.clamp(max=vocab_size), torch.ones_like(ids, dtype=said.dtype))
+        counts = self._said[:, :vocab_size]
+        if self._frequency is not None:
+            scores = scores - self._frequency * counts
+        return scores if self._presence is None else scores - self._presence * (counts > 0)
 
 
 def sample_scores(scores: torch.Tensor, request: GenerationRequest, step: int) -> torch.Tensor:
@@ -85,10 +137,14 @@ def sample_scores(scores: torch.Tensor, request: GenerationRequest, step: int) -
 
     Args:
         scores: Logits of one row.
-        request: Its temperature, top_p, seed and id.
+        request: Its temperature, min_p, top_k, top_p (which apply in this order), seed and id.
         step: Which token of the answer this is, from 0.
     """
     scores = scores / request.temperature
+    if request.min_p > 0:
+        scores = scores.masked_fill(scores < scores.max() + math.log(request.min_p), float("-inf"))
+    if 0 < request.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(request.top_k).values[-1], float("-inf"))
     if request.top_p < 1.0:
         scores = keep_nucleus(scores, request.top_p)
     key = f"{request.seed}\0{request.request_id}\0{step}".encode()

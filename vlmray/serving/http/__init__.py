@@ -1,0 +1,1 @@
+"""HTTP around a gateway: routes, keys, bounds, bodies, pages."""

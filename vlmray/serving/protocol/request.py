@@ -1,0 +1,311 @@
+"""What clients send: the body of `POST /v1/chat/completions`, checked, and as an engine reads it.
+
+body -> read_request -> ChatRequest -> image_sources, to_messages, sampling -> GenerationRequest
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from vlmray.serving.errors import ApiError
+from vlmray.serving.protocol.fields import find_unsupported
+from vlmray.serving.protocol.words import MARK, describe, explain
+
+MAX_STOP_TEXTS = 16
+MAX_STOP_TOKENS = 128
+MAX_TEMPLATE_CHARS = 10_000
+"""Of `chat_template_kwargs`, written as JSON."""
+
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
+    "load_audio_from_video", "messages", "processor_kwargs", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "self", "tokenize", "tools",
+}  # fmt: skip
+"""What chat templates are called with already; beside special tokens, whose names end with `_token`."""
+
+_OTHER_PARTS = {
+    "input_text": 'is of the Responses API; here it is {"type": "text", "text": "..."}',
+    "input_image": 'is of the Responses API; here it is {"type": "image_url", "image_url": {"url": "..."}}',
+    "image": 'is not known; write {"type": "image_url", "image_url": {"url": "..."}}',
+}
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _check_part(part: Any) -> Any:
+    """Refuse a part of a kind that is not taken, before its fields are looked at."""
+    expected = "expected an object with type text or image_url"
+    if not isinstance(part, dict):
+        raise ValueError(f"is {describe(part)}; {expected}")
+    if "type" not in part:
+        raise ValueError(f"has no type; {expected}")
+    kind = part["type"]
+    if kind not in ("text", "image_url"):
+        known = _OTHER_PARTS.get(kind) if isinstance(kind, str) else None
+        raise ValueError(f"has type {describe(kind)}, which {known or f'is not supported; {expected}'}")
+    return part
+
+
+def _check_image_url(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value
+    raise ValueError(
+        f'is {describe(value)}; expected an object: {{"url": "data:image/png;base64,... or https://..."}}'
+    )
+
+
+def _check_content(value: Any, info: ValidationInfo) -> Any:
+    if value is None and info.data.get("role") != "assistant":
+        raise ValueError("is missing or null, which only an assistant message may have")
+    if value == []:
+        raise ValueError("is an empty list; expected a text, or at least one part")
+    if value is None or isinstance(value, str | list):
+        return value
+    raise ValueError(f"is {describe(value)}; expected a text, or a list of parts")
+
+
+def _is_deep(value: Any, levels: int = 32) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not levels or any(_is_deep(child, levels - 1) for child in children)
+
+
+class ImageURL(BaseModel):
+    """Where an image is."""
+
+    url: str = Field(min_length=1, description="data URI, or http(s) URL")
+    detail: Literal["auto", "low", "high"] | None = Field(
+        default=None, description="accepted, without effect"
+    )
+
+
+class TextPart(BaseModel):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(BaseModel):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: Annotated[ImageURL, BeforeValidator(_check_image_url)]
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag(f"{MARK}text")] | Annotated[ImagePart, Tag(f"{MARK}image")],
+    Discriminator(lambda part: f"{MARK}text" if part["type"] == "text" else f"{MARK}image"),
+    BeforeValidator(_check_part),
+]
+
+Content = Annotated[
+    Annotated[str, Tag(f"{MARK}text")]
+    | Annotated[list[Part], Tag(f"{MARK}parts")]
+    | Annotated[None, Tag(f"{MARK}none")],
+    Discriminator(lambda value: MARK + {str: "text", list: "parts"}.get(type(value), "none")),
+    BeforeValidator(_check_content),
+]
+
+
+class Message(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content = Field(default=None, validate_default=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        for name in ("tool_calls", "function_call", "audio", "refusal", "prefix"):
+            if (self.model_extra or {}).get(name):
+                hint = "; use continue_final_message" if name == "prefix" else ""
+                raise ValueError(f"has {name}, which is not supported{hint}")
+        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
+            raise ValueError(f"is of role {self.role} and holds an image; only user messages may")
+        return self
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content, in parts whatever it was written as."""
+        if isinstance(self.content, list):
+            return self.content
+        return [TextPart(type="text", text=self.content or "")]
+
+
+class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """The body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "example": {
+                "model": "builtin",
+                "messages": [{"role": "user", "content": "How many bars are there?"}],
+            }
+        },
+    )
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0, description="the answer does not end before")
+    temperature: Finite | None = Field(default=None, ge=0, le=2, description="default 0: greedy")
+    top_p: Finite | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, description="-1 or 0: all tokens")
+    min_p: Finite | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: Finite | None = Field(
+        default=None, ge=0.01, le=100, description="default: the model's own"
+    )
+    presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        default=None, max_length=MAX_STOP_TOKENS
+    )
+    ignore_eos: bool | None = Field(default=None, description="go on where the model would end")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_generation_prompt: bool | None = Field(default=None, description="default true")
+    continue_final_message: bool | None = Field(
+        default=None,
+        description="the answer goes on with the last message; needs add_generation_prompt false",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="variables for the model's chat template"
+    )
+    reasoning_effort: str | None = Field(default=None, description="for chat templates that know it")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _check_stop(cls, stop: Any) -> Any:
+        texts = stop if isinstance(stop, list) else [stop]
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError("has to be a text, or a list of texts")
+        if "" in texts:
+            raise ValueError("has an empty text")
+        if len(texts) > MAX_STOP_TEXTS:
+            raise ValueError(f"has {len(texts)} texts; at most {MAX_STOP_TEXTS} are supported")
+        return stop
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_template_kwargs(cls, found: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in found or {}:
+            if name in _TEMPLATE_ARGUMENTS or name.endswith("_token"):
+                raise ValueError(f"has {name!r}, which is no variable of a chat template")
+        if _is_deep(found):
+            raise ValueError("is nested too deeply")
+        if found and len(json.dumps(found)) > MAX_TEMPLATE_CHARS:
+            raise ValueError(f"is longer than {MAX_TEMPLATE_CHARS} characters")
+        return found
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer, under either of its names."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables for the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
+
+
+def read_request(body: dict[str, Any]) -> ChatRequest:
+    """Make a request of a body, and refuse what would be answered otherwise than its client expects.
+
+    Raises:
+        ApiError: A field is missing, has a value that it cannot have, or cannot be heeded.
+    """
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        message, path = explain(error.errors(include_url=False)[0])
+        raise ApiError(400, message, param=path) from error
+    unsupported = find_unsupported(request.model_extra or {})
+    if unsupported:
+        raise ApiError(400, unsupported[1], param=unsupported[0])
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is for requests with stream", param="stream_options")
+    if request.continue_final_message and request.add_generation_prompt is not False:
+        raise ApiError(
+            400, "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
+        )
+    return request
+
+
+def image_sources(request: ChatRequest) -> dict[str, str]:
+    """Return the URLs of all images, in order, by their places in the request."""
+    return {
+        f"messages[{turn}].content[{place}].image_url": part.image_url.url
+        for turn, message in enumerate(request.messages)
+        for place, part in enumerate(message.parts)
+        if isinstance(part, ImagePart)
+    }
+
+
+def count_chars(request: ChatRequest) -> int:
+    """Return the length of all texts together."""
+    parts = [part for message in request.messages for part in message.parts]
+    return sum(len(part.text) for part in parts if isinstance(part, TextPart))
+
+
+def to_messages(request: ChatRequest) -> list[dict[str, Any]]:
+    """Return the conversation as chat templates here read it; images are placeholders."""
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in message.parts
+            ],
+        }
+        for message in request.messages
+    ]
+
+
+def sampling(request: ChatRequest) -> dict[str, Any]:
+    """Return how the answer is drawn, as keywords of a `GenerationRequest`; what was not said is left out."""
+    found = {
+        "min_new_tokens": request.min_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k and max(0, request.top_k),
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "ignore_eos": request.ignore_eos,
+        "add_generation_prompt": request.add_generation_prompt,
+        "continue_final_message": request.continue_final_message,
+    }
+    return {name: value for name, value in found.items() if value is not None}
