@@ -123,6 +123,11 @@ class FakeEngine:
         Raises:
             ValueError: Not such an id, an unknown parameter, or a value of the wrong kind.
         """
+        return cls(**cls.parse_model_id(model_id))
+
+    @staticmethod
+    def parse_model_id(model_id: str) -> dict[str, Any]:
+        """Return the engine's parameters by such an id; raises what `from_model_id` does."""
         name, _, query = model_id.partition("?")
         if name != "fake":
             raise OptionError(
@@ -137,7 +142,7 @@ class FakeEngine:
                 options[key] = _FAKE_PARAMETERS[key](value)
             except ValueError as error:
                 raise ValueError(f"parameter {key!r} in --model_id has value {value!r}: {error}") from error
-        return cls(**options)
+        return options
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Do nothing: there is nothing to make ready."""

@@ -85,7 +85,7 @@ def plan_inference(
 
 def _open_model(config: InferConfig, endpoint: str | None) -> ModelSource:
     if endpoint is None and config.engine == "fake":
-        FakeEngine.from_model_id(config.model_id)
+        FakeEngine.parse_model_id(config.model_id)
     elif endpoint is None:
         return ModelSource.open(config.model_id, config.adapter)
     return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name

@@ -183,7 +183,7 @@ def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
 def _check_model(config: ServeConfig) -> ServeConfig:
     """Check what a replica would only find after it started; return where that finds it, from any folder."""
     if config.engine == "fake":
-        FakeEngine.from_model_id(config.model_id)
+        FakeEngine.parse_model_id(config.model_id)
         return config
     model = ModelSource.open(config.model_id)
     adapters = config.adapter_paths()
