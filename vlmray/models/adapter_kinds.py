@@ -32,9 +32,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 _SUPPORTED = "LoRA, rsLoRA and DoRA are, with bias, modules_to_save and trainable_token_indices"
-_HINTS = {
-    "init_lora_weights": "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-}
+_HINTS = {"init_lora_weights": "save it as plain LoRA, as PEFT converts it where it can"}
 
 _NEEDS_TURNS = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
@@ -88,7 +86,7 @@ def tell_kind(adapter: str, config: Mapping[str, Any], names: Iterable[str]) -> 
         raise OptionError(
             "adapter",
             f"{adapter} holds {unknown[0]}, which is no part of the LoRA in its adapter_config.json",
-            "save it again with PEFT's save_pretrained",
+            "train it without bias=all, or save it again with PEFT's save_pretrained",
         )
     plain = [_PLAIN.fullmatch(name.removeprefix(_PREFIX)) for name in added]
     rows = all(match and _LAYER_OF_ROWS.fullmatch(match[1]) for match in plain)
