@@ -84,11 +84,15 @@ def test_nothing_is_decoded_before_it_is_needed(tmp_path: Path) -> None:
 
 
 def test_classes_without_a_label_are_none(tmp_path: Path) -> None:
-    features = datasets.Features({"kind": datasets.ClassLabel(names=["a", "b"])})
+    kind = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"kind": kind, "kinds": datasets.List(kind)})
     path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_dict({"kind": [1, -1, None, 0]}, features=features).to_parquet(path)
+    columns = {"kind": [1, -1, None, 0], "kinds": [[1, 0], [-1], None, []]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
     for name in (str(path), path.as_uri()):
-        assert [row["kind"] for row in open_source(name, "test").read(range(4))] == ["b", None, None, "a"]
+        rows = open_source(name, "test").read(range(4))
+        assert [row["kind"] for row in rows] == ["b", None, None, "a"]
+        assert [row["kinds"] for row in rows] == [["b", "a"], [None], None, []]
 
 
 @pytest.mark.parametrize("text", ["{not json", '{"a": 1}\n{"a": ', "\x00\x01"])

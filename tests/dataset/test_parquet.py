@@ -75,6 +75,41 @@ def test_files_of_different_columns(tmp_path: Path) -> None:
     assert "b.parquet has columns question, but" in mistake(tmp_path.as_uri())
 
 
+def test_columns_may_stand_in_another_order(tmp_path: Path) -> None:
+    """As locally, and whichever columns are asked for."""
+    pq.write_table(pa.table({"query": ["question 0"], "n": [0]}), tmp_path / "test-0.parquet")
+    pq.write_table(
+        pa.table({"n": pa.array([1], pa.int32()), "query": ["question 1"]}), tmp_path / "test-1.parquet"
+    )
+    for name in (str(tmp_path), tmp_path.as_uri()):
+        source = open_source(name, "test")
+        check_rows(source, num_rows=2)
+        assert [list(row) for row in source.read([0, 1])] == [["query", "n"]] * 2
+        assert source.read([1, 0], ["n"]) == [{"n": 1}, {"n": 0}]
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"query": ["a"]}, "test-1.parquet has columns query, but"),
+        ({"query": [5], "n": [1]}, "column 'query' of"),
+        ({"query": ["a"], "n": ["1"]}, "column 'n' of"),
+        ({"query": ["a"], "n": [[1]]}, "column 'n' of"),
+    ],
+)
+def test_columns_of_other_types(other: dict[str, list[object]], problem: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["question 0"], "n": [0]}), tmp_path / "test-0.parquet")
+    pq.write_table(pa.table(other), tmp_path / "test-1.parquet")
+    assert problem in mistake(tmp_path.as_uri())
+
+
+def test_a_column_without_values_in_one_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["question 0"], "n": [0]}), tmp_path / "test-0.parquet")
+    pq.write_table(pa.table({"query": ["question 1"], "n": [None]}), tmp_path / "test-1.parquet")
+    source = open_source(tmp_path.as_uri(), "test")
+    check_rows(source, num_rows=2)
+
+
 def test_columns_are_kept_apart_between_reads(parquet_parts: Path) -> None:
     """The row group that was read last is kept, but only for the same columns."""
     source = open_source(parquet_parts.as_uri(), "test")

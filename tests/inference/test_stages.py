@@ -219,6 +219,14 @@ def test_scores(answers: list[str], score: float | None) -> None:
     assert row.get("metric") == (None if score is None else "exact_match")
 
 
+@pytest.mark.parametrize(("question", "image"), [(" ", None), ("Why?", b"no image"), ("Why?", None)])
+def test_a_single_sample_has_all_columns(question: str, image: bytes | None) -> None:
+    sample = Sample(sample_id="x", question=question, image=image)
+    row = process_single_sample(sample, FakeEngine(), TASK)
+    assert set(RESULT_SCHEMA.names) <= set(row)
+    assert (row["prediction"] is None) == (row["error"] is not None) == (row["finish_reason"] == "error")
+
+
 def test_a_single_sample_is_saved(tmp_path: Path) -> None:
     folder = ResultFolder.open(str(tmp_path), {})
     sample = Sample(

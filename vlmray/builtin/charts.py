@@ -279,6 +279,10 @@ class ChartsSource:
         """Return 16 hex digits of all that decides what the rows are."""
         return digest(VERSION, self._charts.config.name, self._charts.split)
 
+    def count_filled(self, column: str) -> int:
+        """Count the rows that have a value in a column: all."""
+        return len(self)
+
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Draw the charts of some rows, or only word their questions if no image is asked for."""
         charts = self._charts

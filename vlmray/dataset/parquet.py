@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from vlmray.dataset.huggingface import HFSource, name_classes
+from vlmray.dataset.text.values import to_rows
 from vlmray.errors import OptionError, one_line
 from vlmray.storage.cache import cache_folder
 from vlmray.storage.fingerprints import digest
@@ -35,12 +36,7 @@ class ParquetSource:
             footers = list(pool.map(functools.partial(_read_footer, uri), files))
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         for file, schema in zip(files, schemas, strict=True):
-            if schema.names != schemas[0].names:
-                raise OptionError(
-                    "dataset_name",
-                    f"{uri}: {file} has columns {', '.join(schema.names)}, but {files[0]} has "
-                    f"{', '.join(schemas[0].names)}",
-                )
+            _check_alike(uri, schema, file, schemas[0], files[0])
         self.column_names = list(schemas[0].names)
         self._uri = uri
         self._files = files
@@ -50,6 +46,7 @@ class ParquetSource:
             for group in range(footer.num_row_groups)
         ]  # fmt: skip
         root = _filesystem(uri)[1].rstrip("/")
+        self._filled = _count_filled(footers) if self._row_groups else {}
         self._fingerprint = digest(
             *(
                 (file.removeprefix(root), infos[file].size, infos[file].mtime_ns, _digest_footer(footer))
@@ -70,6 +67,10 @@ class ParquetSource:
         Footers, with the sizes and bounds of all columns, tell more than nothing where a hub has no times.
         """
         return self._fingerprint
+
+    def count_filled(self, column: str) -> int | None:
+        """Count the rows that have a value in a column, where the footers tell."""
+        return self._filled.get(column)
 
     def copy_here(self) -> HFSource:
         """Copy the split's files to this machine, where `datasets` maps them into memory."""
@@ -104,19 +105,71 @@ class ParquetSource:
     def _read_row(self, index: int, columns: tuple[str, ...] | None) -> dict[str, Any]:
         position = bisect.bisect_right(self._starts, index) - 1
         row_group = _read_row_group(self._uri, *self._row_groups[position], columns)
-        row = row_group.slice(index - self._starts[position], 1).to_pylist()[0]
+        (row,) = to_rows(row_group.slice(index - self._starts[position], 1))
+        row = {name: row[name] for name in columns or self.column_names}  # files may differ in their order
         return name_classes(row, self._class_names)
+
+
+def _check_alike(uri: str, schema: pa.Schema, file: str, first_schema: pa.Schema, first: str) -> None:
+    """Check that a file has the columns of the first one, in any order."""
+    import pyarrow as pa
+
+    if set(schema.names) != set(first_schema.names):
+        raise OptionError(
+            "dataset_name",
+            f"{uri}: {file} has columns {', '.join(schema.names)}, but {first} has "
+            f"{', '.join(first_schema.names)}",
+        )
+    for field in schema:
+        kind, expected = field.type, first_schema.field(field.name).type
+        if not kind.equals(expected) and len({_family(kind), _family(expected), pa.null()}) > 2:
+            raise OptionError(
+                "dataset_name",
+                f"{uri}: column {field.name!r} of {file} is {kind}, but that of {first} is {expected}",
+            )
+
+
+def _family(kind: pa.DataType) -> object:
+    """Return what types have in common whose values are read alike."""
+    import pyarrow.types as types
+
+    if types.is_integer(kind) or types.is_floating(kind):
+        return "number"
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_dictionary)
+    if any(is_text(kind) for is_text in texts):
+        return "text"
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return "binary"
+    return kind if types.is_primitive(kind) or types.is_null(kind) else type(kind)
+
+
+def _count_filled(footers: Sequence[pa.parquet.FileMetaData]) -> dict[str, int]:
+    """Count the rows that have a value, by column; of a structure, in its fullest field."""
+    groups = [footer.row_group(at) for footer in footers for at in range(footer.num_row_groups)]
+    counts = [_count_group(group) for group in groups]
+    return {name: sum(count[name] for count in counts) for name in set(counts[0]).intersection(*counts)}
+
+
+def _count_group(group: pa.parquet.RowGroupMetaData) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for chunk in map(group.column, range(group.num_columns)):
+        name, _, inner = chunk.path_in_schema.partition(".")
+        known = chunk.statistics is not None and chunk.statistics.has_null_count
+        if known and "." not in inner:  # otherwise it is in a list
+            counts[name] = max(counts.get(name, 0), chunk.num_values - chunk.statistics.null_count)
+    return counts
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Read the names of the classes, where `datasets` noted them in a Parquet file."""
     notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = notes.get("info", {}).get("features", {})
-    return {
-        name: feature["names"]
+    inner = {
+        name: feature.get("feature", feature)
         for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        if isinstance(feature, dict)
     }
+    return {name: feature["names"] for name, feature in inner.items() if feature.get("_type") == "ClassLabel"}
 
 
 def _filesystem(uri: str) -> tuple[FileSystem, str]:

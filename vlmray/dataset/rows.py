@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.samples import to_sample
+from vlmray.dataset.samples import read_texts, to_sample
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
+from vlmray.dataset.text.values import printable
 from vlmray.images.decoding import ImageError
 from vlmray.images.reading import read_image_bytes
 from vlmray.schema import Row, Sample
@@ -66,9 +68,19 @@ def _read_row(row: dict[str, Any], source: Source, spec: DatasetSpec, split: str
     try:
         asked_row = sample_row(to_sample(row, spec, name), source.base_dir)
     except ValueError as error:
-        without_image = to_sample(row, replace(spec, image_column=None), name)
-        asked_row = {**sample_row(without_image), "error": str(error)}
+        asked_row = {**sample_row(_without_image(row, spec, name)), "error": str(error)}
     return {"row_index": index, **asked_row}
+
+
+def _without_image(row: dict[str, Any], spec: DatasetSpec, name: str) -> Sample:
+    """Read what can be read of a row that is no sample; at least its question, as far as it can be shown."""
+    try:
+        return to_sample(row, replace(spec, image_column=None), name)
+    except ValueError:
+        answers: tuple[str, ...] = ()
+        with contextlib.suppress(ValueError):
+            answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
+        return Sample(sample_id=name, question=printable(row[spec.question_column]), answers=answers)
 
 
 def sample_row(sample: Sample, base_dir: str | None = None) -> Row:

@@ -1,8 +1,9 @@
 """Where rows come from: a split of a dataset, addressed by row index.
 
-Three kinds of source share one small interface: what the `datasets` library loads (hub, local folder
-or file), Parquet behind a URI that any node reads, and the built-in charts. A source pickles to a few
-hundred bytes, so it travels to the tasks that read, and none of them holds rows.
+Four kinds of source share one small interface: text files (CSV, TSV, JSON) of the hub or this machine, what
+else the `datasets` library loads, Parquet behind a URI that any node reads, and the built-in charts. A
+source pickles to a few hundred bytes, and where each row of a text file begins, so it travels to the tasks
+that read, and none of them holds rows.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from vlmray.builtin.charts import ChartsSource, parse_charts_name
-from vlmray.dataset.huggingface import HFSource, load_hf_dataset
+from vlmray.dataset.huggingface import open_split, without_rows
 from vlmray.dataset.parquet import ParquetSource
 from vlmray.dataset.registry import DATASETS
 from vlmray.errors import OptionError
 
 _URI_SCHEMES = ("s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "file")
+_TEXT_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json"}
+_LONGEST_NAME = 255
 
 
 class Source(Protocol):
@@ -48,8 +53,13 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Return what changes when the rows do, found without reading them; not where they lie.
 
-        Images that rows name by path or URL, outside of the dataset's own folder, do not count.
+        Images that rows name by path, outside of the dataset's own folder, do not count: see
+        `vlmray.dataset.images.stamp_images`.
         """
+        ...
+
+    def count_filled(self, column: str) -> int | None:
+        """Count the rows of the split that have a value in a column; None where that has to be read."""
         ...
 
     def read(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -77,6 +87,13 @@ def open_source(
     Raises:
         ValueError: the name, split or configuration is unknown, or the data cannot be read.
     """
+    source = _open(dataset_name, split, config, random_access)
+    if not len(source):
+        raise without_rows(dataset_name, split)
+    return source
+
+
+def _open(dataset_name: str, split: str, config: str | None, random_access: bool) -> Source:
     is_charts = _is_charts(dataset_name)
     is_uri = dataset_name.partition("://")[0] in _URI_SCHEMES
     path = Path(dataset_name).expanduser()
@@ -84,11 +101,38 @@ def open_source(
         raise OptionError("dataset_config", f"{config!r}: {dataset_name} has no configurations")
     if is_charts:
         return ChartsSource(dataset_name, split)
+    if (text := _text_behind(dataset_name)) is not None:
+        return _open(str(text), split, config, random_access)
     if is_uri:
         remote = ParquetSource(dataset_name, split)
         return remote.copy_here() if random_access else remote
-    base_dir = path.resolve().parent if path.is_file() else path.resolve() if path.is_dir() else None
-    return HFSource(load_hf_dataset(dataset_name, split, config), base_dir, path if base_dir else None)
+    base_dir = path.absolute().parent if path.is_file() else path.resolve()
+    is_local = path.exists()
+    source = open_split(
+        dataset_name, split, config, base_dir=base_dir if is_local else None, path=path if is_local else None
+    )
+    if path.is_file() and path.is_symlink():
+        source.base_dir = str(_base_of_link(source, path, base_dir))
+    return source
+
+
+def _text_behind(uri: str) -> Path | None:
+    """Return the local file or folder of text files, and no Parquet, that a file:// URI stands for."""
+    if not uri.startswith("file:///"):
+        return None
+    path = Path(url2pathname(urlsplit(uri).path))
+    suffixes = {file.suffix for file in ([path] if path.is_file() else path.rglob("*"))}
+    return path if suffixes & _TEXT_SUFFIXES and ".parquet" not in suffixes else None
+
+
+def _base_of_link(source: Source, path: Path, beside: Path) -> Path:
+    """Tell whether images lie beside a link, as in the hub's cache, or beside the file that it leads to."""
+    target = path.resolve().parent
+    values = [value for row in source.read(range(min(8, len(source)))) for value in row.values()]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    names = [name for name in names if isinstance(name, str) and 0 < len(name) < _LONGEST_NAME]
+    found = [any((folder / name).is_file() for name in names) for folder in (beside, target)]
+    return target if found == [False, True] else beside
 
 
 def display_name(dataset_name: str, config: str | None = None) -> str:

@@ -32,6 +32,8 @@ from vlmray.images.decoding import (
 from vlmray.images.fetching import URL_SCHEMES, FetchError, fetch_url, shorten_source
 
 _URL_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BASE64_IMAGE = re.compile(r"\s*(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK)")  # PNG, JPEG, GIF, ...
+_LEAST_BASE64 = 64
 
 
 def load_image_pil(
@@ -47,7 +49,8 @@ def load_image_pil(
 
     Args:
         source: A PIL image, encoded bytes, an http(s) URL, a path (`str`, `Path` or `file://`), a data
-            URI, or a Hugging Face `{"bytes": ..., "path": ...}` dict. An RGB PIL image comes back as is.
+            URI, base64 alone, or a Hugging Face `{"bytes": ..., "path": ...}` dict. An RGB PIL image comes
+            back as is.
         max_pixels: Limit on width x height, checked before decoding.
         max_bytes: Limit on the encoded size, checked while it is read.
         timeout_s: Time for the whole download, redirects included.
@@ -111,6 +114,14 @@ def _from_dict(source: dict[str, Any]) -> object:
     raise ImageError("image dict has neither bytes nor path")
 
 
+def is_base64_image(text: str) -> bool:
+    """Tell whether a text is an image in base64 without more, as TSV files of benchmarks hold it.
+
+    A path of such letters without a dot is not one: nobody has images under it.
+    """
+    return _BASE64_IMAGE.match(text) is not None and len(text) >= _LEAST_BASE64 and "." not in text
+
+
 def _read_string(
     source: str,
     max_bytes: int,
@@ -123,6 +134,8 @@ def _read_string(
         raise ImageError("image source is an empty string")
     if source[:5].lower() == "data:":
         return _read_data_uri(source, max_bytes)
+    if is_base64_image(source):
+        return _read_data_uri(f"data:;base64,{source}", max_bytes)
     match = _URL_SCHEME.match(source)
     if match is None:
         return _read_path(Path(source), max_bytes, base_dir)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -153,7 +153,8 @@ def answered(completion: Completion) -> Row:
 
 
 def score_row(row: Row, task: Task) -> Row:
-    """Score an answered row that has answers to compare with; mark a failed one."""
+    """Score an answered row that has answers to compare with; mark a failed one. It has all columns then."""
+    row = cast(Row, {**dict.fromkeys(RESULT_SCHEMA.names), **row})
     if row["error"] is not None:
         row["finish_reason"] = "error"
     elif row["answers"] and (prediction := row["prediction"]) is not None:

@@ -23,7 +23,7 @@ from PIL import Image
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import fetch_images, read_rows
-from vlmray.dataset.samples import to_sample
+from vlmray.dataset.samples import read_texts
 from vlmray.dataset.sources import Source
 from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image, image_size
@@ -224,16 +224,16 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
         raise OptionError(
             "answer_column", "is needed to train", f"the columns are {', '.join(source.column_names)}"
         )
-    answers = DatasetSpec(question_column=spec.answer_column, answer_column=spec.answer_column)
+    problem = f"all {len(selected)} selected rows of split {split!r} have an empty {spec.answer_column!r}"
     for start in range(0, len(selected), _ROWS_PER_READ):
-        rows = source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column])
-        if any(answer.strip() for row in rows for answer in to_sample(row, answers, "").answers):
-            return
-    raise OptionError(
-        "answer_column",
-        f": all {len(selected)} selected rows of split {split!r} have an empty {spec.answer_column!r}",
-        "there is nothing to learn from them, or to compare with",
-    )
+        for row in source.read(selected[start : start + _ROWS_PER_READ], [spec.answer_column]):
+            try:
+                if any(answer.strip() for answer in read_texts(row[spec.answer_column])):
+                    return
+            except ValueError as error:
+                problem = f"no selected row has an answer in {spec.answer_column!r} ({error})"
+    hint = "there is nothing to learn from them, or to compare with"
+    raise OptionError("answer_column", f": {problem}", hint)
 
 
 def open_images(rows: Sequence[SampleRow]) -> list[SampleRow]:

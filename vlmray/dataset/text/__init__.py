@@ -1,0 +1,1 @@
+"""What is written is what is read: values as texts, and text files without guesses at their types."""
