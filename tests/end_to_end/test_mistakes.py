@@ -129,6 +129,43 @@ def test_every_job_refuses_an_encoder_decoder_before_ray_starts(
     assert stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "--dataset_name rows.jsonl has no rows in split 't'"),
+        ('{"photo": "p.png", "question": "q?", "answer": "a"}', "--image_column is needed: column 'photo'"),
+        (
+            '{"image": "p.png", "question": ["q?"], "answer": "a"}',
+            "--question_column: 'question' holds a list",
+        ),
+        ('{"image": "p.png", "question"', "--dataset_name rows.jsonl cannot be read: rows.jsonl, line 1: "),
+    ],
+)
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("infer", "--sample_slices [:] --model_id tiny-random"),
+        ("finetune", "--model_id tiny-random"),
+        ("benchmark", "--models a=tiny-random"),
+    ],
+)
+def test_every_job_refuses_rows_that_it_does_not_understand_before_ray_starts(
+    job: str, options: str, rows: str, message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    from vlmray import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, shlex.split(f"{options} --dataset_name rows.jsonl --dataset_split t"))
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert stderr.startswith(f"error: {message}")
+    assert stderr.count("\n") == 1
+
+
 # Training
 
 

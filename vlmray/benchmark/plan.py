@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, shared_options
-from vlmray.dataset.selection import open_selection
+from vlmray.dataset.selection import describe_columns, open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.schema import Row
@@ -18,6 +19,8 @@ from vlmray.storage.run_folder import RunFolder
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
 SPEED = "speed.json"
 RESULTS = "results.json"
+
+logger = logging.getLogger(__name__)
 
 
 class BenchmarkError(RunError):
@@ -71,6 +74,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     baseline = (
         read_baseline(config.baseline, describe_samples(config, first, samples)) if config.baseline else None
     )
+    logger.info("%s: %s", config.dataset_name, describe_columns(questions.source, questions.spec))
     return Benchmark(
         config=config, candidates=candidates, metrics=names, runs=runs, folder=folder, samples=samples,
         baseline=baseline,

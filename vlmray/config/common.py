@@ -138,13 +138,16 @@ class DatasetConfig(Options):
     """User message, with {question} and, for multiple choice, {choices}; default: the dataset's own."""
 
     image_column: str | None = option(None, affects="derived")
-    """Column of the image, for a dataset that is not registered."""
+    """Column of the image, for a dataset that is not registered; none: ask without."""
 
     question_column: str | None = option(None, affects="derived")
     """Column of the question."""
 
     answer_column: str | None = option(None, affects="derived")
     """Column of the accepted answers: a string, a number or a list of them."""
+
+    choices_column: str | None = option(None, affects="derived")
+    """Column of the choices of a multiple-choice question, or one for each: A,B,C,D."""
 
     family_column: str | None = option(None, affects="derived")
     """Column to break the score down by."""

@@ -22,6 +22,7 @@ class DatasetSpec:
     answer_column: str | None = None
     family_column: str | None = None
     choices_column: str | None = None
+    """One column of lists, or several of one choice each, with commas between their names."""
 
     image_optional: bool = False
     """Some questions come without an image; elsewhere a missing image is a failed row."""
@@ -79,6 +80,14 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
 }
 """Registered datasets by name on the hub; `name#config` where a configuration differs from the rest."""
+
+TELLTALES = {
+    "HuggingFaceM4/ChartQA": ("human_or_machine",),
+    "lmms-lab/DocVQA": ("question_types", "ucsf_document_id"),
+    "lmms-lab/DocVQA#InfographicVQA": ("answer_type", "operation/reasoning"),
+    "derek-thomas/ScienceQA": ("lecture", "skill"),
+}
+"""Columns of registered datasets that no other has: a table with them is a copy, whatever its name."""
 
 
 def register_dataset(name: str, spec: DatasetSpec) -> None:

@@ -7,13 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
-from vlmray.dataset.columns import get_dataset_columns
+from vlmray.dataset.columns import NO_COLUMN, check_choices, check_questions, get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
 from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.samples import marker_in, split_columns
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
+from vlmray.dataset.text.values import printable
 from vlmray.errors import OptionError, mistake_in
 from vlmray.metrics import METRICS
+
+_NUM_FIRST_ROWS = 8
+"""Rows that are looked at for what column names do not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,32 @@ class Selection:
     """Row indices, in the order asked for."""
 
     system_prompt: str | None = None
+
+
+def describe_columns(source: Source, spec: DatasetSpec) -> str:
+    """Say in one line which columns are taken for what, and how many rows have an image."""
+    columns = {option.removesuffix("_column"): name for option, name in spec.columns().items()}
+    taken = ", ".join(f"{what} from {name!r}" for what, name in columns.items())
+    used = {*columns.values(), *split_columns(columns.get("choices", ""))}
+    unused = [name for name in source.column_names if name not in used]
+    parts = [taken, f"metric {spec.metric}", _count_images(source, spec.image_column)]
+    if spec.image_column and any(map(marker_in, _first_questions(source, spec))):
+        parts.append("<image> before or after a question is left out, its image comes first")
+    if unused:
+        parts.append(f"not used: {', '.join(unused)}")
+    return "; ".join(parts)
+
+
+def _count_images(source: Source, column: str | None) -> str:
+    if column is None:
+        return "no images"
+    count = source.count_filled(column)
+    return f"images in {'?' if count is None else f'{count:,}'} of the split's {len(source):,} rows"
+
+
+def _first_questions(source: Source, spec: DatasetSpec) -> list[str]:
+    rows = source.read(range(min(_NUM_FIRST_ROWS, len(source))), [spec.question_column])
+    return [printable(row[spec.question_column]) for row in rows]
 
 
 def open_selection(
@@ -57,14 +88,17 @@ def open_selection(
     with _calling(dataset_split=split_option, sample_slices=slices_option):
         source = open_source(config.dataset_name, split, config.dataset_config, random_access=random_access)
         selected = parse_sample_slices(slices, len(source))
+    some = selected[:_NUM_FIRST_ROWS]
     spec = get_dataset_columns(
         config.dataset_name,
         source.column_names,
         dataset_config=config.dataset_config,
+        first_rows=lambda: source.read(some),
         image_column=config.image_column,
         question_column=config.question_column,
         answer_column=config.answer_column,
         family_column=config.family_column,
+        choices_column=config.choices_column,
         prompt_template=config.prompt_template,
         metric=config.metric,
     )
@@ -72,6 +106,10 @@ def open_selection(
         raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
     with mistake_in("prompt_template"):
         check_prompt_template(spec.prompt_template)
+    check_choices(spec, source.column_names)
+    check_questions(
+        spec, source.read(some, [spec.question_column]), without_images=config.image_column == NO_COLUMN
+    )
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
