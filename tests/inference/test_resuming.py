@@ -200,3 +200,72 @@ def test_a_dataset_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch
     assert open_source("owner/known", "test").fingerprint() == commit
     os.utime(snapshot / "test.jsonl", (1, 1))  # fetched again
     assert open_source("owner/known", "test").fingerprint() == commit
+
+
+# Rows and the images that they name
+
+
+def _jsonl(folder: Path, *questions: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "rows.jsonl"
+    rows = [{"image": f"{at}.png", "question": text, "answer": "a"} for at, text in enumerate(questions)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for at in range(len(questions)):
+        Image.new("RGB", (8, 8), (at, 0, 0)).save(folder / f"{at}.png")
+    return path
+
+
+@pytest.mark.parametrize("edited", [["a?", "B?", "c?"], ["b?", "c?"]])
+def test_rows_that_were_edited_or_deleted_are_refused(edited: list[str], tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "data", "a?", "b?", "c?")
+    _answer_one(_plan(tmp_path / "out", dataset_name=str(path)))
+    _jsonl(tmp_path / "data", *edited)
+    assert f"the data of dataset_name '{path}' changed" in _refusal(tmp_path / "out", dataset_name=str(path))
+
+
+@pytest.mark.parametrize("output_format", ["files", "parquet", "both"])
+def test_a_row_is_asked_again_whose_image_file_was_replaced(output_format: str, tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "data", "a?", "b?", "c?")
+    options = {"dataset_name": str(path), "output_format": output_format}
+    run = _plan(tmp_path / "out", **options, sample_slices="[:2]")
+    rows = [
+        {**dict.fromkeys(RESULT_SCHEMA.names), "sample_id": f"test-{at:06d}", "row_index": at}
+        for at in (0, 1)
+    ]
+    run.folder.save(rows, [{}, {}], [None, None])
+    assert _plan(tmp_path / "out", **options).pending == [2]
+    Image.new("RGB", (8, 8), "blue").save(path.with_name("1.png"))
+    assert _plan(tmp_path / "out", **options, sample_slices="[:1]").pending == []
+    for _ in range(2):  # also where the run that noticed answered nothing
+        assert _plan(tmp_path / "out", **options).pending == [1, 2]
+    path.with_name("0.png").unlink()
+    assert _plan(tmp_path / "out", **options).pending == [0, 1, 2]
+    assert _plan(tmp_path / "out", **options, overwrite=True).pending == [0, 1, 2]
+    assert not list((tmp_path / "out").rglob("*_out.json")) + list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_folders_whose_rows_name_no_files_record_none(tmp_path: Path) -> None:
+    _plan(tmp_path / "out")
+    assert not (tmp_path / "out" / "images.json").exists()
+
+
+@pytest.mark.parametrize("name", ["0.png", "other/0.png"])
+def test_training_goes_on_only_with_the_same_image_files(name: str, tmp_path: Path) -> None:
+    from vlmray.config import FinetuneConfig
+    from vlmray.finetune.plan import _fingerprint_images, open_training_data
+
+    path = _jsonl(tmp_path / "data", "a?", "b?")
+    (path.parent / "other").mkdir()
+    shutil.copy(path.with_name("0.png"), path.parent / "other")
+    path.write_text(path.read_text().replace("0.png", name))
+    config = FinetuneConfig(dataset_name=str(path), model_id="tiny-random")
+    found = []
+    for color in ("red", None, "blue"):
+        if color:
+            Image.new("RGB", (8, 8), color).save(path.parent / name)
+        found.append(_fingerprint_images(open_training_data(config).train))
+    assert found[0] == found[1] != found[2]
+    assert (
+        _fingerprint_images(open_training_data(FinetuneConfig(dataset_name="charts?num_rows=4")).train)
+        is None
+    )

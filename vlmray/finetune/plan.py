@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 from vlmray import cluster
 from vlmray.config import FinetuneConfig, options_that_affect
-from vlmray.dataset.selection import Selection, open_selection
+from vlmray.dataset.images import stamp_images
+from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
 from vlmray.models.source import ModelSource
+from vlmray.storage.fingerprints import digest
 from vlmray.storage.run_folder import RunFolder
 from vlmray.training.arguments import check_sft_options
 from vlmray.training.run import TrainingData, TrainingRun
@@ -19,6 +22,8 @@ from vlmray.training.samples import Conversations, check_answers, group_turns
 from vlmray.training.worker import lora_config_of
 
 CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger(__name__)
 
 
 class FinetuneError(RunError):
@@ -58,6 +63,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
         raise OptionError("fsdp", "shards over several workers, and there is one", "leave it out")
     training = TrainingRun.of(config, data, num_workers=workers.num_workers, num_threads=workers.num_threads)
     folder = _open_folder(training, data, model)
+    logger.info("%s: %s", config.dataset_name, describe_columns(data.train.source, data.train.spec))
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
 
 
@@ -100,6 +106,13 @@ def _check_lora_targets(config: FinetuneConfig, model: ModelSource) -> None:
     lora.find_lora_targets(skeleton, lora_config_of(config))
 
 
+def _fingerprint_images(samples: Conversations) -> str | None:
+    """Return what changes when image files do that samples name by path; None where they name none."""
+    rows = [row for turns in samples.turns for row in turns] if samples.source.base_dir else []
+    stamps = stamp_images(samples.source, samples.spec, rows)
+    return digest(sorted(stamps.items())) if stamps else None
+
+
 class _TrainingFolder(RunFolder):
     """The folder of a fine-tuning run: checkpoints, and what was made of one."""
 
@@ -121,6 +134,7 @@ def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) 
             **options_that_affect(config, "result"),
             **model.fingerprints,
             "dataset_fingerprint": data.train.source.fingerprint(),
+            "images_fingerprint": _fingerprint_images(data.train),
             "samples_per_step": training.samples_per_step,
             **dataclasses.asdict(data.train.spec),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmray.config import InferConfig, options_that_affect
+from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
-from vlmray.dataset.selection import Selection, open_selection
+from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
 from vlmray.errors import RunError
@@ -21,6 +23,8 @@ from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
+
+logger = logging.getLogger(__name__)
 
 
 class InferenceError(RunError):
@@ -42,6 +46,7 @@ def plan_inference(
         FileNotFoundError: the model or adapter is not there.
     """
     model = _open_model(config, endpoint)
+    is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
@@ -57,12 +62,18 @@ def plan_inference(
         earlier="delete" if config.overwrite else "resume",
         output_format=config.output_format,
     )
-    finished = folder.finished()
     names = {index: sample_id(config.dataset_split, index) for index in selected}
+    stamps = stamp_images(source, spec, selected)
+    replaced = folder.note_images({names[index]: stamp for index, stamp in stamps.items()})
+    if replaced:
+        logger.info("%d rows name images that were replaced since; they are asked again", len(replaced))
+    finished = folder.finished()
     pending = [index for index in selected if not finished.get(names[index], False)]
     if pending:
         folder.reopen()
         folder.discard({names[index] for index in pending} & finished.keys())
+    if is_first:
+        logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
         config=config, source=source, spec=spec, task=task, folder=folder, selected=selected, pending=pending
     )

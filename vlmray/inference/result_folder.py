@@ -2,6 +2,7 @@
 
     {sample_id}_in.json, _img.jpg    what was asked
     {sample_id}_out.json             what was answered, written after the two above
+    images.json                      sizes and times of the image files that rows name by path
     predictions/part-*.parquet       the same rows; a sample is in one part at most
 
 No Ray here.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -43,7 +44,7 @@ RESULT_SCHEMA = pa.schema(
 )
 """Columns of a result row, in `_out.json` and in Parquet alike."""
 
-_PARTS = "predictions"
+_PARTS, _STAMPS = "predictions", "images.json"
 _IN, _OUT, _IMAGE = "_in.json", "_out.json", "_img.jpg"
 _SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
 _PART_FILE = re.compile(r"part-.+\.parquet")
@@ -114,6 +115,25 @@ class ResultFolder(RunFolder):
             else:
                 self.delete(f"{_PARTS}/{name}")
 
+    def note_images(self, stamps: Mapping[str, str]) -> set[str]:
+        """Record which image files samples are asked with, and take out what was answered about others.
+
+        Args:
+            stamps: Sample id to what changes when the file is replaced.
+
+        Returns:
+            The samples whose images were replaced.
+        """
+        earlier = self.read_json(_STAMPS, _CURE) or {} if stamps else {}
+        replaced = {name for name, stamp in stamps.items() if earlier.get(name, stamp) != stamp}
+        if replaced:
+            self.discard(replaced)
+            for name in sorted(replaced):
+                self.delete(f"{name}{_OUT}")
+        if stamps.items() - earlier.items():
+            self.write_json(_STAMPS, {**earlier, **stamps})
+        return replaced
+
     def rows(
         self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
     ) -> list[Row]:
@@ -155,7 +175,8 @@ class ResultFolder(RunFolder):
     def written(self) -> list[str]:
         """Name the files of samples and the Parquet parts."""
         files = [name for name in self._list() if _SAMPLE_FILE.fullmatch(name)]
-        return files + [f"{_PARTS}/{name}" for name in self._parts()]
+        stamps = [_STAMPS] if self.has(_STAMPS) else []
+        return files + stamps + [f"{_PARTS}/{name}" for name in self._parts()]
 
     def has_results(self) -> bool:
         """Whether any sample was ever finished here."""

@@ -16,6 +16,7 @@ _FINGERPRINTS = {
     "model_fingerprint": ("weights", "model_id"),
     "adapter_fingerprint": ("weights", "adapter"),
     "dataset_fingerprint": ("data", "dataset_name"),
+    "images_fingerprint": ("image files", "dataset_name"),
 }
 """Options that say what a name stood for: of what, and the option that is the name."""
 
