@@ -238,7 +238,7 @@ def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None
 
     async def check() -> None:
         request = GenerationRequest(request_id="x", messages=[])
-        pieces = serving._Replicas(cast(Any, Handle())).answer(request, stream=True)
+        pieces = serving._Replicas(cast(Any, Handle()), 1).answer(request, stream=True)
         for _ in range(num_read):
             await anext(pieces)
         await pieces.aclose()
