@@ -11,8 +11,9 @@ TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 SCALE ?= full
 PACK := .gpu
+CLIENTS := .clients
 
-.PHONY: demo test test-fast lint gpu setup clean
+.PHONY: demo test test-fast clients lint gpu setup clean
 
 demo: setup
 	$(BIN)/vlmray demo --output_dir outputs/demo
@@ -23,6 +24,16 @@ test: setup
 # Without what starts Ray, other processes or trainings.
 test-fast: setup
 	$(TEST) -m "not (ray or processes or training)"
+
+# Clients of other makers, for Python and JavaScript, against a server here.
+clients: setup $(CLIENTS)/.ready
+	VLMRAY_CLIENTS=$(CURDIR)/$(CLIENTS) $(BIN)/python -m pytest tests/clients -s
+
+$(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	cp tests/clients/package.json $(CLIENTS) && npm install --silent --prefix $(CLIENTS)
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -53,4 +64,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(CLIENTS) outputs
