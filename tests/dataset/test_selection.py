@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,16 @@ def test_an_option_is_not_guessed_from_words() -> None:
     assert str(error_info.value).startswith("--dataset_name: charts: unknown parameter 'split'")
 
 
-def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     ModelSource.open("tiny-random")
-    (tmp_path / "model").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("config.json", "model.safetensors"):
+        file = (tmp_path / "model" / name).rename(tmp_path / name)
         with pytest.raises(FileNotFoundError, match="in this folder"):
             ModelSource.open(str(tmp_path / "model"))
-        (tmp_path / "model" / name).write_text('{"model_type": "qwen2_5_vl"}')
+        file.rename(tmp_path / "model" / name)
     ModelSource.open(str(tmp_path / "model"))
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

@@ -78,7 +78,7 @@ def test_makers_and_generations_are_told_apart(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(Path, "exists", lambda self: True)
-    monkeypatch.setattr(Path, "read_text", lambda self: described)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: described)
     assert onednn_speed_up.__wrapped__() == expected
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert onednn_speed_up.__wrapped__() == 1
