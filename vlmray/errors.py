@@ -48,10 +48,10 @@ class ContextLengthError(ValueError):
         self.max_model_len = max_model_len
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Say it in one line, with the words by which clients know it."""
         return (
-            f"the prompt has {self.num_tokens} tokens, and the model reads and writes at most "
-            f"{self.max_model_len}; shorten it or lower --max_pixels"
+            f"this model's maximum context length is {self.max_model_len} tokens, and the prompt has "
+            f"{self.num_tokens}; shorten it or lower --max_pixels"
         )
 
 

@@ -147,7 +147,7 @@ def litellm_calls() -> Calls:
 
     def errors() -> None:
         too_long = litellm.ContextWindowExceededError
-        raises(too_long, lambda: text([{"role": "user", "content": LONG}]), "context_length_exceeded")
+        raises(too_long, lambda: text([{"role": "user", "content": LONG}]), "80019")
         raises(litellm.BadRequestError, lambda: text(extra_body={"guided_json": {}}), "guided_json")
         raises(litellm.NotFoundError, lambda: text(model="openai/nobody"), "nobody")
         raises(litellm.AuthenticationError, lambda: text(api_key="wrong"))
@@ -217,7 +217,7 @@ def llama_index_calls() -> Calls:
     ]
 
     def llm(**options: Any) -> Any:
-        options = {"model": given.model, "api_key": KEY, "max_retries": 0, **options}
+        options = {"model": given.model, "api_key": KEY, "max_retries": 0, "temperature": 0, **options}
         return OpenAILike(api_base=given.base_url, is_chat_model=True, **options)
 
     def options() -> None:
@@ -279,7 +279,7 @@ def pydantic_ai_calls() -> Calls:
         raises(ModelHTTPError, lambda: agent().run_sync(LONG), "400", "context_length_exceeded")
         raises(ModelHTTPError, lambda: agent(model="nobody").run_sync(asked), "404")
         raises(ModelHTTPError, lambda: agent(key="wrong").run_sync(asked), "401")
-        raises(ModelHTTPError, lambda: agent(output_type=Count).run_sync(asked), "400", "tools")
+        raises(ModelHTTPError, lambda: agent(output_type=Count).run_sync(asked), "400", "tool_choice")
 
     def stream() -> None:
         async def pieces() -> list[str]:
@@ -303,6 +303,7 @@ def pydantic_ai_calls() -> Calls:
 def instructor_calls() -> Calls:
     import instructor
     import openai
+    from instructor.exceptions import InstructorError
     from pydantic import BaseModel
 
     class Count(BaseModel):
@@ -315,8 +316,8 @@ def instructor_calls() -> Calls:
         return asking.create(model=given.model, response_model=Count, messages=ASKED, max_retries=0)
 
     def errors() -> None:
-        refused = (openai.BadRequestError, instructor.core.InstructorError)
-        raises(refused, lambda: ask(instructor.Mode.TOOLS), "tools")
+        refused = (openai.BadRequestError, InstructorError)
+        raises(refused, lambda: ask(instructor.Mode.TOOLS), "tool")
         raises(refused, lambda: ask(instructor.Mode.JSON_SCHEMA), "response_format")
 
     if given.structured:

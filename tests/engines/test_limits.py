@@ -42,8 +42,7 @@ def test_a_prompt_longer_than_the_positions_is_refused_with_both_numbers(engine:
             assert before.text.startswith(found.text)
         else:
             assert (found.finish_reason, found.error_code) == ("error", "context_length_exceeded")
-            assert f"has {length} tokens" in str(found.error)
-            assert f"at most {length};" in str(found.error)
+            assert f"maximum context length is {length} tokens, and the prompt has {length};" in found.error
 
 
 def test_an_answer_ends_where_the_positions_do(engine: Engine) -> None:
@@ -71,7 +70,7 @@ def test_a_text_that_is_too_long_is_refused_before_its_image_is_encoded(make_eng
 def test_the_error_survives_pickling() -> None:
     error = ContextLengthError(5000, 4096)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
-    assert "5000 tokens" in str(error)
+    assert (error.num_tokens, error.max_model_len) == (5000, 4096)
 
 
 def test_the_builtin_model_refuses_a_question_of_thousands_of_words() -> None:
@@ -79,7 +78,7 @@ def test_the_builtin_model_refuses_a_question_of_thousands_of_words() -> None:
     (completion,) = engine.generate([text_request("Ignore this. " * 1000 + "How many bars?")])
     engine.close()
     assert completion.error_code == "context_length_exceeded"
-    assert f"at most {engine.max_model_len}" in str(completion.error)
+    assert f"maximum context length is {engine.max_model_len} tokens" in str(completion.error)
 
 
 @pytest.mark.parametrize(
