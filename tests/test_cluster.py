@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +31,8 @@ from vlmray.errors import OptionError, RunError
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which nobody runs `ray start`."""
+    """A process without a Ray, on a machine on which nobody runs `ray start`."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "read_ray_address", lambda: None)
 
 
@@ -92,15 +95,15 @@ def test_that_ray_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def elsewhere() -> Iterator[dict[str, str]]:
     """A cluster of `ray start` in another folder, with a token; the environment of those who may use it."""
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}
-    port = free_port()
+    port, folder = free_port(), tempfile.mkdtemp(dir="/tmp")  # short: sockets lie in it
     options = [
         f"--port={port}", f"--ray-client-server-port={free_port()}", "--num-cpus=2",
         "--include-dashboard=false",
         f"--dashboard-agent-listen-port={free_port()}",
-        f"--temp-dir=/tmp/{tmp_path_factory.getbasetemp().name}-ray",  # short: sockets lie in it
+        f"--temp-dir={folder}",
     ]  # fmt: skip
     head = subprocess.Popen(
         [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *options],
@@ -114,6 +117,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait()
+        shutil.rmtree(folder, ignore_errors=True)  # what dies may still write into it
 
 
 @pytest.mark.parametrize("token", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"}])

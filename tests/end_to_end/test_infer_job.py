@@ -210,11 +210,11 @@ def test_installed_wheel_needs_no_repository(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     # Templates travel with the code only if the package says so.
     code = (
-        "from vlmray import cli; from vlmray.reports import page; from vlmray.serving import http;"
+        "from vlmray import cli; from vlmray.reports import page; from vlmray.serving.http import app;"
         "from vlmray.builtin.models import trained_charts; from vlmray.metrics import EVALUATE_PATH;"
         "from pathlib import Path; trained_charts(); assert list(Path(EVALUATE_PATH).glob('*.py'));"
         "fact = page.Fact(label='l', value='v'); page.render_page(page.Page(title='t', headline=fact));"
-        "http._read_page(); print(cli.__file__)"
+        "app._read_page(); print(cli.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
