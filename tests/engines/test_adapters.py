@@ -100,3 +100,21 @@ def test_a_default_adapter_answers_requests_that_name_none(tiny_model: Path, tin
     named = texts(base.generate([dataclasses.replace(row, adapter="named") for row in rows]))
     tuned = build_engine(engine="transformers", model_id=str(tiny_model), adapter=str(tiny_adapter))
     assert texts(tuned.generate(rows)) == named != texts(base.generate(rows))
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_base_answers_as_before_whatever_was_loaded(
+    tiny_model: Path, tiny_adapter: Path, quantization: str
+) -> None:
+    requests = make_mixed_requests(6)
+    engine = build_engine(
+        engine="transformers", model_id=str(tiny_model), quantization=quantization, batch_size=1
+    )
+    assert isinstance(engine, TransformersEngine)
+    before = texts(engine.generate(requests))
+    engine.load_adapter("a", str(tiny_adapter))
+    adapted = texts(engine.generate([dataclasses.replace(request, adapter="a") for request in requests]))
+    assert texts(engine.generate(requests)) == before != adapted
+    engine.unload_adapter("a")
+    assert texts(engine.generate(requests)) == before
+    engine.close()

@@ -260,6 +260,18 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             f"{model_id}: the weight {broken} holds values that are not finite (NaN or infinity)",
             "download or write the checkpoint again",
         )
+    _leave_weights_as_they_are(model)
     family_of(model.config.model_type).prepare(model)
     warn_of_settings(model_id, vars(model.generation_config))
     return model.eval()
+
+
+def _leave_weights_as_they_are(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for a CPU with AVX-512.
+
+    `state_dict`, which PEFT calls for each adapter that it loads, undoes the packing with loss, and the base
+    would answer otherwise from then on.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
