@@ -142,7 +142,9 @@ def test_draining_answers_what_is_in_progress_and_refuses_the_rest() -> None:
 def test_a_prompt_too_long_is_told_with_both_numbers(client: openai.OpenAI, backend: Backend) -> None:
     backend.engine.max_model_len = 20
     try:
-        with pytest.raises(openai.BadRequestError, match=r"maximum context length is 20 tokens, and the prompt has 501;") as refused:
+        with pytest.raises(
+            openai.BadRequestError, match=r"maximum context length is 20 tokens, and the prompt has 501;"
+        ) as refused:
             client.chat.completions.create(**ask("word " * 500))
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
         cut = client.chat.completions.create(**ask("word " * 18)).choices[0]
