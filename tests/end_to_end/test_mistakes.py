@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,28 @@ def test_mistakes_in_files_are_one_line_too(
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+Refuse = Callable[[str, str], str]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refuse:
+    """Run a job that has to refuse its options, in one line and before Ray starts; return what it says."""
+    from vlmray import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+
+    def say(job: str, options: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_job(job, shlex.split(options))
+        stderr = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert stderr.count("\n") == 1
+        return stderr
+
+    return say
+
+
 @pytest.mark.parametrize(
     ("job", "options"),
     [
@@ -115,25 +138,12 @@ def test_mistakes_in_files_are_one_line_too(
     ],
 )
 def test_every_job_refuses_an_incomplete_model_before_ray_starts(
-    job: str,
-    options: str,
-    tiny_model: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    job: str, options: str, refuse: Refuse, tiny_model: Path, tmp_path: Path
 ) -> None:
-    from vlmray import cluster
-
-    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
-    monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(SystemExit) as stopped:
-        run_job(job, shlex.split(options.format(model=model)))
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
+    stderr = refuse(job, options.format(model=model))
     assert stderr.startswith(f"error: --model_id: {model}/model.safetensors is a Git LFS pointer, not")
-    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -145,20 +155,11 @@ def test_every_job_refuses_an_incomplete_model_before_ray_starts(
     ],
 )
 def test_every_job_refuses_to_write_into_what_it_reads(
-    job: str,
-    options: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    job: str, options: str, refuse: Refuse, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit) as stopped:
-        run_job(job, shlex.split(options))
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
+    stderr = refuse(job, options)
     assert stderr.startswith("error: --output_dir data/out and --dataset_name data lie in one another: ")
-    assert stderr.count("\n") == 1
     assert not (tmp_path / "data" / "out").exists()
 
 
@@ -171,20 +172,9 @@ def test_every_job_refuses_to_write_into_what_it_reads(
     ],
 )
 def test_a_model_that_is_not_for_the_engine_is_found_before_ray_starts(
-    job: str,
-    options: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    job: str, options: str, refuse: Refuse
 ) -> None:
-    from vlmray import cluster
-
-    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run_job(job, shlex.split(options))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == (
+    assert refuse(job, options) == (
         "error: --model_id 'builtin' is not for the fake engine; pass fake or fake?name=value&...\n"
     )
 
@@ -199,24 +189,12 @@ def test_a_model_that_is_not_for_the_engine_is_found_before_ray_starts(
     ],
 )
 def test_every_job_refuses_an_encoder_decoder_before_ray_starts(
-    job: str,
-    options: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    job: str, options: str, refuse: Refuse, tmp_path: Path
 ) -> None:
-    from vlmray import cluster
-
-    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "florence2"}')
     (tmp_path / "model.safetensors").write_text("not to be read")
-    with pytest.raises(SystemExit) as stopped:
-        run_job(job, shlex.split(options.format(model=tmp_path)))
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
+    stderr = refuse(job, options.format(model=tmp_path))
     assert stderr.startswith(f"error: --model_id {tmp_path}: florence2 is an encoder-decoder model; ")
-    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -240,20 +218,11 @@ def test_every_job_refuses_an_encoder_decoder_before_ray_starts(
     ],
 )
 def test_every_job_refuses_rows_that_it_does_not_understand_before_ray_starts(
-    job: str, options: str, rows: str, message: str, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-) -> None:  # fmt: skip
-    from vlmray import cluster
-
-    monkeypatch.setattr(cluster, "connect", lambda log_level: pytest.fail("Ray was started"))
-    monkeypatch.chdir(tmp_path)
+    job: str, options: str, rows: str, message: str, refuse: Refuse, tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text(rows)
-    with pytest.raises(SystemExit) as stopped:
-        run_job(job, shlex.split(f"{options} --dataset_name rows.jsonl --dataset_split t"))
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
+    stderr = refuse(job, f"{options} --dataset_name rows.jsonl --dataset_split t")
     assert stderr.startswith(f"error: {message}")
-    assert stderr.count("\n") == 1
 
 
 # Training

@@ -250,8 +250,7 @@ class DataCollatorForVLMSFT:
         text = _text_of(turn)
         if is_answer and not text.strip():
             raise ValueError("empty answer")
-        found = self._special_token.search(text) if is_answer else None
-        if found is not None:
+        if is_answer and (found := self._special_token.search(text)):
             raise ValueError(
                 f"an answer holds the special token {found[0]!r}; remove it or leave the row out"
             )
