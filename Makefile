@@ -23,7 +23,7 @@ test: setup
 
 # Without what starts Ray, other processes or trainings.
 test-fast: setup
-	$(TEST) -m "not (ray or processes or training)"
+	$(TEST) -m "not (ray or nodes or processes or training)"
 
 # Clients of other makers, for Python and JavaScript, against a server here.
 clients: setup $(CLIENTS)/.ready

@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from helpers import processes
+from helpers import clusters, processes
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.fake import build_tiny_random_adapter
 
@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "spare_time" in fixtures:
             item.add_marker("training")
         module = getattr(item, "module", None)  # doctests have none
+        if getattr(module, "cluster_of", None) is clusters.cluster_of:
+            item.add_marker("nodes")
         starters = (getattr(module, name, None) is getattr(processes, name) for name in ("run", "start"))
         if any(starters) or starts_processes(getattr(item, "function", None)):
             item.add_marker("processes")

@@ -26,6 +26,7 @@ from ray import cloudpickle
 from helpers.paths import ROOT
 from helpers.processes import free_port, http_server, run, wait_until
 from vlmray import cluster
+from vlmray.cluster import connection, waiting
 from vlmray.errors import OptionError, RunError
 
 
@@ -33,7 +34,7 @@ from vlmray.errors import OptionError, RunError
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process without a Ray, on a machine on which nobody runs `ray start`."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster, "read_ray_address", lambda: None)
+    monkeypatch.setattr(connection, "read_ray_address", lambda: None)
 
 
 @pytest.mark.usefixtures("alone")
@@ -73,10 +74,10 @@ def test_other_servers_are_not_taken_for_a_cluster(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("given", [None, "", " ", "local"])
 def test_without_an_address_ray_starts_here(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "read_ray_address", lambda: "127.0.0.1:1")  # of a cluster that was killed
+    monkeypatch.setattr(connection, "read_ray_address", lambda: "127.0.0.1:1")  # of a cluster that was killed
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
-    assert cluster._address() == "local"
+    assert connection._address() == "local"
 
 
 def test_that_ray_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,7 @@ def elsewhere() -> Iterator[dict[str, str]]:
     )  # fmt: skip
     address = f"127.0.0.1:{port}"
     try:
-        wait_until(lambda: cluster._speaks_http2(address) or head.poll() is not None)
+        wait_until(lambda: connection._speaks_http2(address) or head.poll() is not None)
         yield {**secret, "RAY_ADDRESS": address}
     finally:
         os.killpg(head.pid, signal.SIGTERM)
@@ -151,7 +152,7 @@ def _infer(model: str, env: dict[str, str], cwd: Path | None = None) -> Any:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_what_a_job_waits_for_is_told(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(cluster, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.5)
     holder = ray.remote(num_cpus=2)(_Holder).remote()
     ray.get(holder.wait.remote())
     with caplog.at_level(logging.WARNING):
@@ -162,7 +163,7 @@ def test_what_a_job_waits_for_is_told(monkeypatch: pytest.MonkeyPatch, caplog: A
     ]
     ray.kill(holder)
     threading.Timer(0.1, caplog.clear).start()
-    monkeypatch.setattr(cluster, "_PATIENCE_S", 60)
+    monkeypatch.setattr(waiting, "_PATIENCE_S", 60)
     cluster.tell_if_taken(cpus=2)
     assert not caplog.messages
 

@@ -167,28 +167,28 @@ NOT_FOUND = "none found"
 
 TABLE = [
     Private(
-        module="cluster", name="read_ray_address", library="ray 2.60.0",
+        module="cluster.connection", name="read_ray_address", library="ray 2.60.0",
         why="`ray.init` waits minutes for a cluster that was killed; its address has to be tried before",
         upstream="ray-project/ray#28008", until="`ray.init` gives up soon, or tells its address",
         holds=_ray_address,
     ),
     Private(
-        module="cluster", name="GcsClient", library="ray 2.60.0",
+        module="cluster.connection", name="GcsClient", library="ray 2.60.0",
         why="tells at once that a cluster wants another token; `ray.init` tries for 20 seconds to reach it",
         upstream=NOT_FOUND, until="`ray.init` raises AuthenticationError", holds=_gcs_client,
     ),
     Private(
-        module="cluster", name="maybe_enable_token_auth_if_token_available", library="ray 2.60.0",
+        module="cluster.connection", name="maybe_enable_token_auth_if_token_available", library="ray 2.60.0",
         why="takes this machine's token for an address that is given; `ray.init` does so for `auto` alone",
         upstream=NOT_FOUND, until="`ray.init` does so for every address", holds=_token_if_available,
     ),
     Private(
-        module="cluster", name="console", library="ray 2.60.0",
+        module="cluster.connection", name="console", library="ray 2.60.0",
         why="the console handler of `ray.data` is silenced: its warnings would break up the progress bar",
         upstream="ray-project/ray#41279", until="Ray Data has an option for it", holds=_ray_data_console,
     ),
     Private(
-        module="cluster", name="ray_bootstrap_config.yaml", library="ray 2.60.0",
+        module="cluster.resources", name="ray_bootstrap_config.yaml", library="ray 2.60.0",
         why="what a cluster of `ray up` could still start stands only in this file of its head node",
         upstream=NOT_FOUND, until="Ray answers what its autoscaler may start", holds=_bootstrap_config,
     ),

@@ -1,0 +1,125 @@
+"""Divide what the cluster has among model replicas or training workers.
+
+Replicas never take all CPUs: Ray Data deadlocks when the actors of one stage leave no CPU for the tasks of
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from vlmray.cluster.resources import cpus_per_task, node_cpus, present, reachable
+from vlmray.errors import OptionError
+
+_MODEL_ON_CPU = {
+    "env_vars": {
+        # What the model frees it soon asks for again (see `keep_freed_memory` of the engine, which comes
+        # too late for the threads that Ray starts before).
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        # Threads of the model that wait for each other shall not keep a core from everything else.
+        "GOMP_SPINCOUNT": "1000",
+    }
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """How many model replicas to start and what each asks Ray for."""
+
+    min_replicas: int
+    max_replicas: int
+    num_gpus: float
+    num_cpus: float
+
+    num_threads: int | None
+    """CPU threads of the model in each replica; None on a GPU, where torch's default will do."""
+
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    """Environment of each replica, beside the job's."""
+
+    @property
+    def memory_fraction(self) -> float:
+        """Share of a GPU's memory that a replica may take: Ray divides cards, but not their memory."""
+        return self.num_gpus if 0 < self.num_gpus < 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """How many training workers to start and what each asks Ray for."""
+
+    num_workers: int
+    resources: dict[str, float]
+
+    num_threads: int | None
+    """CPU threads of each worker; None on a GPU, where torch's default will do."""
+
+
+def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
+    """Divide the cluster among replicas.
+
+    Args:
+        replica_range: Smallest and largest number asked for; None: one per GPU, or one without GPUs.
+        gpus_per_replica: GPUs of each; None: 1 where the cluster has or can start GPUs, else 0.
+
+    Raises:
+        ValueError: the cluster neither has nor can start the GPUs that the smallest number needs.
+    """
+    total_gpus = reachable("GPU")
+    num_gpus = gpus_per_replica if gpus_per_replica is not None else float(min(1, total_gpus))
+    fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
+    low, high = replica_range or (max(1, min(fitting, int(present("GPU") / (num_gpus or 1)))), fitting)
+    if num_gpus * low > total_gpus:
+        raise OptionError(
+            "gpus_per_replica",
+            f"{num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs and the cluster has "
+            f"{total_gpus:g}",
+            "lower --num_replicas, or pass --gpus_per_replica 0 to use CPUs",
+        )
+    if num_gpus:
+        # A GPU replica waits for its GPU most of the time; asking for no CPU leaves all to the other stages.
+        return ReplicaPlan(
+            min_replicas=low, max_replicas=high, num_gpus=num_gpus, num_cpus=0, num_threads=None
+        )
+    total_cpus = present("CPU")
+    return ReplicaPlan(
+        min_replicas=low,
+        max_replicas=high,
+        num_gpus=0,
+        num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
+        # Threads that wait for a core that others have taken make the rest wait with them.
+        num_threads=max(1, int(node_cpus() // high)),
+        runtime_env=_MODEL_ON_CPU,
+    )
+
+
+def plan_workers(num_workers: int | None) -> WorkerPlan:
+    """Divide the cluster among training workers: a GPU each, or a share of the CPUs where there are none.
+
+    Args:
+        num_workers: Workers asked for; None: one per GPU, or two on CPUs.
+
+    Raises:
+        ValueError: the cluster neither has nor can start what so many workers need.
+    """
+    kind = "GPU" if reachable("GPU") >= 1 else "CPU"
+    most = int(reachable(kind))
+    wanted = num_workers or (max(1, int(present("GPU") or most)) if kind == "GPU" else min(2, most))
+    if wanted > most:
+        raise OptionError(
+            "num_workers",
+            f"{wanted} needs {wanted} {kind}s and the cluster has {most}, with no more to start",
+            "lower --num_workers",
+        )
+    if kind == "GPU":
+        return WorkerPlan(num_workers=wanted, resources={"GPU": 1}, num_threads=None)
+    # The tasks that read and decode need room beside the workers, or both wait for each other.
+    share = max(0.01, int(100 * (present("CPU") - cpus_per_task()) / wanted) / 100)
+    per_node = -(-wanted // max(1, sum(node["Alive"] for node in ray.nodes())))
+    num_threads = max(1, int((node_cpus() - 1) // per_node))
+    return WorkerPlan(num_workers=wanted, resources={"CPU": share}, num_threads=num_threads)
