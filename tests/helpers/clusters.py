@@ -18,8 +18,7 @@ NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 def cluster_of(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[Cluster]:
     """A cluster of a head, without CPUs unless told, and nodes such as `{"num_cpus": 2, "num_gpus": 1}`.
 
-    GPUs are nominal. `cluster.add_node(num_cpus=2)` starts one more, and `lose(cluster, node)` kills one; jobs
-    join it with the environment `joining(cluster)`.
+    GPUs are nominal. `cluster.add_node(num_cpus=2)` starts one more, and `lose(cluster, node)` kills one.
     """
     with mock.patch.dict(os.environ, NO_TOKEN):
         cluster = Cluster(
