@@ -92,7 +92,7 @@ def measure_engine(
 
 def measure_pipeline(run: InferenceRun, replicas: cluster.ReplicaPlan) -> float:
     """Return the steady rate in samples per second."""
-    return steady_rate([(time.perf_counter(), len(rows)) for rows, _ in iter_finished(run, replicas)])
+    return steady_rate([(time.perf_counter(), chunk.num_rows) for chunk in iter_finished(run, replicas)])
 
 
 def steady_rate(finished: Sequence[tuple[float, int]]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.rows import SPEC, TASK, ListSource, check_arrow, make_image
+from helpers.rows import SPEC, TASK, ListSource, check_travels, make_image
 from vlmray.builtin import charts
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.registry import DatasetSpec
@@ -108,7 +108,7 @@ def test_a_row_that_is_no_sample_is_an_error_row() -> None:
     assert (broken["sample_id"], broken["row_index"]) == ("test-000000", 0)
     assert broken["error"] == "the row has 2 images; one a question is supported"
     assert fine["error"] is None
-    check_arrow(prepare_rows([broken, fine], TASK))
+    check_travels(prepare_rows([broken, fine], TASK))
 
 
 def test_the_image_of_a_row() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from vlmray.dataset.slices import parse_sample_slices, sample_id
+from vlmray.dataset.slices import mask_rows, pack_rows, parse_sample_slices, row_indices, sample_id
 
 
 def _random_slice(rng: random.Random, num_rows: int) -> tuple[str, slice]:
@@ -25,7 +28,7 @@ def test_slices_are_pythons_own() -> None:
         rows = list(range(num_rows))[expected]
         for spelling in (text, f"[{text}]", f" [ {text.replace(':', ' : ')} ] "):
             if rows:
-                assert parse_sample_slices(spelling, num_rows) == rows, spelling
+                assert list(parse_sample_slices(spelling, num_rows)) == rows, spelling
             else:
                 with pytest.raises(ValueError, match=f"selects nothing; the split has {num_rows} rows"):
                     parse_sample_slices(spelling, num_rows)
@@ -39,14 +42,14 @@ def test_several_slices_keep_their_order_and_each_row_once() -> None:
         rows = [row for _, part in parts for row in range(num_rows)[part]]
         if rows:
             text = ",".join(rng.choice(["{}", "[{}]", " {} "]).format(part) for part, _ in parts)
-            assert parse_sample_slices(text, num_rows) == list(dict.fromkeys(rows)), text
+            assert list(parse_sample_slices(text, num_rows)) == list(dict.fromkeys(rows)), text
 
 
 @pytest.mark.parametrize("index", range(-10, 10))
 def test_single_indices(index: int) -> None:
     expected = [list(range(10))[index]]
-    assert parse_sample_slices(str(index), 10) == expected
-    assert parse_sample_slices(f"[{index}]", 10) == expected
+    assert list(parse_sample_slices(str(index), 10)) == expected
+    assert list(parse_sample_slices(f"[{index}]", 10)) == expected
 
 
 @pytest.mark.parametrize("index", ["10", "-11", "999999999999999999"])
@@ -74,8 +77,43 @@ def test_no_rows_at_all() -> None:
         parse_sample_slices("[:]", 0)
 
 
-def test_a_large_split_is_fast() -> None:
-    assert len(parse_sample_slices("[:]", 1_000_000)) == 1_000_000
+@pytest.mark.parametrize(
+    ("text", "num_selected", "num_bytes"),
+    [
+        ("[:]", 1_000_000, 100),
+        ("[::-3]", 333_334, 100),
+        ("[:500],[500:1000]", 1000, 100),
+        ("[:10],[20:1000000]", 999_990, 8_000_200),
+    ],
+)
+def test_a_large_split_is_fast_and_takes_little(text: str, num_selected: int, num_bytes: int) -> None:
+    rows = parse_sample_slices(text, 1_000_000)
+    assert len(rows) == num_selected
+    assert type(rows[-1]) is int
+    assert len(pickle.dumps(rows)) < num_bytes
+    assert len(pickle.dumps(rows[100:200])) < 1200
+    assert list(pickle.loads(pickle.dumps(rows[100:200]))) == list(rows)[100:200]
+
+
+def test_rows_are_packed_as_they_are() -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        rows = rng.sample(range(50), rng.randint(0, 50))
+        if rng.random() < 0.5:
+            rows = list(range(rng.randrange(50), rng.randrange(50), rng.choice([-7, -1, 1, 3])))
+        packed = pack_rows(np.array(rows, np.int64))
+        assert list(packed) == rows
+        assert np.flatnonzero(mask_rows(packed, 50)).tolist() == sorted(rows)
+
+
+def test_ids_name_their_rows() -> None:
+    rows = [0, 7, 999_999, 1_000_000, 123_456_789]
+    for split in ("test", "validation_2-000007", "été"):
+        names = pa.array([sample_id(split, row) for row in rows])
+        assert row_indices(names).tolist() == row_indices(pa.chunked_array([names])).tolist() == rows
+    others = pa.array(["test", "test-", "x-1a", None, "-3"], pa.string())
+    assert row_indices(others).tolist() == [-1, -1, -1, -1, 3]
+    assert len(row_indices(pa.array([], pa.string()))) == 0
 
 
 def test_sample_ids_sort_like_rows_and_are_unique() -> None:

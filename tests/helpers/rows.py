@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.inference.stages import (
-    ROW_SCHEMA,
-    Task,
-)
+from vlmray.inference.chunks import Chunk, pack, unpack
+from vlmray.inference.stages import Task
+from vlmray.schema import Row
 
 SPEC = DatasetSpec(question_column="question", image_column="image", answer_column="answer")
 TASK = Task(prompt_template="{question}", metric="exact_match")
@@ -43,10 +41,11 @@ class ListSource:
         return [{name: self._rows[index][name] for name in columns or self.column_names} for index in indices]
 
 
-def check_arrow(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Send rows through Arrow, as between Ray stages, and see that nothing is lost."""
-    back = pa.Table.from_pylist(rows, ROW_SCHEMA).to_pylist()
-    for row, sent in zip(back, rows, strict=True):
-        assert set(sent) <= set(ROW_SCHEMA.names)
-        assert {name: row[name] for name in sent} == sent
+def check_travels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Send rows as between Ray stages, and see that nothing is lost and they are plain values."""
+    back = unpack(pack(Chunk(rows, []))).rows
+    assert back == rows
+    for row in rows:
+        assert set(row) <= set(Row.__annotations__)
+        assert {type(value) for value in row.values()} <= {str, bytes, int, float, list, type(None)}
     return back

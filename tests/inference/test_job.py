@@ -118,7 +118,7 @@ def test_a_replica_works_on_one_chunk_at_a_time(tmp_path: Path) -> None:
         )
     )
     chunks = list(iter_finished(run, cluster.plan_replicas((1, 1), None)))
-    assert sum(len(chunk.rows) for chunk in chunks) == 48
+    assert sum(chunk.num_rows for chunk in chunks) == 48
     turns = sorted(
         (span.started_s, span.ended_s) for chunk in chunks for span in chunk.spans if span.stage == "generate"
     )

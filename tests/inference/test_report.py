@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
+import itertools
+import math
+import pickle
 import random
 import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 
 from vlmray.inference import report
 from vlmray.inference.report import Report
-from vlmray.inference.summary import choose_gallery, summarize
+from vlmray.inference.summary import GalleryChoice, Summary, Tally
 from vlmray.inference.timeline import Span, Timeline
-from vlmray.reports.errors import NO_FAMILY, group_errors
+from vlmray.reports.errors import NO_FAMILY, NUM_IDS, Causes, group_errors
 from vlmray.reports.gallery import GalleryItem, verdict_of
 from vlmray.reports.text import TERMINAL_WIDTH, display_width
 
@@ -33,6 +37,26 @@ def make_row(
         "num_completion_tokens": None if error else 5,
     }
     return row | values
+
+
+def summarize(
+    rows: Iterable[dict[str, Any]],
+    *,
+    metric: str | None,
+    elapsed_s: float,
+    resumed_ids: Collection[str] = (),
+) -> Summary:
+    tally = Tally(metric)
+    for row in rows:
+        tally.add(row, is_resumed=row["sample_id"] in resumed_ids)
+    return tally.summary(elapsed_s)
+
+
+def choose_gallery(rows: Iterable[dict[str, Any]], limit: int = 60) -> list[dict[str, Any]]:
+    choice = GalleryChoice(limit)
+    for row in rows:
+        choice.add(row)
+    return choice.chosen()
 
 
 def mixed_rows(num_rows: int = 90) -> list[dict[str, Any]]:
@@ -83,6 +107,30 @@ def test_summary_does_not_depend_on_row_order() -> None:
     shuffled = random.Random(0).sample(rows, len(rows))
     summary = summarize(rows, metric="m", elapsed_s=1.0)
     assert summarize(shuffled, metric="m", elapsed_s=1.0) == summary
+
+
+def test_a_mean_of_many_scores_is_that_of_all_at_once_in_any_order() -> None:
+    rng = random.Random(4)
+    scores = [rng.choice([0.0, 1.0, rng.random(), rng.random() * 1e-300, 0.1]) for _ in range(20_000)]
+    rows = [make_row(index, score=score, family=str(index % 3)) for index, score in enumerate(scores)]
+    summary = summarize(rows, metric="m", elapsed_s=1.0)
+    assert summary.score == math.fsum(scores) / len(scores)
+    for family in summary.families:
+        own = scores[int(family.name) :: 3]
+        assert family.score == math.fsum(own) / len(own)
+    rng.shuffle(rows)
+    assert summarize(rows, metric="m", elapsed_s=1.0) == summary
+
+
+def test_what_is_counted_does_not_grow_with_the_rows() -> None:
+    tally, choice, causes = Tally("m"), GalleryChoice(), Causes()
+    sizes = []
+    for row in (make_row(i, score=i / 7e4, error="E 1" if i % 5 == 0 else None) for i in range(60_000)):
+        for counted in (tally, choice, causes):
+            counted.add(row)
+        if row["sample_id"] in ("test-015000", "test-059999"):
+            sizes.append(len(pickle.dumps((tally, choice, causes))))
+    assert sizes[1] < 1.1 * max(sizes[0], 40_000)
 
 
 def test_rates_leave_out_earlier_runs_and_failed_rows() -> None:
@@ -144,6 +192,9 @@ def test_errors_group_by_cause_and_add_up() -> None:
     ]
     assert [group.num_rows for group in groups] == [5, 2, 1]
     assert groups[0].sample_ids[0] == "test-000000"
+    (group,) = group_errors(make_row(index, error="E") for index in reversed(range(30)))
+    assert group.num_rows == 30
+    assert group.sample_ids == tuple(f"test-{index:06d}" for index in range(NUM_IDS))
 
 
 def test_one_message_is_shown_as_it_is() -> None:
@@ -152,6 +203,45 @@ def test_one_message_is_shown_as_it_is() -> None:
 
 
 # Gallery
+
+
+def all_at_once(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The same choice, with all rows at hand."""
+    groups: list[list[dict[str, Any]]] = [[], [], []]
+    for row in sorted(rows, key=lambda row: row["sample_id"]):
+        verdict = verdict_of(row["score"], row["error"])
+        groups[{"wrong": 0, "partial": 0, "failed": 1}.get(verdict, 2)].append(row)
+    sizes = [
+        min(len(group), int(limit * share)) for group, share in zip(groups, (0.5, 0.2, 0.3), strict=True)
+    ]
+    for index in (0, 2, 1):
+        sizes[index] += max(0, min(len(groups[index]) - sizes[index], limit - sum(sizes)))
+    chosen = []
+    for group, size in zip(groups, sizes, strict=True):
+        families = sorted({row["family"] or "" for row in group}, key=lambda name: (not name, name))
+        dealt = itertools.zip_longest(
+            *([r for r in group if (r["family"] or "") == name] for name in families)
+        )
+        chosen += [row for row in itertools.chain.from_iterable(dealt) if row][:size]
+    return chosen
+
+
+def test_the_gallery_is_that_of_all_rows_at_once() -> None:
+    rng = random.Random(5)
+    for _ in range(100):
+        families = [None, *map(str, range(rng.choice([1, 3, 40])))]
+        rows = [
+            make_row(
+                index,
+                score=rng.choice([0.0, 0.5, 1.0, None]),
+                error=rng.choice(["E", None, None]),
+                family=rng.choice(families),
+            )
+            for index in range(rng.randint(0, 200))
+        ]
+        rng.shuffle(rows)
+        limit = rng.choice([0, 1, 5, 20, 300])
+        assert choose_gallery(rows, limit) == all_at_once(rows, limit)
 
 
 def test_gallery_order_and_spread() -> None:

@@ -13,8 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, save_sample_outputs
-from vlmray.inference.stages import ROW_SCHEMA
+from vlmray.dataset.slices import mask_rows
+from vlmray.inference.result_folder import (
+    ABSENT,
+    ANSWERED,
+    FAILED,
+    RESULT_SCHEMA,
+    ResultFolder,
+    save_sample_outputs,
+)
 from vlmray.schema import Row
 
 OPTIONS = {"model_id": "tiny", "max_new_tokens": 5}
@@ -56,13 +63,18 @@ def _sorted_rows(folder: ResultFolder) -> list[dict[str, Any]]:
 
 def _resume(folder: ResultFolder, numbers: range) -> list[int]:
     """Do what a run does before it starts; return the rows it will answer."""
-    names = {f"test-{number:06d}": number for number in numbers}
-    finished = folder.finished()
-    pending = [name for name in names if not finished.get(name, False)]
+    states = folder.states(20)
+    pending = [number for number in numbers if states[number] != ANSWERED]
     if pending:
         folder.reopen()
-        folder.discard(finished.keys() & set(pending))
-    return [names[name] for name in pending]
+        folder.discard(mask_rows(pending, 20) & (states == FAILED))
+    return pending
+
+
+def _finished(folder: ResultFolder) -> dict[int, bool]:
+    """Rows that are here, and whether they were answered."""
+    states = folder.states(20)
+    return {row: bool(states[row] == ANSWERED) for row in range(20) if states[row] != ABSENT}
 
 
 def _check_complete(folder: ResultFolder, rows: list[dict[str, Any]]) -> None:
@@ -75,12 +87,12 @@ def _check_complete(folder: ResultFolder, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_what_is_saved_is_read_back(output_format: str, tmp_path: Path) -> None:
     folder = _open(tmp_path, output_format)
-    assert folder.finished() == {}
+    assert _finished(folder) == {}
     assert folder.read_results().schema == RESULT_SCHEMA
     rows = [_row(0), _row(1, error="image has 0 bytes"), _row(2)]
     _save(folder, *rows[:2])
     _save(folder, rows[2])
-    assert folder.finished() == {"test-000000": True, "test-000001": False, "test-000002": True}
+    assert _finished(folder) == {0: True, 1: False, 2: True}
     _check_complete(folder, rows)
     assert folder.read_results().schema == RESULT_SCHEMA
     assert folder.read_results(["sample_id", "error"]).column_names == ["sample_id", "error"]
@@ -214,12 +226,12 @@ def test_discard_touches_only_what_it_must(tmp_path: Path) -> None:
     _save(folder, _row(2), _row(3))
     _save(folder, _row(4))
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "predictions").iterdir()}
-    folder.discard({"test-000001", "test-000004", "test-000009"})
+    folder.discard(mask_rows([1, 4, 9], 10))
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "predictions").iterdir()}
     assert [row["row_index"] for row in _sorted_rows(folder)] == [0, 2, 3]
     assert len(after) == 2
     assert [name for name in after if after[name] == before[name]] == [max(after)]
-    folder.discard(set())
+    folder.discard(mask_rows([], 10))
     assert [row["row_index"] for row in _sorted_rows(folder)] == [0, 2, 3]
 
 
@@ -233,7 +245,7 @@ def test_results_without_options_are_not_resumed(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"holds results but no options.json that says what they are of"):
             _open(tmp_path, overwrite=overwrite)
-    assert folder.finished() == {"test-000000": True}
+    assert _finished(folder) == {0: True}
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
@@ -251,7 +263,7 @@ def test_overwrite_deletes_what_is_ours(output_format: str, tmp_path: Path) -> N
     folder = _open(tmp_path, output_format, earlier="delete", max_new_tokens=99)
     assert _names(tmp_path) == {"options.json", *foreign}
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
-    assert folder.finished() == {}
+    assert _finished(folder) == {}
     assert _open(tmp_path, output_format, max_new_tokens=99).read_options()["max_new_tokens"] == 99
 
 
@@ -273,9 +285,9 @@ def test_a_file_uri_is_a_local_folder(output_format: str, tmp_path: Path) -> Non
     _save(by_uri, _row(0), _row(1, error="late"))
     by_path = _open(path, output_format)
     assert by_path.is_local
-    assert by_path.finished() == by_uri.finished() == {"test-000000": True, "test-000001": False}
+    assert _finished(by_path) == _finished(by_uri) == {0: True, 1: False}
     assert _sorted_rows(by_path) == _sorted_rows(by_uri)
-    by_path.discard({"test-000001"})
+    by_path.discard(mask_rows([1], 2))
     assert not ResultFolder("s3://bucket/x").is_local
 
 
@@ -284,7 +296,7 @@ def test_a_folder_travels(tmp_path: Path) -> None:
     pickled = pickle.dumps(folder)
     assert len(pickled) < 500
     _save(pickle.loads(pickled), _row(0))
-    assert folder.finished() == {"test-000000": True}
+    assert _finished(folder) == {0: True}
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
@@ -303,7 +315,7 @@ def test_a_damaged_part_is_named(damage: bytes | None, tmp_path: Path) -> None:
     _save(folder, _row(0))
     (part,) = (tmp_path / "predictions").iterdir()
     part.write_bytes(part.read_bytes()[:-40] if damage is None else damage)
-    for read in (folder.finished, folder.read_results, lambda: folder.discard({"test-000000"})):
+    for read in (lambda: folder.states(9), folder.read_results, lambda: folder.discard(mask_rows([0], 1))):
         with pytest.raises(ValueError, match="is damaged") as error_info:
             read()
         assert f"{tmp_path}/predictions/{part.name} is damaged" in str(error_info.value)
@@ -316,7 +328,7 @@ def test_a_damaged_answer_is_named(text: str, output_format: str, tmp_path: Path
     folder = _open(tmp_path, output_format)
     (tmp_path / "test-000000_out.json").write_text(text)
     with pytest.raises(ValueError, match="is damaged") as error_info:
-        folder.finished()
+        folder.states(9)
     assert f"{tmp_path}/test-000000_out.json is damaged" in str(error_info.value)
 
 
@@ -379,6 +391,5 @@ def test_a_run_that_ended_before_its_first_result_binds_nobody(tmp_path: Path) -
 
 
 def test_a_row_has_the_columns_that_travel() -> None:
-    """What mypy checks keys by is what is sent and written."""
-    assert list(Row.__annotations__) == ROW_SCHEMA.names
-    assert ROW_SCHEMA.names[: len(RESULT_SCHEMA)] == RESULT_SCHEMA.names
+    """What mypy checks keys by is what is written."""
+    assert list(Row.__annotations__)[: len(RESULT_SCHEMA)] == RESULT_SCHEMA.names

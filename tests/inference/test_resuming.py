@@ -251,14 +251,14 @@ def test_a_row_is_asked_again_whose_image_file_was_replaced(output_format: str, 
         for at in (0, 1)
     ]
     run.folder.save(rows, [{}, {}], [None, None])
-    assert _plan(tmp_path / "out", **options).pending == [2]
+    assert list(_plan(tmp_path / "out", **options).pending) == [2]
     Image.new("RGB", (8, 8), "blue").save(path.with_name("1.png"))
-    assert _plan(tmp_path / "out", **options, sample_slices="[:1]").pending == []
+    assert list(_plan(tmp_path / "out", **options, sample_slices="[:1]").pending) == []
     for _ in range(2):  # also where the run that noticed answered nothing
-        assert _plan(tmp_path / "out", **options).pending == [1, 2]
+        assert list(_plan(tmp_path / "out", **options).pending) == [1, 2]
     path.with_name("0.png").unlink()
-    assert _plan(tmp_path / "out", **options).pending == [0, 1, 2]
-    assert _plan(tmp_path / "out", **options, overwrite=True).pending == [0, 1, 2]
+    assert list(_plan(tmp_path / "out", **options).pending) == [0, 1, 2]
+    assert list(_plan(tmp_path / "out", **options, overwrite=True).pending) == [0, 1, 2]
     assert not list((tmp_path / "out").rglob("*_out.json")) + list((tmp_path / "out").rglob("*.parquet"))
 
 

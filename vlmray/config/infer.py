@@ -27,8 +27,9 @@ class InferConfig(RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
     """Where results go: a local folder of this machine, or a URI that every node can write. The same
     command with the same folder resumes."""
 
-    output_format: Literal["files", "parquet", "both"] = option("both", affects="result")
-    """files: three files per sample; parquet: the same rows as Parquet; or both."""
+    output_format: Literal["auto", "files", "parquet", "both"] = option("auto", affects="result")
+    """files: three files per sample; parquet: the same rows as Parquet; or both. auto: what --output_dir has
+    already, else both up to 10,000 rows and parquet above."""
 
     max_new_tokens: int = option(512, affects="result")
     """Tokens to generate per answer, at most."""

@@ -189,14 +189,14 @@ class FakeEngine:
                     num_completion_tokens=place,
                     finish_reason="cancelled",
                 )
-            time.sleep(self.token_s)
+            _sleep(self.token_s)
             _append(self.token_log, word)
             tell(f" {word}" if place else word)
         return completion
 
     def _read(self, request: GenerationRequest) -> None:
         """Take the time, and have the accident, that the request is to have."""
-        time.sleep(self.latency_s)
+        _sleep(self.latency_s)
         if self.crash_on and self.crash_on in request.request_id and self._may_crash():
             os._exit(1)
         _append(self.log, request.request_id)
@@ -250,6 +250,11 @@ def _never(index: int) -> bool:
 
 def _ignore(index: int, text: str) -> None:
     pass
+
+
+def _sleep(seconds: float) -> None:
+    if seconds:  # even none at all takes a tenth of a millisecond
+        time.sleep(seconds)
 
 
 def _append(log: str, line: str) -> None:

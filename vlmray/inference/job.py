@@ -3,28 +3,31 @@
     config -> plan_inference -> InferenceRun -> run_inference -> Summary, report.html, run.json
 
 Planning finds every mistake that can be found without a model and what an earlier run left to do.
-The answers themselves are in the output folder; the driver sees a few values per row.
+The answers themselves are in the output folder; the driver sees a few numbers of each chunk, and at the end
+reads the rows back, a part at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
+import numpy as np
+import pyarrow as pa
 import ray
 
 from vlmray import __version__, cluster
 from vlmray.config import InferConfig
-from vlmray.dataset.slices import sample_id
+from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
 from vlmray.inference.pipeline import iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
-from vlmray.inference.summary import Summary, choose_gallery, summarize
+from vlmray.inference.summary import GalleryChoice, Summary, Tally
 from vlmray.inference.timeline import Timeline
-from vlmray.reports.errors import group_errors
+from vlmray.reports.errors import Causes
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
 
@@ -56,11 +59,11 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
     num_failed = 0
     try:
         with run.open_bar() as bar:
-            for rows, spans in iter_finished(run, replicas):
-                timeline.add(spans)
-                num_failed += sum(row["error"] is not None for row in rows)
+            for chunk in iter_finished(run, replicas):
+                timeline.add(chunk.spans)
+                num_failed += chunk.num_failed
                 bar.set_postfix(failed=num_failed, refresh=False)
-                bar.update(len(rows))
+                bar.update(chunk.num_rows)
                 run.check_errors(num_failed)
     except ray.exceptions.RayError as error:
         done = f"{bar.n:,.0f} of {bar.total:,} rows are answered"
@@ -69,25 +72,28 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
 
 def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
-    names = [sample_id(run.config.dataset_split, index) for index in run.selected]
-    rows = run.folder.rows(_SUMMARY_COLUMNS, sample_ids=names)
-    if len(rows) != len(run.selected):
-        raise InferenceError(f"{len(run.selected)} rows in, {len(rows)} results; run the same command again")
-    pending = {sample_id(run.config.dataset_split, index) for index in run.pending}
-    summary = summarize(
-        rows,
-        metric=run.task.metric if run.spec.answer_column else None,
-        elapsed_s=elapsed_s,
-        resumed_ids={row["sample_id"] for row in rows} - pending,
+    tally, causes, gallery = (
+        Tally(run.task.metric if run.spec.answer_column else None),
+        Causes(),
+        GalleryChoice(),
     )
+    for row, is_resumed in _results(run):
+        tally.add(row, is_resumed=is_resumed)
+        causes.add(row)
+        gallery.add(row)
+    if tally.num_rows != len(run.selected):
+        raise InferenceError(
+            f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
+        )
+    summary = tally.summary(elapsed_s)
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),
         summary=summary,
         options=options,
         timeline=timeline,
-        errors=group_errors(rows),
-        gallery=_gallery(run, rows),
+        errors=causes.groups(),
+        gallery=_gallery(run, [row["sample_id"] for row in gallery.chosen()]),
     )
     overlap = timeline.overlap()
     manifest = {
@@ -102,12 +108,23 @@ def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summar
     return summary
 
 
+def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
+    """Yield the results of the selection, each with whether an earlier run left it."""
+    selected, pending = (mask_rows(rows, len(run.source)) for rows in (run.selected, run.pending))
+    for table in run.folder.scan(_SUMMARY_COLUMNS):
+        indices = row_indices(table["sample_id"])
+        known = (indices >= 0) & (indices < len(selected))
+        places = np.where(known, indices, 0)
+        wanted = known & selected[places]
+        rows = table.filter(pa.array(wanted)).to_pylist()
+        yield from zip(rows, ~pending[places[wanted]], strict=True)
+
+
 def _title(config: InferConfig) -> str:
     model = config.model_id + (f" + {config.adapter}" if config.adapter else "")
     return f"{model} on {display_name(config.dataset_name, config.dataset_config)}"
 
 
-def _gallery(run: InferenceRun, rows: Sequence[Row]) -> tuple[GalleryItem, ...]:
-    chosen = [row["sample_id"] for row in choose_gallery(rows)]
+def _gallery(run: InferenceRun, chosen: Sequence[str]) -> tuple[GalleryItem, ...]:
     found = {row["sample_id"]: row for row in run.folder.rows(sample_ids=chosen)}
     return tuple(GalleryItem.from_row(found[name], run.read_image(found[name])) for name in chosen)

@@ -2,13 +2,12 @@
 
     read + prepare (CPU tasks) -> generate (actors that hold the model) -> score + write (CPU tasks)
                                                                               |
-                      iter_finished  <- a few values per row and chunk -- the driver
+                      iter_finished  <- a few numbers per chunk -- the driver
 
 It streams: what is in flight is bounded, whatever the size of the dataset, and neither images nor texts
 pass through the driver. A chunk of rows is the unit of work and of loss: a replica that dies has its
-chunk generated again elsewhere, a run that dies loses the chunks in flight. A chunk travels as one
-Arrow row that holds its samples and says when it was in which stage, so Ray neither merges chunks nor
-splits them.
+chunk generated again elsewhere, a run that dies loses the chunks in flight. What the driver does is once
+for each chunk, so a chunk is larger where there are many rows.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -31,17 +30,24 @@ from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
 from vlmray.engines import load_engine
 from vlmray.inference import stages
+from vlmray.inference.chunks import Chunk, Finished, pack, unpack
 from vlmray.inference.plan import InferenceRun
-from vlmray.inference.result_folder import ResultFolder, pick
-from vlmray.inference.stages import ROW_SCHEMA, Task
+from vlmray.inference.result_folder import ResultFolder
+from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
-from vlmray.schema import Row
 
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
 
 _ROWS_PER_CHUNK = 64
-"""More only where a batch has more: what a run loses that dies, and what is seen of its progress."""
+"""More where a batch has more, and where there are many rows."""
+
+_MOST_ROWS_PER_CHUNK = 512
+"""What is in flight has to fit into memory, with its images."""
+
+_CHUNKS_PER_REPLICA = 64
+"""Where there are many rows, a chunk is this share of what a replica will answer: what is lost with one that
+dies, what others wait for at the end, and how far the bar moves at a time."""
 
 _NUM_LOCAL_TASKS = 4
 """Reading or writing tasks at a time on the driver's machine."""
@@ -49,33 +55,11 @@ _NUM_LOCAL_TASKS = 4
 _MAX_TASK_RETRIES = 4
 """A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
 
-_SPAN_SCHEMA = pa.schema(
-    {
-        "stage": pa.string(),
-        "started_s": pa.float64(),
-        "ended_s": pa.float64(),
-        "waited_s": pa.float64(),
-        "replica": pa.string(),
-    }
-)
-_CHUNK_SCHEMA = pa.schema(
-    {"rows": pa.list_(pa.struct(list(ROW_SCHEMA))), "spans": pa.list_(pa.struct(list(_SPAN_SCHEMA)))}
-)
-_PROGRESS_COLUMNS = ("sample_id", "error")
 
-
-class Chunk(NamedTuple):
-    """Rows that go through the stages together."""
-
-    rows: list[Row]
-    spans: list[Span]
-    """When they were in the stages so far."""
-
-
-def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Chunk]:
-    """Answer the pending rows; yield each chunk once it is written, its rows with id and error alone."""
-    for chunk in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield _unpack(chunk)
+def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Finished]:
+    """Answer the pending rows; tell of each chunk once it is written."""
+    for block in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield unpack(block)
 
 
 def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
@@ -94,7 +78,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
         override_num_blocks=num_chunks,
         **(here if run.source.on_driver else anywhere),
     )
-    keep_images = run.config.output_format != "parquet"
+    keep_images = run.folder.output_format != "parquet"
     rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images), **anywhere)
     rows = _map(
         rows,
@@ -123,7 +107,8 @@ def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
 
 def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
-    most = min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size))
+    many = min(_MOST_ROWS_PER_CHUNK, num_rows // (_CHUNKS_PER_REPLICA * num_replicas))
+    most = max(many, min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size)))
     least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
     return min(most, max(least, -(-num_rows // (4 * num_replicas))))
 
@@ -164,14 +149,14 @@ def _read(
     watch = Watch()
     rows = read_chunk(found, spec, split, selected, start, start + size)
     if rows:
-        yield _pack(Chunk(rows, [watch.span("read")]))
+        yield pack(Chunk(rows, [watch.span("read")]))
 
 
 def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
-    rows, spans = _unpack(chunk)
+    rows, spans = unpack(chunk)
     watch = Watch()
     rows = stages.prepare_rows(rows, task, keep_images=keep_images)
-    return _pack(Chunk(rows, [*spans, watch.span("prepare")]))
+    return pack(Chunk(rows, [*spans, watch.span("prepare")]))
 
 
 class _Replica:
@@ -196,9 +181,9 @@ class _Replica:
         self._spans = [watch.span("load", replica=self._id)]
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        rows, spans = _unpack(chunk)
+        rows, spans = unpack(chunk)
         rows = stages.generate_rows(rows, self._engine, self._task, self._turn(spans))
-        return _pack(Chunk(rows, spans))
+        return pack(Chunk(rows, spans))
 
     @contextlib.contextmanager
     def _turn(self, spans: list[Span]) -> Iterator[None]:
@@ -213,19 +198,9 @@ class _Replica:
 
 def _score_and_save(chunk: pa.Table, *, task: Task, folder: ResultFolder) -> pa.Table:
     """Score and write rows, and leave of them what the driver counts."""
-    rows, spans = _unpack(chunk)
+    rows, spans = unpack(chunk)
     watch = Watch()
     rows = [stages.score_row(row, task) for row in rows]
     stages.save_rows(rows, folder)
-    left = [pick(row, _PROGRESS_COLUMNS) for row in rows]
-    return _pack(Chunk(left, [*spans, watch.span("write")]))
-
-
-def _pack(chunk: Chunk) -> pa.Table:
-    packed = {"rows": chunk.rows, "spans": [span._asdict() for span in chunk.spans]}
-    return pa.Table.from_pylist([packed], _CHUNK_SCHEMA)
-
-
-def _unpack(chunk: pa.Table) -> Chunk:
-    (packed,) = chunk.to_pylist()
-    return Chunk(packed["rows"], [Span(**span) for span in packed["spans"]])
+    num_failed = sum(row["error"] is not None for row in rows)
+    return pack(Finished(len(rows), num_failed, [*spans, watch.span("write")]))

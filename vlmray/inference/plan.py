@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vlmray.config import InferConfig, options_that_affect, sampling_of
@@ -15,11 +16,11 @@ from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
-from vlmray.dataset.slices import sample_id
+from vlmray.dataset.slices import mask_rows, pack_rows, sample_id
 from vlmray.dataset.sources import Source
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
-from vlmray.inference.result_folder import ResultFolder
+from vlmray.inference.result_folder import ANSWERED, FAILED, ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.reports.bar import open_bar
@@ -53,7 +54,8 @@ def plan_inference(
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
     task = _task(config, spec)
-    folder = ResultFolder.open(
+    folder = ResultFolder.open_for(
+        len(selected),
         config.output_dir,
         {
             **options_that_affect(config, "result"),
@@ -65,22 +67,38 @@ def plan_inference(
         earlier="delete" if config.overwrite else "resume",
         output_format=config.output_format,
     )
-    names = {index: sample_id(config.dataset_split, index) for index in selected}
-    stamps = stamp_images(source, spec, selected)
-    replaced = folder.note_images({names[index]: stamp for index, stamp in stamps.items()})
-    if replaced:
-        logger.info("%d rows name images that were replaced since; they are asked again", len(replaced))
-    finished = folder.finished()
-    pending = [index for index in selected if not finished.get(names[index], False)]
-    if pending:
-        folder.reopen()
-        folder.discard({names[index] for index in pending} & finished.keys())
+    if config.output_format == "auto" and folder.output_format == "parquet":
+        logger.info(
+            "%s rows are written as Parquet alone; --output_format both adds files of each",
+            f"{len(selected):,}",
+        )
+    pending = _find_pending(folder, source, spec, config.dataset_split, selected)
     if is_first:
         logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
         config=config, model=model, source=source, spec=spec, task=task, folder=folder, selected=selected,
         pending=pending,
     )  # fmt: skip
+
+
+def _find_pending(
+    folder: ResultFolder, source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]
+) -> Sequence[int]:
+    """Find the rows that are not answered yet, and take what is left of them out of the folder."""
+    stamps = stamp_images(source, spec, selected)
+    replaced = folder.note_images({sample_id(split, index): stamp for index, stamp in stamps.items()})
+    if replaced:
+        logger.info("%d rows name images that were replaced since; they are asked again", len(replaced))
+    states = folder.states(len(source))
+    if not (states == ANSWERED).any():
+        pending = selected
+    else:
+        rows = np.asarray(selected)
+        pending = pack_rows(rows[states[rows] != ANSWERED])
+    if pending:
+        folder.reopen()
+        folder.discard(mask_rows(pending, len(source)) & (states == FAILED))
+    return pending
 
 
 def _open_model(config: InferConfig, endpoint: str | None) -> ModelSource:

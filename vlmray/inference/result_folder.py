@@ -2,27 +2,43 @@
 
     {sample_id}_in.json, _img.jpg    what was asked
     {sample_id}_out.json             what was answered, written after the two above
+    samples/000012/...               the same three of rows 12,000 to 12,999, where many rows were asked for
     images.json                      sizes and times of the image files that rows name by path
     predictions/part-*.parquet       the same rows; a sample is in one part at most
 
-No Ray here.
+However many rows there are, a part is read at a time, and what is known of a row is a byte. No Ray here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import PurePosixPath
+from typing import Any, Self, TypeVar, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from vlmray.dataset.slices import row_indices
 from vlmray.schema import Row
 from vlmray.storage.run_folder import NUM_THREADS, RunFolder
+from vlmray.storage.run_options import Earlier
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ABSENT, FAILED, ANSWERED = range(3)
+"""What a folder holds of a row."""
+
+MOST_ROWS_WITH_FILES = 10_000
+"""Rows of a run beyond which `auto` writes no files of each sample, and these lie in subfolders."""
 
 RESULT_SCHEMA = pa.schema(
     {
@@ -44,7 +60,9 @@ RESULT_SCHEMA = pa.schema(
 )
 """Columns of a result row, in `_out.json` and in Parquet alike."""
 
-_PARTS, _STAMPS = "predictions", "images.json"
+_PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
+_GROUP_SIZE = 1000
+_ROWS_PER_READ = 1024
 _IN, _OUT, _IMAGE = "_in.json", "_out.json", "_img.jpg"
 _SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
 _PART_FILE = re.compile(r"part-.+\.parquet")
@@ -58,15 +76,51 @@ class ResultFolder(RunFolder):
     output_format: str = "both"
     """`files`, `parquet` or `both`."""
 
+    is_grouped: bool = False
+    """Whether files of samples are written into subfolders; they are read wherever they are."""
+
+    @classmethod
+    def open_for(
+        cls,
+        num_rows: int,
+        output_dir: str,
+        options: Mapping[str, Any],
+        *,
+        earlier: Earlier,
+        output_format: str,
+    ) -> Self:
+        """Open the folder of a run over so many rows; what they are written as is one of its options.
+
+        Args:
+            num_rows: Rows of the run.
+            output_dir: Local folder or URI.
+            options: Everything else the results depend on.
+            earlier: What is done with the results of an earlier run.
+            output_format: As the option; `auto` is what an earlier run wrote, else up to the number of rows.
+
+        Raises:
+            ValueError: as of `open`.
+        """
+        found = cls.find(output_dir, "infer")
+        resumes = earlier == "resume" and found.has_results()
+        is_large = num_rows > MOST_ROWS_WITH_FILES
+        if output_format == "auto":
+            before = (found.read_options() or {}).get("output_format") if resumes else None
+            output_format = before or ("parquet" if is_large else "both")
+        return cls.open(
+            output_dir, {**options, "output_format": output_format}, earlier=earlier,
+            output_format=output_format, is_grouped=is_large or (resumes and found.has(_GROUPS)),
+        )  # fmt: skip
+
     def save(
-        self, rows: Sequence[Row], inputs: Sequence[dict[str, Any]], images: Sequence[bytes | None]
+        self, rows: Sequence[Row], inputs: Iterable[dict[str, Any]], images: Iterable[bytes | None]
     ) -> None:
         """Write finished rows, files first: whatever has an `_out.json` is never generated again.
 
         Args:
             rows: Result rows (`RESULT_SCHEMA`).
-            inputs: What `_in.json` records, one for each row.
-            images: JPEG bytes, or None for a row without an image.
+            inputs: What `_in.json` records, one for each row; not looked at where there are no files.
+            images: JPEG bytes, or None for a row without an image; likewise.
         """
         if self.output_format != "parquet":
             for row, asked, image in zip(rows, inputs, images, strict=True):
@@ -82,38 +136,58 @@ class ResultFolder(RunFolder):
             f"{_PARTS}/part-{names[0]}-{digest}.parquet", pa.Table.from_pylist(rows, RESULT_SCHEMA)
         )
 
-    def finished(self) -> dict[str, bool]:
-        """Return what is here: sample id to whether it was answered; the others are tried again.
+    def states(self, num_rows: int) -> NDArray[np.int8]:
+        """Return what is here of each row of a split: `ABSENT`, `FAILED` or `ANSWERED`.
 
-        Not answered are rows that failed, and rows whose `_out.json` somebody deleted. A run that died
-        between a sample's files and its Parquet part left the files: the part is written now, so that
-        both say the same.
+        Failed are, too, rows whose `_out.json` somebody deleted. A run that died between a sample's files
+        and its Parquet part left the files: the part is written now, so that both say the same.
         """
-        answered: dict[str, bool] = {}
+        states = np.full(num_rows, ABSENT, np.int8)
         if self.output_format != "files":
-            answered = {row["sample_id"]: row["error"] is None for row in self.rows(("sample_id", "error"))}
+            for table in self.scan(("sample_id", "error")):
+                _note(states, table)
         if self.output_format != "parquet":
-            listed = set(self._sample_ids())
-            answered = {sample_id: answered[sample_id] and sample_id in listed for sample_id in answered}
-            with ThreadPoolExecutor(NUM_THREADS) as pool:
-                found = list(pool.map(self._read_out_file, sorted(listed - answered.keys())))
-            if found and self.output_format == "both":
-                self.write_part(found)
-            answered |= {row["sample_id"]: row["error"] is None for row in found}
-        return answered
+            self._note_files(states)
+        return states
 
-    def discard(self, sample_ids: Collection[str]) -> None:
-        """Take rows that will be generated again out of the Parquet parts."""
-        gone = pa.array(sorted(sample_ids), pa.string())
-        for name in self._parts():
-            table = self._read_part(name)
-            kept = table.filter(pc.invert(pc.is_in(table["sample_id"], gone)))
-            if kept.num_rows == table.num_rows:
-                continue
-            if kept.num_rows:
-                self._write_table(f"{_PARTS}/{name}", kept)
-            else:
-                self.delete(f"{_PARTS}/{name}")
+    def _note_files(self, states: NDArray[np.int8]) -> None:
+        listed = np.zeros(len(states), np.bool_)
+        for paths in self._answers():
+            rows = row_indices(pa.array([_sample_id(path) for path in paths], pa.string()))
+            known = (rows >= 0) & (rows < len(states))
+            listed[rows[known]] = True
+            new = known & (states[np.where(known, rows, 0)] == ABSENT)
+            for found in self._read_out_files(
+                [path for path, is_new in zip(paths, new, strict=True) if is_new]
+            ):
+                if self.output_format == "both":
+                    self.write_part(found)
+                _note(states, pa.Table.from_pylist(found, RESULT_SCHEMA))
+        states[(states == ANSWERED) & ~listed] = FAILED
+
+    def discard(self, rows: NDArray[np.bool_]) -> None:
+        """Take rows of the split that will be generated again out of the Parquet parts, by a mask."""
+        if rows.any():
+            with ThreadPoolExecutor(NUM_THREADS) as pool:
+                for _ in _in_turn(pool, lambda name: self._take_out(name, rows), self._parts()):
+                    pass
+            if self.is_grouped:  # what was written before there were groups is not written over
+                for path in self._list():
+                    if path.endswith(_OUT) and _select(rows, pa.array([_sample_id(path)])).any():
+                        self._forget(_sample_id(path))
+
+    def _take_out(self, name: str, rows: NDArray[np.bool_]) -> None:
+        names = self._read_part(name, ["sample_id"])["sample_id"]
+        gone = _select(rows, names)
+        if gone.all():
+            self.delete(f"{_PARTS}/{name}")
+        elif gone.any():
+            self._write_table(f"{_PARTS}/{name}", self._read_part(name).filter(pa.array(~gone)))
+
+    def _forget(self, sample_id: str) -> None:
+        for place in {"", _group(sample_id)}:
+            for kind in (_OUT, _IN, _IMAGE):
+                self.delete(f"{place}{sample_id}{kind}")
 
     def note_images(self, stamps: Mapping[str, str]) -> set[str]:
         """Record which image files samples are asked with, and take out what was answered about others.
@@ -127,9 +201,10 @@ class ResultFolder(RunFolder):
         earlier = self.read_json(_STAMPS, _CURE) or {} if stamps else {}
         replaced = {name for name, stamp in stamps.items() if earlier.get(name, stamp) != stamp}
         if replaced:
-            self.discard(replaced)
+            rows = row_indices(pa.array(sorted(replaced)))
+            self.discard(np.bincount(rows, minlength=1).astype(np.bool_))
             for name in sorted(replaced):
-                self.delete(f"{name}{_OUT}")
+                self._forget(name)
         if stamps.items() - earlier.items():
             self.write_json(_STAMPS, {**earlier, **stamps})
         return replaced
@@ -137,63 +212,103 @@ class ResultFolder(RunFolder):
     def rows(
         self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
     ) -> list[Row]:
-        """Read result rows; the arguments are those of `read_results`."""
+        """Read result rows; the arguments are those of `scan`."""
         return self.read_results(columns, sample_ids=sample_ids).to_pylist()
 
     def read_results(
         self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
     ) -> pa.Table:
-        """Read result rows, from Parquet where there is any, else from the files.
+        """Read result rows into one table; the arguments are those of `scan`."""
+        tables = list(self.scan(columns, sample_ids=sample_ids))
+        return pa.concat_tables(tables) if tables else _schema(columns).empty_table()
+
+    def scan(
+        self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Read result rows a part at a time, from Parquet where there is any, else from the files.
 
         Args:
             columns: Columns of `RESULT_SCHEMA`; all without.
             sample_ids: Samples to read, where they are there; all without.
         """
-        wanted = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(c) for c in columns])
+        wanted = _schema(columns)
         if self.output_format == "files":
-            names = set(self._sample_ids())
-            names &= names if sample_ids is None else set(sample_ids)
-            with ThreadPoolExecutor(NUM_THREADS) as pool:
-                return pa.Table.from_pylist(list(pool.map(self._read_out_file, sorted(names))), wanted)
-        only = None if sample_ids is None else pa.array(sorted(sample_ids), pa.string())
-
-        def read(name: str) -> pa.Table:
-            table = self._read_part(name, wanted.names)
-            return table if only is None else table.filter(pc.is_in(table["sample_id"], only))
-
+            only = None if sample_ids is None else frozenset(sample_ids)
+            for paths in self._answers():
+                for rows in self._read_out_files([p for p in paths if only is None or _sample_id(p) in only]):
+                    yield pa.Table.from_pylist(rows, wanted)
+            return
+        names = None if sample_ids is None else pa.array(sorted(sample_ids), pa.string())
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            tables = list(pool.map(read, self._parts()))
-        return pa.concat_tables(tables) if tables else wanted.empty_table()
+            yield from _in_turn(pool, lambda part: self._read_rows(part, wanted.names, names), self._parts())
+
+    def _read_rows(self, part: str, columns: list[str], sample_ids: pa.Array | None) -> pa.Table:
+        if sample_ids is None:
+            return self._read_part(part, columns)
+        found = pc.is_in(self._read_part(part, ["sample_id"])["sample_id"], sample_ids)
+        return (
+            self._read_part(part, columns).filter(found)
+            if pc.any(found).as_py()
+            else _schema(columns).empty_table()
+        )
 
     def read_image(self, sample_id: str) -> bytes | None:
         """Return a sample's `_img.jpg`, or None where there is none."""
-        try:
-            return self._read(f"{sample_id}{_IMAGE}")
-        except FileNotFoundError:
-            return None
+        for place in (_group(sample_id), "") if self.is_grouped else ("",):
+            try:
+                return self._read(f"{place}{sample_id}{_IMAGE}")
+            except FileNotFoundError:
+                continue
+        return None
+
+    def place(self, sample_id: str) -> str:
+        """Return the subfolder that a sample's files are written into, with a slash, or nothing."""
+        return _group(sample_id) if self.is_grouped else ""
 
     def written(self) -> list[str]:
         """Name the files of samples and the Parquet parts."""
-        files = [name for name in self._list() if _SAMPLE_FILE.fullmatch(name)]
+        files = [path for paths in self._files() for path in paths if _SAMPLE_FILE.fullmatch(_name(path))]
         stamps = [_STAMPS] if self.has(_STAMPS) else []
         return files + stamps + [f"{_PARTS}/{name}" for name in self._parts()]
 
     def has_results(self) -> bool:
         """Whether any sample was ever finished here."""
-        return bool(self._sample_ids() or self._parts())
+        return bool(self._parts()) or any(self._answers())
 
-    def _sample_ids(self) -> list[str]:
-        """List the samples that have an `_out.json`."""
-        return [name.removesuffix(_OUT) for name in self._list() if name.endswith(_OUT)]
+    def clear(self) -> None:
+        """Delete what earlier runs wrote, and nothing else that may lie in the folder."""
+        super(ResultFolder, self).clear()
+        for folder in (*self._groups(), _GROUPS):
+            if not self._list(folder) and not self._list(folder, folders=True):
+                self.delete(folder)
+
+    def _files(self) -> Iterator[list[str]]:
+        """List the files of samples, a folder at a time."""
+        for folder in ("", *self._groups()):
+            yield [f"{folder}/{name}".lstrip("/") for name in self._list(folder)]
+
+    def _groups(self) -> list[str]:
+        return [f"{_GROUPS}/{name}" for name in self._list(_GROUPS, folders=True)]
+
+    def _answers(self) -> Iterator[list[str]]:
+        """List the `_out.json` files, a folder at a time."""
+        for paths in self._files():
+            if answers := [path for path in paths if path.endswith(_OUT)]:
+                yield answers
 
     def _parts(self) -> list[str]:
         return [name for name in self._list(_PARTS) if _PART_FILE.fullmatch(name)]
 
-    def _read_out_file(self, sample_id: str) -> Row:
-        name = f"{sample_id}{_OUT}"
-        row = self.read_json(name, _CURE) or {}
+    def _read_out_files(self, paths: Sequence[str]) -> Iterator[list[Row]]:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for start in range(0, len(paths), _ROWS_PER_READ):
+                yield list(pool.map(self._read_out_file, paths[start : start + _ROWS_PER_READ]))
+
+    def _read_out_file(self, path: str) -> Row:
+        sample_id = _sample_id(path)
+        row = self.read_json(path, _CURE) or {}
         if row.get("sample_id") != sample_id or "error" not in row:
-            raise ValueError(self._damaged(name, f"no result of {sample_id} in it", _CURE))
+            raise ValueError(self._damaged(path, f"no result of {sample_id} in it", _CURE))
         return cast(Row, row)
 
     def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -220,13 +335,56 @@ def save_sample_outputs(
         asked: What was asked: question, messages, answers and their source.
         image: JPEG bytes, or None.
     """
-    sample_id = row["sample_id"]
+    path = folder.place(row["sample_id"]) + row["sample_id"]
     if image is not None:
-        folder.write_bytes(f"{sample_id}{_IMAGE}", image)
-    folder.write_json(f"{sample_id}{_IN}", asked)
-    folder.write_json(f"{sample_id}{_OUT}", pick(row, RESULT_SCHEMA.names))
+        folder.write_bytes(f"{path}{_IMAGE}", image)
+    folder.write_json(f"{path}{_IN}", asked)
+    folder.write_json(f"{path}{_OUT}", pick(row, RESULT_SCHEMA.names))
 
 
 def pick(row: Row, columns: Sequence[str]) -> Row:
     """Return some columns of a row, None where it lacks one."""
     return cast(Row, {name: row.get(name) for name in columns})
+
+
+def _schema(columns: Sequence[str] | None) -> pa.Schema:
+    return RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(name) for name in columns])
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def _sample_id(path: str) -> str:
+    return _name(path).removesuffix(_OUT)
+
+
+def _group(sample_id: str) -> str:
+    """Return the subfolder of a sample's group."""
+    (row,) = row_indices(pa.array([sample_id]))
+    return f"{_GROUPS}/{max(0, row) // _GROUP_SIZE:06d}/"
+
+
+def _note(states: NDArray[np.int8], table: pa.Table) -> None:
+    rows = row_indices(table["sample_id"])
+    known = (rows >= 0) & (rows < len(states))
+    answered = pc.is_null(table["error"]).to_numpy()
+    states[rows[known]] = np.where(answered, ANSWERED, FAILED)[known]
+
+
+def _select(mask: NDArray[np.bool_], sample_ids: pa.Array) -> NDArray[np.bool_]:
+    """Tell which samples a mask of rows has."""
+    rows = row_indices(sample_ids)
+    known = (rows >= 0) & (rows < len(mask))
+    return known & mask[np.where(known, rows, 0)]
+
+
+def _in_turn(pool: ThreadPoolExecutor, fn: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Map in threads that are only a little ahead of the reader."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(fn, item))
+        if len(waiting) > 2 * NUM_THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

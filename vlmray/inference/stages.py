@@ -4,8 +4,8 @@
     question,     messages,       prediction,      score         files, Parquet
     image bytes   checked image   token counts
 
-Rows are plain values under the names of `ROW_SCHEMA`, so they travel between Ray stages as Arrow
-columns; images travel encoded (about 40 KB) and are decoded beside the model. A row whose image is
+Rows are plain values under the names of `Row`; images travel encoded (about 40 KB) and are decoded beside the
+model. A row whose image is
 broken or whose question is empty gets an `error` here, and later stages pass it on untouched.
 """
 
@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
-import pyarrow as pa
-
 from vlmray import metrics
 from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
@@ -28,17 +26,6 @@ from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
-
-ROW_SCHEMA = pa.schema(
-    [
-        *RESULT_SCHEMA,
-        pa.field("image", pa.binary()),
-        pa.field("jpeg", pa.binary()),
-        pa.field("image_url", pa.string()),
-        pa.field("messages", pa.string()),
-    ]
-)
-"""Columns between stages: the result's, and what makes it."""
 
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
 
@@ -169,7 +156,7 @@ def asked(row: Row) -> dict[str, Any]:
 
 def save_rows(rows: Sequence[Row], folder: ResultFolder) -> None:
     """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
-    folder.save(rows, [asked(row) for row in rows], [row.get("jpeg") for row in rows])
+    folder.save(rows, map(asked, rows), (row.get("jpeg") for row in rows))
 
 
 def process_single_sample(

@@ -1,21 +1,27 @@
 """A run in numbers: scores by family, failures, rates, and which answers to show.
 
-Result rows are mappings with the keys `sample_id`, `family`, `score` (None where there is nothing to compare
-with), `error` (None where the row was answered), `num_prompt_tokens` and `num_completion_tokens`.
+Rows are taken one by one, in any order, and not kept. They are mappings with the keys `sample_id`, `family`,
+`score` (None where there is nothing to compare with), `error` (None where the row was answered),
+`num_prompt_tokens` and `num_completion_tokens`.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
+from operator import itemgetter
 from typing import Any
 
 from vlmray.reports.errors import NO_FAMILY, is_failed
 from vlmray.reports.gallery import Verdict, verdict_of
 from vlmray.reports.text import read_number
 from vlmray.schema import Row
+
+_MOST_SCORES = 4096
+"""Scores that are kept before they are summed up."""
 
 
 def _family_of(row: Row) -> str:
@@ -82,62 +88,102 @@ class Summary:
     num_completion_tokens: int
 
 
-def summarize(
-    rows: Iterable[Row], *, metric: str | None, elapsed_s: float, resumed_ids: Collection[str] = ()
-) -> Summary:
-    """Count rows, mean their scores and set the work of this run against its time.
+@dataclass(slots=True)
+class _Counts:
+    """Running counts of the rows of a family."""
 
-    Args:
-        rows: All result rows of the selection, those of earlier runs included.
-        metric: Name of the metric behind `score`; None drops all scores.
-        elapsed_s: Wall-clock time of this run.
-        resumed_ids: Ids of rows from an earlier run; they count everywhere but in the rates.
-    """
-    rows = list(rows)
-    resumed = frozenset(resumed_ids)
-    answered = [row for row in rows if not is_failed(row)]
-    new = [row for row in answered if row["sample_id"] not in resumed]
-    counts = _count(rows, metric)
-    by_family: dict[str, list[Row]] = {}
-    for row in rows:
-        by_family.setdefault(_family_of(row), []).append(row)
-    families = (
-        FamilySummary(name=name, **_count(by_family[name], metric)) for name in _sorted_families(by_family)
-    )
-    return Summary(
-        **counts,
-        num_resumed=sum(row["sample_id"] in resumed for row in rows),
-        metric=metric,
-        score_with_failures=_score_with_failures(rows, metric),
-        families=() if set(by_family) <= {NO_FAMILY} else tuple(families),
-        elapsed_s=elapsed_s,
-        samples_per_s=_rate(len(new), elapsed_s),
-        tokens_per_s=_rate(_sum_tokens(new, "num_completion_tokens"), elapsed_s),
-        num_prompt_tokens=_sum_tokens(answered, "num_prompt_tokens"),
-        num_completion_tokens=_sum_tokens(answered, "num_completion_tokens"),
-    )
+    num_rows: int = 0
+    num_failed: int = 0
+    num_scored: int = 0
+    scores: list[float] = field(default_factory=list)
+    """Numbers whose sum is that of all scores, to the last digit."""
+
+    def add(self, row: Row) -> None:
+        self.num_rows += 1
+        if is_failed(row):
+            self.num_failed += 1
+        elif (score := read_number(row.get("score"))) is not None:
+            self.num_scored += 1
+            self.scores.append(score)
+            if len(self.scores) > _MOST_SCORES:
+                self.scores = _exact_sum(self.scores)
+
+    def values(self, metric: str | None) -> dict[str, Any]:
+        return {
+            "num_rows": self.num_rows,
+            "num_answered": self.num_rows - self.num_failed,
+            "num_failed": self.num_failed,
+            "num_scored": 0 if metric is None else self.num_scored,
+            "score": None if metric is None else _mean(self.scores, self.num_scored),
+        }
 
 
-def _count(rows: Sequence[Row], metric: str | None) -> dict[str, Any]:
-    num_failed = sum(map(is_failed, rows))
-    scores = _scores(rows) if metric is not None else []
-    return {
-        "num_rows": len(rows),
-        "num_answered": len(rows) - num_failed,
-        "num_failed": num_failed,
-        "num_scored": len(scores),
-        "score": _mean(scores, len(scores)),
-    }
+class Tally:
+    """A run's result rows, counted one by one in any order; rows of earlier runs count but in the rates."""
 
+    def __init__(self, metric: str | None) -> None:
+        """Begin without rows.
 
-def _score_with_failures(rows: Sequence[Row], metric: str | None) -> float | None:
-    if metric is None:
-        return None
-    # A failed row without answers would not have been scored, so it is not a wrong answer either.
-    # Rows that do not carry their answers are taken to have some.
-    num_wrong = sum(is_failed(row) and ("answers" not in row or _has_answers(row)) for row in rows)
-    scores = _scores(rows)
-    return _mean(scores, len(scores) + num_wrong)
+        Args:
+            metric: Name of the metric behind `score`; None drops all scores.
+        """
+        self._metric = metric
+        self._families: dict[str, _Counts] = {}
+        self._num_wrong = 0  # failed rows that have answers
+        self._num_resumed = self._num_new = self._num_new_tokens = 0
+        self._num_prompt_tokens = self._num_completion_tokens = 0
+
+    def add(self, row: Row, *, is_resumed: bool = False) -> None:
+        """Count a row, which may be one of an earlier run."""
+        self._families.setdefault(_family_of(row), _Counts()).add(row)
+        self._num_resumed += is_resumed
+        if is_failed(row):
+            # One without answers would not have been scored, so it is not a wrong answer either. Rows that
+            # do not carry their answers are taken to have some.
+            self._num_wrong += "answers" not in row or _has_answers(row)
+            return
+        num_written = _read_count(row, "num_completion_tokens")
+        self._num_prompt_tokens += _read_count(row, "num_prompt_tokens")
+        self._num_completion_tokens += num_written
+        if not is_resumed:
+            self._num_new += 1
+            self._num_new_tokens += num_written
+
+    @property
+    def num_rows(self) -> int:
+        """Rows counted so far."""
+        return sum(counts.num_rows for counts in self._families.values())
+
+    def summary(self, elapsed_s: float) -> Summary:
+        """Mean the scores and set the work of this run against its time.
+
+        Args:
+            elapsed_s: Wall-clock time of this run.
+        """
+        metric, families = self._metric, self._families
+        whole = _Counts(
+            self.num_rows,
+            sum(counts.num_failed for counts in families.values()),
+            sum(counts.num_scored for counts in families.values()),
+            [score for counts in families.values() for score in counts.scores],
+        )
+        named = (
+            FamilySummary(name=name, **families[name].values(metric)) for name in _sorted_families(families)
+        )
+        return Summary(
+            **whole.values(metric),
+            num_resumed=self._num_resumed,
+            metric=metric,
+            score_with_failures=(
+                None if metric is None else _mean(whole.scores, whole.num_scored + self._num_wrong)
+            ),
+            families=() if set(families) <= {NO_FAMILY} else tuple(named),
+            elapsed_s=elapsed_s,
+            samples_per_s=_rate(self._num_new, elapsed_s),
+            tokens_per_s=_rate(self._num_new_tokens, elapsed_s),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_completion_tokens=self._num_completion_tokens,
+        )
 
 
 def _has_answers(row: Row) -> bool:
@@ -145,9 +191,12 @@ def _has_answers(row: Row) -> bool:
     return answers is not None and len(answers) > 0
 
 
-def _scores(rows: Iterable[Row]) -> list[float]:
-    scores = (read_number(row.get("score")) for row in rows if not is_failed(row))
-    return [score for score in scores if score is not None]
+def _exact_sum(values: Sequence[float]) -> list[float]:
+    """Return a few numbers whose sum is that of the values, without any rounding."""
+    parts: list[float] = []
+    while rest := math.fsum([*values, *(-part for part in parts)]):
+        parts.append(rest)
+    return parts
 
 
 def _mean(values: Sequence[float], num_values: int) -> float | None:
@@ -159,8 +208,8 @@ def _rate(amount: int, elapsed_s: float) -> float | None:
     return amount / elapsed_s if amount and elapsed_s > 0 else None
 
 
-def _sum_tokens(rows: Iterable[Row], key: str) -> int:
-    return sum(int(read_number(row.get(key)) or 0) for row in rows)
+def _read_count(row: Row, key: str) -> int:
+    return int(read_number(row.get(key)) or 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,29 +226,50 @@ _GALLERY_SHARES: tuple[tuple[tuple[Verdict, ...], float], ...] = (
 )
 
 
-def choose_gallery(rows: Iterable[Row], limit: int = 60) -> list[Row]:
-    """Choose rows to show: wrong ones first, then failed, then right ones, spread over families.
+class GalleryChoice:
+    """Rows to show: wrong ones first, then failed, then right ones, spread over families.
 
-    The choice depends on the rows alone, not on their order. Wrong rows get half of the places,
-    failed ones a fifth, right ones the rest; places one group leaves free go to the others.
+    The choice depends on the rows alone, not on the order in which they are added; no more are kept on the
+    way than may be shown. Wrong rows get half of the places, failed ones a fifth, right ones the rest; places
+    one group leaves free go to the others.
     """
-    groups: list[list[Row]] = [[] for _ in _GALLERY_SHARES]
-    for row in rows:
+
+    def __init__(self, limit: int = 60) -> None:
+        """Begin without rows.
+
+        Args:
+            limit: Places to fill.
+        """
+        self._limit = limit
+        self._groups: list[dict[str, list[Row]]] = [{} for _ in _GALLERY_SHARES]
+
+    def add(self, row: Row) -> None:
+        """Keep a row if it may be shown: as one of the first of the first families of its group."""
         verdict = verdict_of(read_number(row.get("score")), row.get("error"))
         index = next(i for i, (verdicts, _) in enumerate(_GALLERY_SHARES) if verdict in verdicts)
-        groups[index].append(row)
-    sizes = [
-        min(len(group), int(limit * share)) for group, (_, share) in zip(groups, _GALLERY_SHARES, strict=True)
-    ]
-    for index in (0, 2, 1):  # failed rows take what is left last: they look alike, and are listed by cause
-        sizes[index] += max(0, min(len(groups[index]) - sizes[index], limit - sum(sizes)))
-    return [row for group, size in zip(groups, sizes, strict=True) for row in _spread(group)[:size]]
+        group, family = self._groups[index], _family_of(row)
+        kept = group.setdefault(family, [])
+        if len(kept) == self._limit and (not kept or row["sample_id"] > kept[-1]["sample_id"]):
+            return
+        bisect.insort(kept, row, key=itemgetter("sample_id"))
+        del kept[self._limit :]
+        if len(group) > self._limit:
+            del group[_sorted_families(group)[-1]]
+
+    def chosen(self) -> list[Row]:
+        """Return the rows to show, in their order."""
+        groups = [_spread(group) for group in self._groups]
+        sizes = [
+            min(len(group), int(self._limit * share))
+            for group, (_, share) in zip(groups, _GALLERY_SHARES, strict=True)
+        ]
+        # Failed rows take what is left last: they look alike, and are listed by cause.
+        for index in (0, 2, 1):
+            sizes[index] += max(0, min(len(groups[index]) - sizes[index], self._limit - sum(sizes)))
+        return [row for group, size in zip(groups, sizes, strict=True) for row in group[:size]]
 
 
-def _spread(rows: Iterable[Row]) -> list[Row]:
+def _spread(by_family: Mapping[str, Sequence[Row]]) -> list[Row]:
     """Deal rows out family by family, so that any prefix shows all families about equally."""
-    by_family: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["sample_id"]):
-        by_family.setdefault(_family_of(row), []).append(row)
     dealt = zip_longest(*(by_family[name] for name in _sorted_families(by_family)))
     return [row for row in chain.from_iterable(dealt) if row is not None]

@@ -3,8 +3,8 @@
     spans of each chunk -> Timeline -> stage_seconds, overlap, lanes
 
 A span says when a chunk was in a stage, by the clock of the machine it was on: what compares machines is as
-exact as their clocks agree. A span is kept as three numbers, and lanes have a fixed number of bins, whatever
-the size of the run. Drawing is up to `lanes.py`.
+exact as their clocks agree. A span is kept as four numbers; neighbours are joined where there are many, and
+lanes have a fixed number of bins, so a long run takes no more than a short one. Drawing is up to `lanes.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ NUM_BINS = 300
 
 MAX_REPLICA_LANES = 8
 """More replicas than this share a lane."""
+
+MOST_SPANS = 2000
+"""Spans of a stage, or of one replica in it, that are kept before neighbours are joined."""
 
 Floats = NDArray[np.float64]
 
@@ -86,8 +89,11 @@ class Timeline:
     def add(self, spans: Iterable[Span]) -> None:
         """Add what is known of a chunk."""
         for span in spans:
-            found = self._spans.setdefault((span.stage, span.replica), array("d"))
-            found.extend((span.started_s, span.ended_s, span.ended_s - span.started_s - span.waited_s))
+            key, seconds = (span.stage, span.replica), span.ended_s - span.started_s
+            found = self._spans.setdefault(key, array("d"))
+            found.extend((span.started_s, span.ended_s, seconds, seconds - span.waited_s))
+            if len(found) >= 4 * MOST_SPANS:
+                self._spans[key] = _join(found)
 
     @property
     def replicas(self) -> list[str]:
@@ -109,11 +115,13 @@ class Timeline:
         """Return how busy the model was kept; None where nothing was generated."""
         if not self.replicas:
             return None
-        worked_s = float(self._select(["generate"])[:, 2].sum())
+        worked_s = float(self._select(["generate"])[:, 3].sum())
         available_s = sum(map(self._available_s, self.replicas))
         model_work = _work_until(self._select(MODEL_STAGES))
         others = self._select([stage for stage in STAGES if stage not in MODEL_STAGES])
-        hidden_s = float((model_work(others[:, 1]) - model_work(others[:, 0])).sum())
+        lengths = others[:, 1] - others[:, 0]
+        shares = _ratio(model_work(others[:, 1]) - model_work(others[:, 0]), lengths)
+        hidden_s = float((shares * others[:, 2]).sum())
         return Overlap(
             model_busy_share=_share(worked_s, available_s),
             model_waited_s=max(0.0, available_s - worked_s),
@@ -136,13 +144,13 @@ class Timeline:
         return lanes
 
     def _select(self, stages: Collection[str], replica: str | None = None) -> Floats:
-        """Return begin, end and seconds of work (N, 3) of the spans in some stages, of one replica or all."""
+        """Return begin, end, seconds, seconds of work (N, 4) of spans in stages, of one replica or all."""
         spans = [
-            np.frombuffer(found).reshape(-1, 3)
+            np.frombuffer(found).reshape(-1, 4)
             for (stage, name), found in self._spans.items()
             if stage in stages and replica in (None, name)
         ]
-        return np.concatenate([np.empty((0, 3)), *spans])
+        return np.concatenate([np.empty((0, 4)), *spans])
 
     def _available_s(self, replica: str) -> float:
         """Return the seconds from when a replica was loaded to the end of its last answers."""
@@ -150,8 +158,18 @@ class Timeline:
         return float(answers[:, 1].max() - loads[:, 1].min(initial=answers[:, 0].min()))
 
 
+def _join(spans: array[float]) -> array[float]:
+    """Join each span with the one that began next: half as many, that cover the same and work as much."""
+    table = np.frombuffer(spans).reshape(-1, 4)
+    pairs = table[np.argsort(table[:, 0])].reshape(-1, 2, 4)
+    joined = np.concatenate(
+        [pairs[:, :1, 0], pairs[:, :, 1].max(axis=1, keepdims=True), pairs[:, :, 2:].sum(axis=1)], axis=1
+    )
+    return array("d", joined.tobytes())
+
+
 def _seconds(spans: Floats) -> float:
-    return float((spans[:, 1] - spans[:, 0]).sum())
+    return float(spans[:, 2].sum())
 
 
 def _share(part: float, whole: float) -> float:
@@ -170,7 +188,7 @@ def _work_until(spans: Floats) -> Callable[[Floats], Floats]:
     latest = np.maximum.accumulate(spans[:, 1])
     firsts = np.flatnonzero(np.append(True, spans[1:, 0] > latest[:-1]))  # each begins a stretch of work
     begin, end = spans[firsts, 0], np.maximum.reduceat(spans[:, 1], firsts)
-    work = np.minimum(np.add.reduceat(spans[:, 2], firsts), end - begin)
+    work = np.minimum(np.add.reduceat(spans[:, 3], firsts), end - begin)
     done = np.cumsum(work)
     edges, values = np.column_stack([begin, end]).ravel(), np.column_stack([done - work, done]).ravel()
     return lambda times: np.interp(times, edges, values)
@@ -178,8 +196,8 @@ def _work_until(spans: Floats) -> Callable[[Floats], Floats]:
 
 def _levels(spans: Floats, edges: Floats) -> Floats:
     """Return the share of each bin in which any of the spans worked."""
-    widths = np.diff(edges)
-    shares = np.divide(
-        np.diff(_work_until(spans)(edges)), widths, out=np.zeros_like(widths), where=widths > 0
-    )
-    return np.clip(shares, 0, 1)
+    return np.clip(_ratio(np.diff(_work_until(spans)(edges)), np.diff(edges)), 0, 1)
+
+
+def _ratio(parts: Floats, wholes: Floats) -> Floats:
+    return np.divide(parts, wholes, out=np.zeros_like(wholes), where=wholes > 0)

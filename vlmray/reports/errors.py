@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmray.reports.tables import Column, Table
@@ -25,6 +26,10 @@ def is_failed(row: Row) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
+NUM_IDS = 8
+"""Samples that are named of those that failed alike."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorGroup:
     """Failed rows whose messages differ only in numbers, names or paths."""
@@ -32,32 +37,58 @@ class ErrorGroup:
     cause: str
     """The message; its varying parts are `…` where the messages of the group differ."""
 
+    num_rows: int
     sample_ids: tuple[str, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Count the rows of the group."""
-        return len(self.sample_ids)
+    """The first few of them."""
 
 
 _VARYING = re.compile(r"0x[0-9a-f]+|'[^']*'|\"[^\"]*\"|(?:[\w.~-]*/)+[\w.~-]*|\d+(?:[.,]\d+)*", re.IGNORECASE)
 
 
+@dataclass(slots=True)
+class _Cause:
+    line: str
+    varies: bool = False
+    num_rows: int = 0
+    sample_ids: list[str] = field(default_factory=list)
+
+
+class Causes:
+    """Causes of errors, counted row by row in any order."""
+
+    def __init__(self) -> None:
+        self._causes: dict[str, _Cause] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a row if it failed."""
+        if not is_failed(row):
+            return
+        sample_id, line = row["sample_id"], _telling_line(str(row["error"]))
+        cause = self._causes.setdefault(_VARYING.sub("…", line.replace(sample_id, "…")), _Cause(line))
+        cause.varies |= line != cause.line
+        cause.num_rows += 1
+        bisect.insort(cause.sample_ids, sample_id)
+        del cause.sample_ids[NUM_IDS:]
+
+    def groups(self) -> tuple[ErrorGroup, ...]:
+        """Return the failed rows by cause, the most frequent cause first."""
+        found = [
+            ErrorGroup(
+                cause=pattern if cause.varies else cause.line,
+                num_rows=cause.num_rows,
+                sample_ids=tuple(cause.sample_ids),
+            )
+            for pattern, cause in self._causes.items()
+        ]
+        return tuple(sorted(found, key=lambda group: (-group.num_rows, group.cause)))
+
+
 def group_errors(rows: Iterable[Row]) -> tuple[ErrorGroup, ...]:
     """Group failed rows by cause, the most frequent cause first."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for row in sorted(filter(is_failed, rows), key=lambda row: row["sample_id"]):
-        sample_id, line = row["sample_id"], _telling_line(str(row["error"]))
-        pattern = _VARYING.sub("…", line.replace(sample_id, "…"))
-        groups.setdefault(pattern, []).append((sample_id, line))
-    found = [
-        ErrorGroup(
-            cause=pattern if len({line for _, line in members}) > 1 else members[0][1],
-            sample_ids=tuple(sample_id for sample_id, _ in members),
-        )
-        for pattern, members in groups.items()
-    ]
-    return tuple(sorted(found, key=lambda group: (-group.num_rows, group.cause)))
+    causes = Causes()
+    for row in rows:
+        causes.add(row)
+    return causes.groups()
 
 
 def _telling_line(error: str) -> str:
@@ -66,12 +97,12 @@ def _telling_line(error: str) -> str:
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
-def error_table(errors: Sequence[ErrorGroup], num_ids: int = 8) -> Table:
+def error_table(errors: Sequence[ErrorGroup]) -> Table:
     """List causes with how many rows they hit, and the first few of these."""
 
     def list_ids(group: ErrorGroup) -> str:
-        more = group.num_rows - num_ids
-        return ", ".join(group.sample_ids[:num_ids]) + (f" and {more:,} more" if more > 0 else "")
+        more = group.num_rows - len(group.sample_ids)
+        return ", ".join(group.sample_ids) + (f" and {more:,} more" if more else "")
 
     return Table(
         title="Failed rows by cause",

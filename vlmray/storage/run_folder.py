@@ -212,11 +212,12 @@ class RunFolder:
         with filesystem.open_input_file(f"{root}/{name}") as file:
             return bytes(file.read())
 
-    def _list(self, folder: str = "") -> list[str]:
-        """List the files in here, or in a folder in here."""
+    def _list(self, folder: str = "", *, folders: bool = False) -> list[str]:
+        """List the files in here, or in a folder in here; or the folders in there."""
         filesystem, root = open_filesystem(self.uri)
         selector = FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True)
-        names = (info.base_name for info in filesystem.get_file_info(selector) if info.is_file)
+        infos = filesystem.get_file_info(selector)
+        names = (info.base_name for info in infos if info.is_file != folders)
         return sorted(name for name in names if not name.startswith("."))
 
     def _damaged(self, name: str, problem: object, cure: str) -> str:
