@@ -19,7 +19,7 @@ from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.images.decoding import decode_image
-from vlmray.inference import pipeline
+from vlmray.inference import pipeline, replica
 from vlmray.inference.job import run_inference
 from vlmray.inference.pipeline import iter_finished
 from vlmray.inference.plan import InferenceError, plan_inference
@@ -294,8 +294,8 @@ def test_replicas_that_share_a_card_share_its_memory(
     plan = cluster.plan_replicas(None, gpus)
     config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(pipeline, "load_engine", lambda *_, **options: given.update(options))
-    monkeypatch.setattr(pipeline.ray, "get_runtime_context", Mock())
+    monkeypatch.setattr(replica, "load_engine", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(replica.ray, "get_runtime_context", Mock())
     pipeline._Replica(config, plan, Task(prompt_template="{question}", metric="exact_match"))
     assert given == {
         "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
