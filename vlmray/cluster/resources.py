@@ -47,5 +47,5 @@ def node_cpus() -> float:
 
 
 def is_alive(node_id: str) -> bool:
-    """Tell whether a node is there, as far as the cluster knows: a machine that is lost is missed for seconds."""
+    """Tell whether a node is there; one that was lost is missed only some seconds later."""
     return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())

@@ -82,9 +82,9 @@ class FakeEngine:
         fail_load: Raise `RuntimeError` on construction.
         error_every: Answer with an error where the number that ends the request id is a multiple of
             this; 0 is never.
-        crash_on: End the process, as a lost node would, at the first request whose id contains this, or one of
-            several with `|` between them. With `log`, only once in all (a file beside the log remembers);
-            without, every time.
+        crash_on: End the process, as a lost node would, at the first request whose id contains this, or
+            one of several with `|` between them. With `log`, only once in all (a file beside the log
+            remembers); without, every time.
         crash_every_time: With `log` too.
         log: File to which every answered request's id is appended, one line each.
         token_log: The same of every token.

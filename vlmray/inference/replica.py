@@ -1,7 +1,7 @@
 """What an actor of the generating stage does: hold the model, answer chunks, and outlive those that kill it.
 
-Two threads call a replica: one readies its chunk while the other has the model. A chunk is claimed while either
-is at work on it, and answered row by row once a replica died over it (see `claims.py`).
+Two threads call a replica: one readies its chunk while the other has the model. A chunk is claimed while
+either is at work on it, and answered row by row once a replica died over it (see `claims.py`).
 """
 
 from __future__ import annotations
