@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +18,9 @@ from vlmray.cli import run_job
 from vlmray.config import InferConfig
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.images.decoding import decode_image
-from vlmray.inference import pipeline
 from vlmray.inference.job import run_inference
 from vlmray.inference.pipeline import iter_finished
-from vlmray.inference.plan import InferenceError, plan_inference
-from vlmray.inference.stages import Task
+from vlmray.inference.plan import InferenceError, InferenceRun, plan_inference
 from vlmray.inference.summary import Summary
 from vlmray.inference.timeline import STAGES
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
@@ -35,6 +32,10 @@ CHARTS = "charts?num_rows=48&seed=3"
 
 
 def infer(output_dir: Path, **options: Any) -> Summary:
+    return run_inference(planned(output_dir, **options))
+
+
+def planned(output_dir: Path, **options: Any) -> InferenceRun:
     defaults = {
         "engine": "fake",
         "model_id": "fake",
@@ -43,7 +44,7 @@ def infer(output_dir: Path, **options: Any) -> Summary:
         "output_dir": str(output_dir),
         "batch_size": 4,
     }
-    return run_inference(plan_inference(InferConfig(**{**defaults, **options})))
+    return plan_inference(InferConfig(**{**defaults, **options}))
 
 
 def predictions(output_dir: Path) -> dict[str, Any]:
@@ -229,9 +230,20 @@ def test_a_replica_that_dies_loses_and_repeats_nothing(tmp_path: Path, expected:
     assert predictions(tmp_path / "out") == expected
 
 
-def test_a_row_that_always_kills_its_replica_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(InferenceError):
-        infer(tmp_path, model_id="fake?crash_on=000021", sample_slices="[16:32]")
+def test_rows_that_always_kill_their_replica_become_errors(tmp_path: Path, expected: dict[str, Any]) -> None:
+    """Two in one chunk; the others of it are answered once more at most, and those alone are not."""
+    log, poisonous = tmp_path / "log", ["test-000018", "test-000021"]
+    model_id = f"fake?crash_on=000018|000021&crash_every_time=1&log={log}"
+    summary = infer(tmp_path / "out", model_id=model_id, sample_slices="[16:40]")
+    assert (summary.num_answered, summary.num_failed) == (22, 2)
+    rows = {row["sample_id"]: row for row in pq.read_table(tmp_path / "out" / "predictions").to_pylist()}
+    for name in poisonous:
+        assert rows[name]["error"] == "the replica died 3 times while answering it"
+        assert rows.pop(name)["finish_reason"] == "error"
+    assert {name: row["prediction"] for name, row in rows.items()} == {name: expected[name] for name in rows}
+    assert generated(log).keys() == rows.keys()
+    assert max(generated(log).values()) <= 2
+    assert planned(tmp_path / "out", model_id=model_id, sample_slices="[16:40]").pending == [18, 21]
 
 
 def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
@@ -283,20 +295,3 @@ def test_real_model_answers_as_it_does_alone(tmp_path: Path, tiny_model: Path) -
             request_id="alone", messages=question, images=[decode_image(charts[index]["image"])]
         )
         assert text == generate_text_from_sample(model, processor, request, max_new_tokens=8)[0]
-
-
-@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, 0.25), (1, 1.0), (2, 1.0), (0, 1.0), (None, 1.0)])
-def test_replicas_that_share_a_card_share_its_memory(
-    gpus: float | None, fraction: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("_most", "_present"):
-        monkeypatch.setattr(cluster, name, lambda resource: 4.0)
-    plan = cluster.plan_replicas(None, gpus)
-    config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(pipeline, "load_engine", lambda *_, **options: given.update(options))
-    monkeypatch.setattr(pipeline.ray, "get_runtime_context", Mock())
-    pipeline._Replica(config, plan, Task(prompt_template="{question}", metric="exact_match"))
-    assert given == {
-        "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
-    }  # fmt: skip

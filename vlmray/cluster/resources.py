@@ -44,3 +44,8 @@ def startable(resource: str) -> float:
 def node_cpus() -> float:
     """Return the CPUs of the node that has most of them."""
     return max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
+
+
+def is_alive(node_id: str) -> bool:
+    """Tell whether a node is there; one that was lost is missed only some seconds later."""
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())

@@ -82,8 +82,10 @@ class FakeEngine:
         fail_load: Raise `RuntimeError` on construction.
         error_every: Answer with an error where the number that ends the request id is a multiple of
             this; 0 is never.
-        crash_on: End the process, as a lost node would, at the first request whose id contains this. With
-            `log`, only once in all (a file beside the log remembers); without, every time.
+        crash_on: End the process, as a lost node would, at the first request whose id contains this, or
+            one of several with `|` between them. With `log`, only once in all (a file beside the log
+            remembers); without, every time.
+        crash_every_time: With `log` too.
         log: File to which every answered request's id is appended, one line each.
         token_log: The same of every token.
         max_model_len: Most tokens of a prompt and its answer; 0 is no limit.
@@ -99,6 +101,7 @@ class FakeEngine:
         fail_load: bool = False,
         error_every: int = 0,
         crash_on: str = "",
+        crash_every_time: bool = False,
         log: str = "",
         token_log: str = "",
         max_model_len: int = 0,
@@ -112,7 +115,8 @@ class FakeEngine:
         self.latency_s = latency_s
         self.token_s = token_s
         self.error_every = error_every
-        self.crash_on = crash_on
+        self.crash_on = crash_on.split("|") if crash_on else []
+        self.crash_every_time = crash_every_time
         self.log = log
         self.token_log = token_log
 
@@ -197,7 +201,7 @@ class FakeEngine:
     def _read(self, request: GenerationRequest) -> None:
         """Take the time, and have the accident, that the request is to have."""
         _sleep(self.latency_s)
-        if self.crash_on and self.crash_on in request.request_id and self._may_crash():
+        if any(part in request.request_id for part in self.crash_on) and self._may_crash():
             os._exit(1)
         _append(self.log, request.request_id)
 
@@ -223,7 +227,7 @@ class FakeEngine:
 
     def _may_crash(self) -> bool:
         try:
-            if self.log:
+            if self.log and not self.crash_every_time:
                 Path(f"{self.log}.crashed").touch(exist_ok=False)
         except FileExistsError:
             return False
@@ -238,6 +242,7 @@ _FAKE_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "fail_load": lambda text: bool(int(text)),
     "error_every": int,
     "crash_on": str,
+    "crash_every_time": lambda text: bool(int(text)),
     "log": str,
     "token_log": str,
     "max_model_len": int,

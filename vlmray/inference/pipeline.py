@@ -12,9 +12,7 @@ for each chunk, so a chunk is larger where there are many rows.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,13 +23,12 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from vlmray import cluster
-from vlmray.config import InferConfig
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
-from vlmray.engines import load_engine
 from vlmray.inference import stages
 from vlmray.inference.chunks import Chunk, Finished, pack, unpack
 from vlmray.inference.plan import InferenceRun
+from vlmray.inference.replica import Replica, start_claims
 from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
@@ -51,9 +48,6 @@ dies, what others wait for at the end, and how far the bar moves at a time."""
 
 _NUM_LOCAL_TASKS = 4
 """Reading or writing tasks at a time on the driver's machine."""
-
-_MAX_TASK_RETRIES = 4
-"""A row that kills its replica each time (a native crash, the kernel's OOM killer) must not do so forever."""
 
 
 def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Finished]:
@@ -83,7 +77,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     rows = _map(
         rows,
         _Replica,
-        fn_constructor_args=(run.worker_config, replicas, run.task),
+        fn_constructor_args=(run.worker_config, replicas, run.task, start_claims()),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
@@ -95,7 +89,6 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
         num_cpus=replicas.num_cpus,
         num_gpus=replicas.num_gpus,
         runtime_env=replicas.runtime_env,
-        max_task_retries=_MAX_TASK_RETRIES,
     )
     finish = functools.partial(_score_and_save, task=run.task, folder=run.folder)
     return _map(rows, finish, **(here if run.folder.is_local else anywhere))
@@ -159,41 +152,16 @@ def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
     return pack(Chunk(rows, [*spans, watch.span("prepare")]))
 
 
-class _Replica:
+class _Replica(Replica):
     """An actor that holds the model.
 
     Ray calls it with the next chunk while it works on one, in another thread.
     """
 
-    def __init__(self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task) -> None:
-        self._task = task
-        self._id = ray.get_runtime_context().get_actor_id()
-        self._lock = threading.Lock()
-        watch = Watch()
-        self._engine = load_engine(
-            config.model_id,
-            config,
-            adapter=config.adapter,
-            batch_size=config.batch_size,
-            num_threads=plan.num_threads,
-            memory_fraction=plan.memory_fraction,
-        )
-        self._spans = [watch.span("load", replica=self._id)]
-
     def __call__(self, chunk: pa.Table) -> pa.Table:
         rows, spans = unpack(chunk)
-        rows = stages.generate_rows(rows, self._engine, self._task, self._turn(spans))
+        rows = self.answer(rows, spans)
         return pack(Chunk(rows, spans))
-
-    @contextlib.contextmanager
-    def _turn(self, spans: list[Span]) -> Iterator[None]:
-        """Hold the model, and note when."""
-        with self._lock:
-            watch, waited_s = Watch(), self._engine.waited_s
-            yield
-            waited_s = self._engine.waited_s - waited_s
-            spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
-            self._spans = []  # the first chunk says when the model was loaded
 
 
 def _score_and_save(chunk: pa.Table, *, task: Task, folder: ResultFolder) -> pa.Table:

@@ -1,0 +1,131 @@
+"""A replica without Ray: what it gives the engine, and what it asks the claims of a run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from helpers.rows import TASK, make_image
+from vlmray import cluster
+from vlmray.cluster import ReplicaPlan, plans
+from vlmray.config import InferConfig
+from vlmray.engines.fake import FakeEngine
+from vlmray.errors import RunError
+from vlmray.inference import replica
+from vlmray.inference.claims import Claims, Holder
+from vlmray.inference.replica import Replica
+from vlmray.inference.stages import prepare_rows
+from vlmray.inference.timeline import Span
+from vlmray.schema import Row
+
+PLAN = ReplicaPlan(min_replicas=1, max_replicas=1, num_gpus=1, num_cpus=0, num_threads=None)
+DEAD = Holder("died", "node")
+
+
+class Handle:
+    """Claims as an actor's handle: called at once, in order."""
+
+    def __init__(self) -> None:
+        self.claims = Claims(lambda node: True)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*args: Any) -> Any:
+            self.calls.append((method, *(arg for arg in args if isinstance(arg, str))))
+            return getattr(self.claims, method)(*args)
+
+        return SimpleNamespace(remote=call)
+
+
+@pytest.fixture
+def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
+    context = SimpleNamespace(get_actor_id=lambda: "actor", get_node_id=lambda: "node")
+    monkeypatch.setattr(replica.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(replica.ray, "get", lambda result: result)
+    return Handle()
+
+
+def load(handle: Handle, model_id: str = "fake") -> Replica:
+    return Replica(InferConfig(engine="fake", model_id=model_id, sample_slices="[:]"), PLAN, TASK, handle)
+
+
+def chunk() -> list[Row]:
+    rows: list[Row] = [
+        {"sample_id": f"test-{at:06d}", "question": "?", "choices": [], "answers": [], "error": None,
+         "image": make_image(at)}
+        for at in range(4)
+    ]  # fmt: skip
+    rows[2]["error"] = "broken"
+    return prepare_rows(rows, TASK)
+
+
+def answer(found: Replica) -> list[tuple[str | None, str | None]]:
+    spans: list[Span] = []
+    rows = found.answer(chunk(), spans)
+    assert [span.stage for span in spans] == ["load", "generate"]
+    return [(row.get("prediction"), row["error"]) for row in rows]
+
+
+@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, 0.25), (1, 1.0), (2, 1.0), (0, 1.0), (None, 1.0)])
+def test_replicas_that_share_a_card_share_its_memory(
+    gpus: float | None, fraction: float, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("reachable", "present"):
+        monkeypatch.setattr(plans, name, lambda resource: 4.0)
+    monkeypatch.setattr(plans, "node_cpus", lambda: 4.0)
+    plan = cluster.plan_replicas(None, gpus)
+    config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(replica, "load_engine", lambda *_, **options: given.update(options))
+    Replica(config, plan, TASK, handle)
+    assert given == {
+        "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
+    }  # fmt: skip
+
+
+def test_a_chunk_is_claimed_while_it_is_worked_on(handle: Handle) -> None:
+    answer(load(handle))
+    name = "test-000000"
+    calls = [("claim", "actor"), ("release", "actor")]
+    assert handle.calls == calls + [(call, name) for call in ("claim", "pause", "claim", "release")]
+
+
+def test_rows_alone_are_answered_as_together(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = answer(load(handle))
+    handle.claims.claim("test-000000", DEAD)
+    sizes = []
+    generate = FakeEngine.generate
+    monkeypatch.setattr(
+        FakeEngine, "generate", lambda self, rows, **kwargs: sizes.append(len(rows)) or generate(self, rows)
+    )
+    assert answer(load(handle)) == together
+    assert sizes == [1, 1, 1]
+
+
+def test_the_third_death_over_a_row_is_the_last(handle: Handle) -> None:
+    together = answer(load(handle))
+    handle.claims.claim("test-000000", DEAD)
+    handle.claims.claim("test-000000", Holder("next", "node"))
+    handle.claims.pause("test-000000")
+    handle.claims.keep("test-000000", {"sample_id": "test-000000", "prediction": "kept", "error": None})
+    assert handle.claims.claim_row("test-000000", "test-000001", Holder("next", "node")) == 1
+    assert handle.claims.claim_row("test-000000", "test-000001", Holder("one more", "node")) == 2
+    rows = answer(load(handle))
+    assert rows[0] == ("kept", None)
+    assert rows[1] == (None, "the replica died 3 times while answering it")
+    assert rows[2:] == together[2:]
+
+
+def test_a_model_that_kills_whoever_loads_it_is_named(handle: Handle) -> None:
+    for process in "abc":
+        handle.claims.claim("actor", Holder(process, "node"))
+    with pytest.raises(RunError, match="died 3 times while loading the model"):
+        load(handle)
+
+
+def test_a_model_that_was_loaded_once_may_be_lost_as_often_as_it_likes(handle: Handle) -> None:
+    for process in "abcd":
+        handle.claims.claim("actor", Holder(process, "node"))
+        load(handle)

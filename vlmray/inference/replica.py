@@ -1,0 +1,119 @@
+"""What an actor of the generating stage does: hold the model, answer chunks, and outlive those that kill it.
+
+Two threads call a replica: one readies its chunk while the other has the model. A chunk is claimed while
+either is at work on it, and answered row by row once a replica died over it (see `claims.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+
+from vlmray import cluster
+from vlmray.config import InferConfig
+from vlmray.engines import load_engine
+from vlmray.errors import RunError
+from vlmray.inference import stages
+from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
+from vlmray.inference.result_folder import RESULT_SCHEMA, pick
+from vlmray.inference.stages import Task
+from vlmray.inference.timeline import Span, Watch
+from vlmray.schema import Row
+
+
+def start_claims() -> Any:
+    """Start the actor that keeps the claims of a run, on this machine: its loss is the run's anyway."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Claims)
+    return actor.options(label_selector=cluster.driver_node()).remote(cluster.is_alive)
+
+
+class Replica:
+    """A model and the lock of it.
+
+    Args:
+        config: Which model.
+        plan: What it may use.
+        task: How questions are asked.
+        claims: Handle of the run's `Claims`.
+    """
+
+    def __init__(self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task, claims: Any) -> None:
+        context = ray.get_runtime_context()
+        self._task, self._claims = task, claims
+        self._id = context.get_actor_id()
+        self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
+        self._lock = threading.Lock()
+        watch = Watch()
+        with self._loading():
+            self._engine = load_engine(
+                config.model_id,
+                config,
+                adapter=config.adapter,
+                batch_size=config.batch_size,
+                num_threads=plan.num_threads,
+                memory_fraction=plan.memory_fraction,
+            )
+        self._spans = [watch.span("load", replica=self._id)]
+
+    def answer(self, rows: Sequence[Row], spans: list[Span]) -> list[Row]:
+        """Answer a chunk, and add to `spans` when the model worked."""
+        chunk = rows[0]["sample_id"]
+        num_deaths, answers = self._ask("claim", chunk, self._holder)
+        if num_deaths == 0:
+            turn = self._claimed_turn(chunk, spans)
+            rows = stages.generate_rows(rows, self._engine, self._task, turn)
+        else:
+            self._claims.pause.remote(chunk)
+            with self._turn(spans):
+                rows = [self._answer_alone(row, chunk, answers) for row in rows]
+        self._claims.release.remote(chunk)
+        return list(rows)
+
+    def _answer_alone(self, row: Row, chunk: str, answers: dict[str, Row]) -> Row:
+        name = row["sample_id"]
+        if row["error"] is not None:
+            return row
+        if name in answers:
+            return row | answers[name]
+        num_deaths = self._ask("claim_row", chunk, name, self._holder)
+        if num_deaths >= MAX_DEATHS:
+            row["error"] = f"the replica died {num_deaths} times while answering it"
+        else:
+            (row,) = stages.generate_rows([row], self._engine, self._task)
+        self._claims.keep.remote(chunk, pick(row, RESULT_SCHEMA.names))
+        return row
+
+    @contextlib.contextmanager
+    def _claimed_turn(self, chunk: str, spans: list[Span]) -> Iterator[None]:
+        """Hold the model; a chunk that waits for it is not what others die of."""
+        self._claims.pause.remote(chunk)
+        with self._turn(spans):
+            self._ask("claim", chunk, self._holder)
+            yield
+
+    @contextlib.contextmanager
+    def _turn(self, spans: list[Span]) -> Iterator[None]:
+        """Hold the model, and note when."""
+        with self._lock:
+            watch, waited_s = Watch(), self._engine.waited_s
+            yield
+            waited_s = self._engine.waited_s - waited_s
+            spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
+            self._spans = []  # the first chunk says when the model was loaded
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        """See that a model that kills whoever loads it does not do so for ever."""
+        num_deaths, _ = self._ask("claim", self._id, self._holder)
+        if num_deaths >= MAX_DEATHS:
+            raise RunError(f"the replica died {num_deaths} times while loading the model")
+        yield
+        self._claims.release.remote(self._id)
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        return ray.get(getattr(self._claims, method).remote(*args))
