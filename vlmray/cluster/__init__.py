@@ -1,15 +1,16 @@
 """The Ray cluster: connect to it, divide what it has, and say what is awaited and what went wrong.
 
-connection -> resources -> plans -> waiting; causes
+connection -> resources -> placement -> plans -> waiting; causes
 """
 
 from vlmray.cluster.causes import root_cause
 from vlmray.cluster.connection import connect, driver_node
+from vlmray.cluster.placement import place
 from vlmray.cluster.plans import ReplicaPlan, WorkerPlan, plan_replicas, plan_workers
-from vlmray.cluster.resources import cpus_per_task
+from vlmray.cluster.resources import cpus_per_task, dead, gone
 from vlmray.cluster.waiting import tell_if_taken
 
 __all__ = [
-    "ReplicaPlan", "WorkerPlan", "connect", "cpus_per_task", "driver_node", "plan_replicas", "plan_workers",
-    "root_cause", "tell_if_taken",
+    "ReplicaPlan", "WorkerPlan", "connect", "cpus_per_task", "dead", "driver_node", "gone", "place",
+    "plan_replicas", "plan_workers", "root_cause", "tell_if_taken",
 ]  # fmt: skip
