@@ -65,12 +65,12 @@ def main() -> None:
 
 def measure_all(options: argparse.Namespace, dataset_name: str) -> None:
     """Measure all sides on one dataset."""
-    workers = cluster.plan_workers(1)
+    workers = cluster.plan_workers((1, 1))
     torch.set_num_threads(workers.num_threads or torch.get_num_threads())
     config = FinetuneConfig(
         model_id=options.model_id, dataset_name=dataset_name, dataset_split=options.dataset_split,
         sample_slices=f"[:{options.num_rows}]", num_train_epochs=options.num_train_epochs,
-        per_device_train_batch_size=options.batch_size, logging_steps=1, save_steps=10**6, num_workers=1,
+        per_device_train_batch_size=options.batch_size, logging_steps=1, save_steps=10**6, num_workers="1",
         lora_dropout=0.0, gradient_checkpointing=options.gradient_checkpointing,
         train_sampling_strategy=options.train_sampling_strategy,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def train_plainly(run: TrainingRun, data: TrainingData) -> tuple[list[float], li
     dataset = Dataset.from_list([prompt_and_completion(row, processor) for row in rows if row])
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        ours = sft_arguments(run, Path(folder))
+        ours = sft_arguments(run, Path(folder), 1)
         same = ("use_cpu", "bf16", "gradient_checkpointing", "gradient_checkpointing_kwargs")
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=config.per_device_train_batch_size,

@@ -75,7 +75,7 @@ def _measure_alone(setting: Setting, **options: Any) -> Figures:
 def _plan(setting: Setting, **options: Any) -> tuple[TrainingRun, TrainingData]:
     config = FinetuneConfig(
         model_id=setting.model_folder(setting.scale.large), dataset_name=setting.dataset_name,
-        dataset_split="test", sample_slices=f"[:{setting.scale.num_samples}]", num_workers=1,
+        dataset_split="test", sample_slices=f"[:{setting.scale.num_samples}]", num_workers="1",
         per_device_train_batch_size=setting.scale.batch_size, logging_steps=1, save_steps=10**6,
         lora_dropout=0.0, max_pixels=setting.scale.max_pixels, **options,
     )  # fmt: skip

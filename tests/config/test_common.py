@@ -112,7 +112,7 @@ def test_values_out_of_range(option: str, value: object, message: str) -> None:
             1,
             "max_turns max_length eval_steps max_new_tokens lora_r lora_alpha per_device_train_batch_size "
             "per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps "
-            "save_total_limit early_stopping_patience num_workers min_pixels max_pixels",
+            "save_total_limit early_stopping_patience min_pixels max_pixels",
         ),
         (0, "eval_samples learning_rate weight_decay max_failures seed max_errors"),
     ],
@@ -123,6 +123,21 @@ def test_least_values_of_training(least: int, names: str) -> None:
         for value in (least - 1, NAN):
             message = _mistake(FinetuneConfig, eval_split="validation", **{name: value})
             assert message == f"--{name} must be at least {least}, got {value}"
+
+
+@pytest.mark.parametrize("value", ["0", "3,2", "1,2,3", "many", 0, "1.5"])
+def test_workers_are_a_number_or_a_range(value: Any) -> None:
+    assert _mistake(FinetuneConfig, num_workers=value) == (
+        f"--num_workers must be N or MIN,MAX of at least 1, got {value!r}"
+    )
+    assert FinetuneConfig(num_workers="1,4").worker_range() == (1, 4)
+    assert FinetuneConfig(num_workers="2").worker_range() == (2, 2)
+    assert FinetuneConfig().worker_range() is None
+
+
+def test_shards_do_not_come_and_go() -> None:
+    FinetuneConfig(num_workers="2", fsdp=True)
+    assert _mistake(FinetuneConfig, num_workers="1,2", fsdp=True).startswith("--num_workers 1,2 lets workers")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def _random_plan(rng: random.Random) -> BatchPlan:
         num_samples=rng.randint(1, 60),
         batch_size=rng.randint(1, 6),
         world_size=rng.randint(1, 4),
-        accumulation=rng.randint(1, 4),
+        batches_per_step=rng.randint(1, 12),
         seed=rng.choice([None, 0, 1, 7]),
         lengths=rng.choice([None, rng.choices(range(9), k=60)]),
     )
@@ -48,12 +48,16 @@ def test_every_epoch_trains_every_sample_once() -> None:
     for _ in range(300):
         plan = _random_plan(rng)
         for epoch in (0, 1, rng.randint(2, 50)):
-            slots = [slot for step in _steps(plan, epoch) for slot in step]
-            num_empty = len(slots) - plan.num_samples
-            assert sorted(slot for slot in slots if slot is not None) == list(range(plan.num_samples))
-            assert slots[plan.num_samples :] == [None] * num_empty  # at the end of the last step alone
-            assert num_empty < plan.samples_per_step
-            assert len(slots) == plan.batches_per_epoch * plan.world_size * plan.batch_size
+            steps = list(_steps(plan, epoch))
+            assert sorted(_order(plan, epoch)) == list(range(plan.num_samples))
+            assert sum(map(len, steps)) == plan.batches_per_epoch * plan.world_size * plan.batch_size
+            for slots in steps[:-1]:
+                assert None not in slots[: plan.samples_per_step]  # the last step alone may be short
+            for slots in steps:
+                trained = [slot for slot in slots if slot is not None]
+                assert slots == trained + [None] * (len(slots) - len(trained))
+                assert 0 < len(trained) <= plan.samples_per_step
+                assert len(slots) - plan.samples_per_step < plan.world_size * plan.batch_size  # one pass
 
 
 def test_a_step_trains_the_same_samples_however_it_is_shared() -> None:
@@ -65,23 +69,24 @@ def test_a_step_trains_the_same_samples_however_it_is_shared() -> None:
                 num_samples=num_samples,
                 batch_size=batch,
                 world_size=world,
-                accumulation=per_step // batch // world,
+                batches_per_step=per_step // batch,
                 seed=seed,
             )
             for batch in range(1, per_step + 1)
-            for world in range(1, per_step + 1)
-            if per_step % (batch * world) == 0
+            for world in range(1, per_step + 1)  # those that leave some without a batch too
+            if per_step % batch == 0
         ]
         assert len(shares) > 5
         assert {plan.samples_per_step for plan in shares} == {per_step}
+        assert {plan.steps_per_epoch for plan in shares} == {shares[0].steps_per_epoch}
         for step in range(2 * shares[0].steps_per_epoch):
-            trained = [{slot for slot in _slots(plan, step) if slot is not None} for plan in shares]
+            trained = [[slot for slot in _slots(plan, step) if slot is not None] for plan in shares]
             assert all(samples == trained[0] for samples in trained)
 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     def plan(seed: int | None) -> BatchPlan:
-        return BatchPlan(num_samples=50, batch_size=4, world_size=2, seed=seed)
+        return BatchPlan(num_samples=50, batch_size=4, world_size=2, batches_per_step=2, seed=seed)
 
     orders = {(seed, epoch): _order(plan(seed), epoch) for seed in (0, 1, 11) for epoch in (0, 1, 2, 11)}
     assert len(set(map(tuple, orders.values()))) == len(orders)
@@ -117,7 +122,7 @@ def test_a_sample_comes_to_the_same_place_in_every_epoch() -> None:
 
 def test_neighbours_come_to_one_place() -> None:
     """Questions about one image stand next to each other."""
-    plan = BatchPlan(num_samples=400, batch_size=4, world_size=2, seed=0)
+    plan = BatchPlan(num_samples=400, batch_size=4, world_size=2, batches_per_step=2, seed=0)
     places = {sample: at % plan.samples_per_step for at, sample in enumerate(_order(plan, 0))}
     assert sum(places[sample] != places[sample + 1] for sample in range(399)) == plan.samples_per_step - 1
 
@@ -126,7 +131,7 @@ def test_batches_by_length_hold_samples_of_like_length_in_any_order() -> None:
     rng = random.Random(4)
     lengths = [rng.choice([100, 300, 301, 305, 700, 1100]) + rng.randrange(20) for _ in range(1003)]
     by_length, as_they_come = (
-        BatchPlan(num_samples=1003, batch_size=4, world_size=2, seed=5, lengths=given)
+        BatchPlan(num_samples=1003, batch_size=4, world_size=2, batches_per_step=2, seed=5, lengths=given)
         for given in (lengths, None)
     )
 

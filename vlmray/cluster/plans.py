@@ -6,13 +6,21 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
-from vlmray.cluster.resources import cpus_per_task, node_cpus, present, reachable
+from vlmray.cluster.placement import largest_share, place, rooms, share_cpus
+from vlmray.cluster.resources import (
+    Node,
+    cpus_per_task,
+    node_cpus,
+    present,
+    present_nodes,
+    reachable,
+    startable_nodes,
+)
 from vlmray.errors import OptionError
 
 _MODEL_ON_CPU = {
@@ -54,7 +62,14 @@ class WorkerPlan:
     """How many training workers to start and what each asks Ray for."""
 
     num_workers: int
+    """The most that train at a time; their number times their batch is what a step trains."""
+
+    min_workers: int
+    """The fewest that go on without the others; as many as `num_workers` where the number is fixed."""
+
     resources: dict[str, float]
+    cpus_per_task: float
+    """What a task that reads and decodes for them may ask for."""
 
     num_threads: int | None
     """CPU threads of each worker; None on a GPU, where torch's default will do."""
@@ -86,40 +101,65 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
         return ReplicaPlan(
             min_replicas=low, max_replicas=high, num_gpus=num_gpus, num_cpus=0, num_threads=None
         )
-    total_cpus = present("CPU")
+    sizes = [node.has("CPU") for node in present_nodes()]
     return ReplicaPlan(
         min_replicas=low,
         max_replicas=high,
         num_gpus=0,
-        num_cpus=min(1.0, max(total_cpus - 1, total_cpus / 2) / high),
+        num_cpus=min(1.0, largest_share(rooms(sizes, cpus_per_task()), high)),
         # Threads that wait for a core that others have taken make the rest wait with them.
         num_threads=max(1, int(node_cpus() // high)),
         runtime_env=_MODEL_ON_CPU,
     )
 
 
-def plan_workers(num_workers: int | None) -> WorkerPlan:
-    """Divide the cluster among training workers: a GPU each, or a share of the CPUs where there are none.
+def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:
+    """Divide the nodes among training workers: a GPU each, or a share of a node's CPUs where there are none.
 
     Args:
-        num_workers: Workers asked for; None: one per GPU, or two on CPUs.
+        worker_range: Smallest and largest number asked for; None: one per GPU, or two on CPUs.
 
     Raises:
-        ValueError: the cluster neither has nor can start what so many workers need.
+        ValueError: the nodes that there are, or could be started, do not hold the smallest number.
     """
     kind = "GPU" if reachable("GPU") >= 1 else "CPU"
-    most = int(reachable(kind))
-    wanted = num_workers or (max(1, int(present("GPU") or most)) if kind == "GPU" else min(2, most))
-    if wanted > most:
+    here, all_started = present_nodes(), startable_nodes()
+    nodes = max(here, all_started, key=lambda nodes: _num_whole(kind, nodes))
+    most = _num_whole(kind, nodes)
+    low, high = worker_range or (_default_workers(kind, most),) * 2
+    if low > most:
+        coming = f"and may start {most}" if nodes is all_started else "with no more to start"
         raise OptionError(
             "num_workers",
-            f"{wanted} needs {wanted} {kind}s and the cluster has {most}, with no more to start",
+            f"{low} needs {low} {kind}s and the cluster has {_num_whole(kind, here)}, {coming}",
             "lower --num_workers",
         )
     if kind == "GPU":
-        return WorkerPlan(num_workers=wanted, resources={"GPU": 1}, num_threads=None)
-    # The tasks that read and decode need room beside the workers, or both wait for each other.
-    share = max(0.01, int(100 * (present("CPU") - cpus_per_task()) / wanted) / 100)
-    per_node = -(-wanted // max(1, sum(node["Alive"] for node in ray.nodes())))
-    num_threads = max(1, int((node_cpus() - 1) // per_node))
-    return WorkerPlan(num_workers=wanted, resources={"CPU": share}, num_threads=num_threads)
+        return WorkerPlan(
+            num_workers=high,
+            min_workers=low,
+            resources={"GPU": 1},
+            cpus_per_task=cpus_per_task(),
+            num_threads=None,
+        )
+    sizes = [node.has("CPU") for node in nodes if node.has("CPU")]
+    per_worker, per_task = share_cpus(sizes, min(high, most))
+    resources = {"CPU": per_worker}
+    holders = Counter(map(id, place([resources] * min(high, most), nodes) or ()))
+    num_threads = min(int((node.has("CPU") - 1) // holders[id(node)]) for node in nodes if holders[id(node)])
+    return WorkerPlan(
+        num_workers=high,
+        min_workers=low,
+        resources=resources,
+        cpus_per_task=per_task,
+        num_threads=max(1, num_threads),
+    )
+
+
+def _default_workers(kind: str, most: int) -> int:
+    return max(1, int(present("GPU") or most)) if kind == "GPU" else min(2, most)
+
+
+def _num_whole(kind: str, nodes: Sequence[Node]) -> int:
+    """Return how many workers with one of a resource the nodes hold."""
+    return sum(int(node.has(kind)) for node in nodes)

@@ -105,17 +105,7 @@ class ReplicaConfig(EngineConfig):
 
     def replica_range(self) -> tuple[int, int] | None:
         """Return the smallest and largest number of replicas, or None where the cluster decides."""
-        if self.num_replicas is None:
-            return None
-        least = self.least_replicas
-        try:
-            bounds = [int(part) for part in self.num_replicas.split(",")]
-        except ValueError:
-            bounds = []
-        if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
-            expected = f"must be N or MIN,MAX of at least {least or '0,1'}"
-            raise OptionError("num_replicas", f"{expected}, got {self.num_replicas!r}")
-        return bounds[0], bounds[-1]
+        return read_range("num_replicas", self.num_replicas, self.least_replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +199,23 @@ def check_at_least(config: object, minimum: float, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # so written, it refuses NaN too
             raise OptionError(name, f"must be at least {minimum}, got {value}")
+
+
+def read_range(name: str, text: str | None, least: int) -> tuple[int, int] | None:
+    """Read what an option gives as N or MIN,MAX; None where it is not given.
+
+    Raises:
+        OptionError: it is something else, or begins below the least number.
+    """
+    if text is None:
+        return None
+    try:
+        bounds = [int(part) for part in str(text).split(",")]  # Python callers may give a number
+    except ValueError:
+        bounds = []
+    if len(bounds) not in (1, 2) or not least <= bounds[0] <= bounds[-1] or not bounds[-1]:
+        raise OptionError(name, f"must be N or MIN,MAX of at least {least or '0,1'}, got {text!r}")
+    return bounds[0], bounds[-1]
 
 
 def shared_options(config: Any, config_class: type) -> dict[str, Any]:

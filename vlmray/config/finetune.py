@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlmray.config.common import QuestionsConfig, RunConfig, check_at_least
+from vlmray.config.common import QuestionsConfig, RunConfig, check_at_least, read_range
 from vlmray.config.marks import mark, option
 from vlmray.errors import OptionError
 
@@ -141,11 +141,12 @@ class FinetuneConfig(RunConfig, QuestionsConfig):
     sft_config: dict[str, Any] | None = field(default=None, metadata=mark("result"))
     """Any other field of TRL's SFTConfig: a mapping in the YAML file, or JSON: '{"max_grad_norm": 0.5}'."""
 
-    num_workers: int | None = option(None, affects="derived")
-    """Training workers; default: one per GPU, or two on CPUs."""
+    num_workers: str | None = option(None, affects="derived")
+    """Training workers: N, or MIN,MAX to go on with fewer where machines leave, each step with the samples of
+    MAX workers; default: one per GPU, or two on CPUs."""
 
     max_failures: int = option(3, affects="run")
-    """Times to start again from the last checkpoint when a worker or node dies."""
+    """Times to start again from the same checkpoint after a worker died; machines that leave do not count."""
 
     merge_adapter: bool = option(False, affects="run")
     """Also write the model with the adapter merged into the unquantized base."""
@@ -155,7 +156,7 @@ class FinetuneConfig(RunConfig, QuestionsConfig):
         check_at_least(
             self, 1, "max_turns", "max_length", "eval_steps", "max_new_tokens", "lora_r", "lora_alpha",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience", "num_workers",
+            "logging_steps", "save_steps", "save_total_limit", "early_stopping_patience",
         )  # fmt: skip
         check_at_least(
             self, 0, "vision_cache_gib", "eval_samples", "learning_rate", "weight_decay", "max_failures"
@@ -170,6 +171,11 @@ class FinetuneConfig(RunConfig, QuestionsConfig):
         if self.resume and self.overwrite:
             raise OptionError("resume", "keeps what --overwrite deletes", "pass one of them")
         self._check_combinations()
+        self._check_sharding()
+
+    def worker_range(self) -> tuple[int, int] | None:
+        """Return the smallest and largest number of workers, or None where the cluster decides."""
+        return read_range("num_workers", self.num_workers, 1)
 
     def _check_combinations(self) -> None:
         """Refuse options that contradict each other or would be ignored."""
@@ -187,8 +193,6 @@ class FinetuneConfig(RunConfig, QuestionsConfig):
             raise OptionError(
                 "freeze_vision", "is for --use_peft false", "LoRA leaves all base weights frozen"
             )
-        if self.fsdp and self.optim == "muon":
-            raise OptionError("optim", "muon needs whole matrices and --fsdp shards them", "pass one of them")
         if not self.evaluates:
             for name in ("early_stopping_patience", "load_best_model_at_end"):
                 if getattr(self, name):
@@ -199,6 +203,17 @@ class FinetuneConfig(RunConfig, QuestionsConfig):
                 f"needs --save_steps {self.save_steps} equal to --eval_steps {self.eval_steps}, so that what "
                 "was evaluated was kept",
             )
+
+    def _check_sharding(self) -> None:
+        low, high = self.worker_range() or (1, 1)
+        if self.fsdp and low != high:
+            raise OptionError(
+                "num_workers",
+                f"{self.num_workers} lets workers come and go, which the shards of --fsdp do not",
+                "pass one number",
+            )
+        if self.fsdp and self.optim == "muon":
+            raise OptionError("optim", "muon needs whole matrices and --fsdp shards them", "pass one of them")
 
     @property
     def evaluates(self) -> bool:

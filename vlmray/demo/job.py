@@ -83,7 +83,7 @@ def _train(config: DemoConfig) -> TrainingReport:
             model_id=BUILTIN,
             dataset_name=_charts(config.max_steps * _BATCH_SIZE, families),
             max_turns=len(families),
-            num_workers=1,
+            num_workers="1",
             per_device_train_batch_size=_BATCH_SIZE,
             max_steps=config.max_steps,
             learning_rate=1e-3,

@@ -11,6 +11,7 @@ A worker or node that dies takes the run back to its last checkpoint, not to its
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
 from vlmray.finetune.artifacts import training_record, write_artifacts
 from vlmray.finetune.plan import CHECKPOINTS, FinetuneError, FinetuneRun
-from vlmray.finetune.progress import Board, ProgressBar, TellFailures
+from vlmray.finetune.progress import Board, ProgressBar, Restarts
 from vlmray.finetune.ray_worker import Shard, train_on_ray
 from vlmray.finetune.report import render_training_html
 from vlmray.finetune.results import Check, TrainingReport
@@ -40,7 +41,13 @@ from vlmray.training.run import EVALUATION, TRAIN, TrainingRun
 from vlmray.training.samples import Conversations
 from vlmray.training.worker import Outcome
 
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""After which Ray Train looks anew at how many workers have a place; by default after a minute."""
+
 _POLL_S = 0.2
+_RESIZE_S = 30.0
+"""How often to look whether machines have come that more workers could have: they cost a restart."""
+
 _GALLERY_SIZE = 60
 
 
@@ -71,9 +78,10 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
         FinetuneError: workers kept failing.
     """
     cluster.tell_if_taken(
-        cpus=run.workers.num_workers * run.workers.resources.get("CPU", 0) + cluster.cpus_per_task(),
-        gpus=run.workers.num_workers * run.workers.resources.get("GPU", 0),
+        cpus=run.workers.min_workers * run.workers.resources.get("CPU", 0) + run.workers.cpus_per_task,
+        gpus=run.workers.min_workers * run.workers.resources.get("GPU", 0),
     )
+    os.environ.setdefault(_START_TIMEOUT, "20")
     board = Board.start()
     trainer = _make_trainer(run, board)
     ended: list[Any] = []
@@ -91,7 +99,8 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
             time.sleep(_POLL_S)
             bar.show(ray.get(board.read.remote()))
     if isinstance(ended[0], BaseException):
-        raise FinetuneError(cluster.root_cause(ended[0])) from ended[0]
+        error = getattr(ended[0], "controller_failure", ended[0])
+        raise FinetuneError(cluster.root_cause(error)) from ended[0]
     returned = ended[0].return_value
     if "mistake" in returned:
         raise ValueError(returned["mistake"])
@@ -100,27 +109,31 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
 
 def _make_trainer(run: FinetuneRun, board: Any) -> TorchTrainer:
     config, training = run.config, run.training
-    shards = {TRAIN: Shard.of(run.data.train)}
+    workers = run.workers
+    shards = {TRAIN: Shard.of(run.data.train, workers.cpus_per_task)}
     if run.data.evaluation is not None:
-        shards[EVALUATION] = Shard.of(run.data.evaluation)
+        shards[EVALUATION] = Shard.of(run.data.evaluation, workers.cpus_per_task)
+    is_fixed = workers.min_workers == workers.num_workers
+    num_workers = workers.num_workers if is_fixed else (workers.min_workers, workers.num_workers)
     return TorchTrainer(
         train_on_ray,  # type: ignore[arg-type]  # what it returns becomes the result's return_value
         train_loop_config={"run": training, "board": board, "shards": shards},
-        scaling_config=ScalingConfig(
-            num_workers=run.workers.num_workers,
-            use_gpu="GPU" in run.workers.resources,
-            resources_per_worker=run.workers.resources,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # as below
+            num_workers=num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=_RESIZE_S,
+            use_gpu="GPU" in workers.resources,
+            resources_per_worker=workers.resources,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's first version
             **_storage(run.folder),
             name=CHECKPOINTS,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # which cannot tell machines: see `Restarts`
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
                 checkpoint_score_attribute=training.eval_metric if config.load_best_model_at_end else None,
                 checkpoint_score_order="max" if training.greater_is_better else "min",
             ),
-            callbacks=[TellFailures(board)],  # type: ignore[list-item]
+            callbacks=[Restarts(board, config.max_failures)],  # type: ignore[list-item]
             logging_config=LoggingConfig("DEBUG" if config.log_level == "DEBUG" else "CRITICAL"),
         ),
     )

@@ -60,7 +60,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     if config.use_peft:
         _check_lora_targets(config, model)
     cluster.connect(config.log_level)
-    workers = cluster.plan_workers(config.num_workers)
+    workers = cluster.plan_workers(config.worker_range())
     if config.fsdp and workers.num_workers == 1:
         raise OptionError("fsdp", "shards over several workers, and there is one", "leave it out")
     training = TrainingRun.of(

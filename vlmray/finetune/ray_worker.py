@@ -49,31 +49,39 @@ class Shard:
     driver: dict[str, str]
     """Label selector of that machine."""
 
+    cpus_per_task: float
+    """What the workers leave on each node."""
+
     @classmethod
-    def of(cls, samples: Conversations) -> Shard:
+    def of(cls, samples: Conversations, cpus_per_task: float) -> Shard:
         """Describe samples that this process, the driver, has opened."""
-        return cls(samples=ray.put(samples), on_driver=samples.source.on_driver, driver=cluster.driver_node())
+        return cls(
+            samples=ray.put(samples),
+            on_driver=samples.source.on_driver,
+            driver=cluster.driver_node(),
+            cpus_per_task=cpus_per_task,
+        )
 
     def read(self, plan: BatchPlan, rank: int, start: int, stop: int) -> Iterator[Features]:
         """Yield the samples of a worker's batches `start` to `stop`, an item each."""
         per_task = -(-_SAMPLES_PER_TASK // plan.batch_size)
-        num_cpus = cluster.cpus_per_task()
         pending: deque[ray.ObjectRef] = deque()
         for first in range(start, stop, per_task):
             batches = plan.batches(rank, first, min(first + per_task, stop))
-            pending.append(self._open([slot for batch in batches for slot in batch], num_cpus))
+            pending.append(self._open([slot for batch in batches for slot in batch]))
             if len(pending) > _TASKS_AHEAD:
                 yield from _batches_of(pending.popleft(), plan.batch_size)
         while pending:
             yield from _batches_of(pending.popleft(), plan.batch_size)
 
-    def _open(self, slots: Slots, num_cpus: float) -> ray.ObjectRef:
+    def _open(self, slots: Slots) -> ray.ObjectRef:
         """Start reading and decoding samples; return the table of them to come."""
+        anywhere = {"num_cpus": self.cpus_per_task}
         if not self.on_driver:
-            return _read_and_decode.options(num_cpus=num_cpus).remote(self.samples, slots)
+            return _read_and_decode.options(**anywhere).remote(self.samples, slots)
         # Tasks tied to one machine ask for no CPU: the head of a cluster may offer none.
         rows = _read.options(num_cpus=0, label_selector=self.driver).remote(self.samples, slots)
-        return _decode.options(num_cpus=num_cpus).remote(rows)
+        return _decode.options(**anywhere).remote(rows)
 
 
 @ray.remote
@@ -119,6 +127,9 @@ class RayWorker:
         self._run = run
         self._shards = shards
         self._board = board
+        self._told_of: set[str] = set()
+        node = ray.get_runtime_context().get_node_id()
+        board.join.remote(self.rank, self.world_size, node)
 
     def read(self, name: str, start: int, stop: int) -> Iterator[Features]:
         """Yield the samples of this worker's batches, read and decoded by tasks."""
@@ -143,3 +154,14 @@ class RayWorker:
         """Tell the board how far training is; one worker does for all."""
         if self.rank == 0:
             self._board.tell.remote(progress)
+
+    def must_save(self) -> bool:
+        """Tell whether a machine of the run got notice; what rank 0 knows counts for all."""
+        info = ray.train.get_preemption_info()
+        leaving = set(info.preempted_node_ids) if info else set()
+        if leaving <= self._told_of:
+            return False
+        self._told_of |= leaving
+        if self.rank == 0:
+            self._board.note.remote("a machine is about to be taken away: saving a checkpoint")
+        return True

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from vlmray.config import FinetuneConfig
 from vlmray.errors import OptionError
 from vlmray.training.optimizers import MUON, check_optimizer
-from vlmray.training.run import TrainingRun
+from vlmray.training.run import TRAIN, TrainingRun
 
 _REPORTERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
@@ -40,22 +40,23 @@ _SET_BY_VLMRAY = (
 planned batches or Ray."""
 
 
-def sft_arguments(run: TrainingRun, scratch: Path, *, goes_on: bool = False) -> SFTConfig:
+def sft_arguments(run: TrainingRun, scratch: Path, world_size: int, *, goes_on: bool = False) -> SFTConfig:
     """Translate the options into TRL's.
 
     Args:
         run: What to do.
         scratch: Folder for checkpoints.
+        world_size: Workers that there are now.
         goes_on: There is a checkpoint: the model before training was evaluated when that began.
 
     Raises:
         ValueError: bfloat16 where this worker's device has none.
     """
     given = parse_sft_config(run.config.sft_config)
-    return SFTConfig(**{**_translate(run, scratch, goes_on=goes_on), **given})
+    return SFTConfig(**{**_translate(run, scratch, world_size, goes_on=goes_on), **given})
 
 
-def _translate(run: TrainingRun, scratch: Path, *, goes_on: bool) -> dict[str, Any]:
+def _translate(run: TrainingRun, scratch: Path, world_size: int, *, goes_on: bool) -> dict[str, Any]:
     config = run.config
     on_gpu = torch.cuda.is_available()
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -70,7 +71,7 @@ def _translate(run: TrainingRun, scratch: Path, *, goes_on: bool) -> dict[str, A
         "output_dir": str(scratch),
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": run.plan(TRAIN, world_size).accumulation,
         "learning_rate": config.learning_rate,
         "max_steps": run.num_steps,
         "warmup_steps": config.warmup_ratio,  # transformers 5 reads a number below 1 as a share

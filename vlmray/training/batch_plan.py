@@ -3,8 +3,9 @@
     BatchPlan.batch(rank, number) -> indices of that worker's number-th batch, None for an empty slot
 
 The plan is arithmetic on (seed, epoch, step), so a run that starts again at step n sees exactly what an
-undisturbed run would see from there. A step trains the same samples however many workers and gradient
-accumulation steps share it, as long as their product with the batch size stays the same.
+undisturbed run would see from there. A step trains the same samples however many workers share it: its
+batches are dealt out to those that there are, in as many passes as that takes, and who gets none in the last
+pass has an empty batch.
 
 Each place of a step has a share of the samples that it draws from in every epoch. So a sample always comes to
 the same worker, which may have kept what it computed of its image, and neighbours, which often show the same
@@ -33,8 +34,9 @@ class BatchPlan:
     """Samples of one worker's forward pass."""
 
     world_size: int = 1
-    accumulation: int = 1
-    """Forward passes of one step."""
+    """Workers that share the batches of a step."""
+
+    batches_per_step: int = 1
 
     seed: int | None = None
     """Shuffles every epoch anew; None keeps the order."""
@@ -44,9 +46,14 @@ class BatchPlan:
     in any order. None: whatever comes. Without effect where the order is kept."""
 
     @property
+    def accumulation(self) -> int:
+        """Forward passes of each worker in one optimizer step."""
+        return -(-self.batches_per_step // self.world_size)
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of all workers in one optimizer step."""
-        return self.batch_size * self.world_size * self.accumulation
+        return self.batch_size * self.batches_per_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,13 +75,16 @@ class BatchPlan:
     def batch(self, rank: int, number: int) -> list[int | None]:
         """Return the samples of a worker's batch, counted from the start of the run.
 
-        >>> plan = BatchPlan(num_samples=5, batch_size=2, world_size=2)
+        >>> plan = BatchPlan(num_samples=5, batch_size=2, world_size=2, batches_per_step=2)
         >>> [plan.batch(rank=1, number=number) for number in range(2)]
         [[2, 3], [None, None]]
         """
         epoch, in_epoch = divmod(number, self.batches_per_epoch)
         step, turn = divmod(in_epoch, self.accumulation)
-        start = step * self.samples_per_step + (turn * self.world_size + rank) * self.batch_size
+        place = turn * self.world_size + rank
+        if place >= self.batches_per_step:
+            return [None] * self.batch_size
+        start = step * self.samples_per_step + place * self.batch_size
         order = _order(self, epoch)
         return [order[at] if at < self.num_samples else None for at in range(start, start + self.batch_size)]
 

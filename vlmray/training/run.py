@@ -37,6 +37,8 @@ class TrainingRun:
     metric: str
     image_optional: bool
     num_workers: int = 1
+    """The most workers at a time. A step trains what they would, also while there are fewer."""
+
     num_threads: int | None = None
     """CPU threads of each worker; None leaves torch's own choice."""
 
@@ -75,12 +77,13 @@ class TrainingRun:
                 num_samples=self.num_eval_samples,
                 batch_size=config.per_device_eval_batch_size,
                 world_size=world_size,
+                batches_per_step=world_size,
             )
         return BatchPlan(
             num_samples=self.num_samples,
             batch_size=config.per_device_train_batch_size,
             world_size=world_size,
-            accumulation=config.gradient_accumulation_steps,
+            batches_per_step=self.num_workers * config.gradient_accumulation_steps,
             seed=config.seed,
             lengths=self.lengths,
         )

@@ -260,6 +260,8 @@ class RunCallback(TrainerCallback):
         self._saving_since = time.perf_counter()
         self.step_ends.append(self._saving_since)
         self._worker.tell(step=state.global_step, num_steps=state.max_steps)
+        if self._worker.must_save():
+            control.should_save = True
         if self._max_errors is not None and state.global_step % state.logging_steps == 0:
             # By name: in another epoch another worker may have met the same sample.
             failed = {name for names in gather_object([list(self._errors)]) for name in names}

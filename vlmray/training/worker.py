@@ -64,6 +64,10 @@ class Worker(Protocol):
         """Say how far training is."""
         ...
 
+    def must_save(self) -> bool:
+        """Tell, to all workers alike, whether a machine of the run is about to be taken: once for each."""
+        ...
+
 
 class LocalWorker:
     """The only worker of a run in this process. Checkpoints stay in `folder`, the last one alone.
@@ -102,6 +106,10 @@ class LocalWorker:
 
     def tell(self, **progress: Any) -> None:
         """Say nothing: whoever runs it alone reads the outcome."""
+
+    def must_save(self) -> bool:
+        """Nobody tells a plain process."""
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +195,7 @@ class WorkerSession:
         config = run.config
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
-        arguments = sft_arguments(run, scratch, goes_on=folder is not None)
+        arguments = sft_arguments(run, scratch, worker.world_size, goes_on=folder is not None)
         model, processor, targets = load_trainable(config, arguments)
         plan = run.plan(TRAIN, worker.world_size)
         earlier = Earlier.read(folder, worker.rank, worker.world_size)
