@@ -49,11 +49,13 @@ class Job(Generic[C]):
 def infer(config: InferConfig) -> int:
     """Answer a dataset and print the closing table; return the exit code."""
     # Imported here: `--help` and mistyped options must not wait for Ray.
-    from vlmray.inference.job import run_inference
+    from vlmray.inference.job import describe, run_inference
     from vlmray.inference.plan import plan_inference
     from vlmray.inference.report import format_table
 
     run = plan_inference(config)
+    if config.dry_run:
+        return _print_plan(describe(run))
     summary = run_inference(run)
     print(f"\n{format_table(summary)}\n\nreport: {run.folder.uri}/report.html")
     return 0 if summary.num_answered else 1
@@ -63,14 +65,25 @@ def finetune(config: FinetuneConfig) -> int:
     """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
     # A lost worker is told in one line beside the bar; the raylet would add a paragraph.
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
-    from vlmray.finetune.job import run_finetune
+    from vlmray.finetune.job import describe, run_finetune
     from vlmray.finetune.plan import plan_finetune
     from vlmray.finetune.report import format_training_table
 
     run = plan_finetune(config)
+    if config.dry_run:
+        return _print_plan(describe(run))
     report = run_finetune(run)
     print(f"\n{format_training_table(report)}\n\nreport: {run.folder.uri}/report.html")
     return 0 if all(check.passed for check in report.checks) else 1
+
+
+def _print_plan(lines: Sequence[tuple[str, str]]) -> int:
+    """Print what a job would do; return the exit code."""
+    width = max(len(title) for title, _ in lines)
+    for title, text in lines:
+        print(f"{title:{width}}  {text}")
+    print("a dry run: nothing was started or written")
+    return 0
 
 
 def serve(config: ServeConfig) -> int:

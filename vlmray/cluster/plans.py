@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmray.cluster.placement import largest_share, place, rooms, share_cpus
+from vlmray.cluster.placement import Bundle, largest_share, place, rooms, share_cpus
 from vlmray.cluster.resources import (
     Node,
     cpus_per_task,
+    may_grow,
     node_cpus,
     present,
     present_nodes,
     reachable,
     startable_nodes,
 )
+from vlmray.cluster.waiting import Asked
 from vlmray.errors import OptionError
 
 _MODEL_ON_CPU = {
@@ -51,6 +53,16 @@ class ReplicaPlan:
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     """Environment of each replica, beside the job's."""
 
+    def asked(self, actors: str, count: int | None = None) -> Asked:
+        """Return what has to be there, in actors of some class; `count` of them where fewer do."""
+        return Asked(
+            count=self.min_replicas if count is None else count,
+            name="replica",
+            resources={"GPU": self.num_gpus, "CPU": self.num_cpus},
+            actors=actors,
+            option="num_replicas",
+        )
+
     @property
     def memory_fraction(self) -> float:
         """Share of a GPU's memory that a replica may take: Ray divides cards, but not their memory."""
@@ -74,6 +86,17 @@ class WorkerPlan:
     num_threads: int | None
     """CPU threads of each worker; None on a GPU, where torch's default will do."""
 
+    @property
+    def asked(self) -> Asked:
+        """What has to be there."""
+        return Asked(
+            count=self.min_workers,
+            name="worker",
+            resources=self.resources,
+            actors="RayTrainWorker",
+            option="num_workers",
+        )
+
 
 def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
     """Divide the cluster among replicas.
@@ -89,11 +112,13 @@ def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float
     num_gpus = gpus_per_replica if gpus_per_replica is not None else float(min(1, total_gpus))
     fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
     low, high = replica_range or (max(1, min(fitting, int(present("GPU") / (num_gpus or 1)))), fitting)
-    if num_gpus * low > total_gpus:
+    if num_gpus and low and not _have_room([{"GPU": num_gpus}] * low):
+        most = max(node.has("GPU") for node in (*present_nodes(), *startable_nodes()))
+        parts = f", {most:g} on a node" if num_gpus * low <= total_gpus else ""
         raise OptionError(
             "gpus_per_replica",
             f"{num_gpus:g} for {low} replica(s) needs {num_gpus * low:g} GPUs and the cluster has "
-            f"{total_gpus:g}",
+            f"{total_gpus:g}{parts}",
             "lower --num_replicas, or pass --gpus_per_replica 0 to use CPUs",
         )
     if num_gpus:
@@ -127,7 +152,7 @@ def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:
     nodes = max(here, all_started, key=lambda nodes: _num_whole(kind, nodes))
     most = _num_whole(kind, nodes)
     low, high = worker_range or (_default_workers(kind, most),) * 2
-    if low > most:
+    if low > most and not (kind == "GPU" and may_grow()):
         coming = f"and may start {most}" if nodes is all_started else "with no more to start"
         raise OptionError(
             "num_workers",
@@ -154,6 +179,11 @@ def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:
         cpus_per_task=per_task,
         num_threads=max(1, num_threads),
     )
+
+
+def _have_room(bundles: Sequence[Bundle]) -> bool:
+    """Tell whether nodes that there are, or that could be started, hold them."""
+    return may_grow() or any(place(bundles, nodes) for nodes in (present_nodes(), startable_nodes()))
 
 
 def _default_workers(kind: str, most: int) -> int:

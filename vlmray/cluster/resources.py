@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -116,6 +117,11 @@ def startable_nodes() -> list[Node]:
 def is_alive(node_id: str) -> bool:
     """Tell whether a node is there; one that was lost is missed only some seconds later."""
     return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def may_grow() -> bool:
+    """Tell whether nodes may come that nobody here can count: KubeRay's autoscaler tells no one how many."""
+    return "KUBERAY_GEN_RAY_START_CMD" in os.environ
 
 
 def _nodes_of(name: str, kind: Mapping[str, Any], limit: int) -> Iterable[Node]:

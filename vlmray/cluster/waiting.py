@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import ray
 from ray._private import state
 
-from vlmray.cluster.resources import present, startable
+from vlmray.cluster.placement import place
+from vlmray.cluster.resources import present, present_nodes, startable, startable_nodes
 from vlmray.errors import RunError
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE_S = 10.0
+_LONG_PATIENCE_S = 60.0
 _PERIOD_S = 1.0
 _RENEWED_S = 60.0
 _LEAST = 1e-3  # what is left of shares of a CPU is not exact
@@ -43,10 +45,14 @@ class Asked:
     is_served: bool = False
     """They belong to Ray Serve, which goes on when the job that started it has ended."""
 
+    @property
+    def each(self) -> str:
+        """What each takes, in words."""
+        return " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount)
+
     def __str__(self) -> str:
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount)
         plural = "s" if self.count > 1 else ""
-        return f"{self.count} {self.name}{plural} with {each}{' each' if plural else ''}"
+        return f"{self.count} {self.name}{plural} with {self.each}{' each' if plural else ''}"
 
 
 class Waiting:
@@ -63,15 +69,21 @@ class Waiting:
         self._limit_s = limit_s
         self._say = say
         self._since = self._told = time.monotonic()
+        self._looked = 0.0
         self._line = ""
 
     def look(self) -> None:
         """Say it where something has been missing for some time, and again when that changes.
 
+        Whoever polls may call it as often as it likes.
+
         Raises:
             RunError: it has been missing for as long as was to be waited, and will not come.
         """
         now = time.monotonic()
+        if now - self._looked < _PERIOD_S:
+            return
+        self._looked = now
         if not any(self._asked.resources.values()) or self._num_placed() >= self._asked.count:
             self._since, self._line = now, ""
             return
@@ -82,7 +94,8 @@ class Waiting:
                 f"or lower --{self._asked.option}"
             )
         line = f"waiting for {self._asked}: {self._there()}"
-        if waited_s > _PATIENCE_S and (line != self._line or now - self._told > _RENEWED_S):
+        patience_s = _PATIENCE_S if self._is_short() else _LONG_PATIENCE_S
+        if waited_s > patience_s and (line != self._line or now - self._told > _RENEWED_S):
             self._say(line)
             self._line, self._told = line, now
 
@@ -97,6 +110,13 @@ class Waiting:
             for actor in state.actors().values()
         )
 
+    def _is_short(self) -> bool:
+        """Tell whether it is not there; else it may be on its way, or on several nodes in parts."""
+        free, missing = ray.available_resources(), self._asked.count - self._num_placed()
+        return any(
+            missing * amount > free.get(kind, 0) + _LEAST for kind, amount in self._asked.resources.items()
+        )
+
     def _there(self) -> str:
         free = ray.available_resources()
         parts = []
@@ -107,15 +127,9 @@ class Waiting:
         return f"the cluster has {', '.join(parts)}"
 
     def _can_be(self) -> bool:
-        """Tell whether the nodes that are there, with all that they have, or that could start, are enough."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        num_here = sum(_num_fitting(node, self._asked.resources) for node in nodes)
-        could_start = {kind: startable(kind) for kind in self._asked.resources}
-        return max(num_here, _num_fitting(could_start, self._asked.resources)) >= self._asked.count
-
-
-def _num_fitting(there: Mapping[str, float], each: Mapping[str, float]) -> int:
-    return int(min((there.get(kind, 0) + _LEAST) / amount for kind, amount in each.items() if amount))
+        """Tell whether the nodes that are there, with all that they have, or could be, are enough."""
+        bundles = [self._asked.resources] * self._asked.count
+        return any(place(bundles, nodes) for nodes in (present_nodes(), startable_nodes()))
 
 
 @contextlib.contextmanager
@@ -154,12 +168,11 @@ def saying_what_is_awaited(
         thread.join(timeout=2 * _PERIOD_S)
 
 
-def tell_if_taken(*, cpus: float, gpus: float = 0) -> None:
+def tell_if_taken(*, cpus: float) -> None:
     """Say in one line that others hold the CPUs without which a job does not get on.
 
     Args:
         cpus: What it needs to get on.
-        gpus: Not looked at.
     """
     deadline = time.monotonic() + _PATIENCE_S  # a cluster that has just started is slow to tell
     while cpus > ray.available_resources().get("CPU", 0) + _LEAST:

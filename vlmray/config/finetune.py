@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlmray.config.common import QuestionsConfig, RunConfig, check_at_least, read_range
+from vlmray.config.common import DryRunConfig, QuestionsConfig, RunConfig, check_at_least, read_range
 from vlmray.config.marks import mark, option
 from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig, QuestionsConfig):
+class FinetuneConfig(DryRunConfig, RunConfig, QuestionsConfig):
     """Fine-tune a vision-language model on a visual-question dataset, with LoRA or in full, on Ray Train."""
 
     dataset_split: str = option("train", affects="result")

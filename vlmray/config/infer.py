@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlmray.config.common import QuestionsConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.common import DryRunConfig, QuestionsConfig, ReplicaConfig, RunConfig, check_at_least
 from vlmray.config.marks import mark, option
 from vlmray.config.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
+class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
     adapter: str | None = option(None, affects="result")

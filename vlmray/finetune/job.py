@@ -32,6 +32,7 @@ from vlmray.finetune.progress import Board, ProgressBar, Restarts
 from vlmray.finetune.ray_worker import Shard, train_on_ray
 from vlmray.finetune.report import render_training_html
 from vlmray.finetune.results import Check, TrainingReport
+from vlmray.reports.bar import write_above_bar
 from vlmray.reports.errors import group_errors
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
@@ -70,6 +71,18 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
     return report
 
 
+def describe(run: FinetuneRun) -> list[tuple[str, str]]:
+    """Say what a run would do and where, without doing it; lines of a title and a text."""
+    training = run.training
+    evaluated = f", {training.num_eval_samples:,} to evaluate on" if training.num_eval_samples else ""
+    return [
+        ("samples", f"{training.num_samples:,} to train on{evaluated}"),
+        ("steps", f"{training.num_steps:,} of {training.samples_per_step} samples"),
+        *cluster.preview(run.workers.asked, run.workers.num_workers),
+        ("outputs", run.folder.uri),
+    ]
+
+
 def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
     """Run the trainer in a thread, and show how far it is in this one.
 
@@ -77,10 +90,7 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
         ValueError: the model cannot be trained this way, which only the workers could tell, or diverged.
         FinetuneError: workers kept failing.
     """
-    cluster.tell_if_taken(
-        cpus=run.workers.min_workers * run.workers.resources.get("CPU", 0) + run.workers.cpus_per_task,
-        gpus=run.workers.min_workers * run.workers.resources.get("GPU", 0),
-    )
+    cluster.tell_if_taken(cpus=run.workers.cpus_per_task)
     os.environ.setdefault(_START_TIMEOUT, "20")
     board = Board.start()
     trainer = _make_trainer(run, board)
@@ -95,9 +105,11 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
     # In the main thread Ray would take over Ctrl-C.
     threading.Thread(target=fit, daemon=True, name="ray-train").start()
     with ProgressBar(run.training.num_steps, run.training.samples_per_step) as bar:
+        waiting = cluster.Waiting(run.workers.asked, run.config.wait_for_resources_s, say=write_above_bar)
         while not ended:
             time.sleep(_POLL_S)
             bar.show(ray.get(board.read.remote()))
+            waiting.look()
     if isinstance(ended[0], BaseException):
         error = getattr(ended[0], "controller_failure", ended[0])
         raise FinetuneError(cluster.root_cause(error)) from ended[0]

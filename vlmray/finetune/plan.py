@@ -147,6 +147,7 @@ def _open_folder(training: TrainingRun, data: TrainingData, model: ModelSource) 
             **dataclasses.asdict(data.train.spec),
         },
         earlier="require" if config.resume else "delete" if config.overwrite else "refuse",
+        dry_run=config.dry_run,
     )
     folder.reopen()
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import ray
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from vlmray import cluster
 from vlmray.errors import RunError
-from vlmray.reports.bar import open_bar
+from vlmray.reports.bar import open_bar, write_above_bar
 from vlmray.reports.text import shorten
 
 
@@ -132,7 +131,7 @@ class ProgressBar:
         """Show what a board said."""
         progress, notes = told
         for note in notes:
-            tqdm.write(note, file=sys.stderr)
+            write_above_bar(note)
         step = progress.get("step")
         if step is None:
             return

@@ -22,11 +22,12 @@ from vlmray import __version__, cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
-from vlmray.inference.pipeline import iter_finished
+from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
 from vlmray.inference.summary import GalleryChoice, Summary, Tally
 from vlmray.inference.timeline import Timeline
+from vlmray.reports.bar import write_above_bar
 from vlmray.reports.errors import Causes
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
@@ -44,21 +45,49 @@ def run_inference(run: InferenceRun) -> Summary:
     started = time.perf_counter()
     timeline = Timeline()
     if run.pending:
-        cluster.connect(run.config.log_level)
-        replicas = cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
-        cluster.tell_if_taken(
-            cpus=replicas.min_replicas * replicas.num_cpus + cluster.cpus_per_task(),
-            gpus=replicas.min_replicas * replicas.num_gpus,
-        )
+        replicas = _plan_replicas(run)
+        cluster.tell_if_taken(cpus=cluster.cpus_per_task())
         _consume(run, replicas, timeline)
     return _conclude(run, time.perf_counter() - started, timeline)
+
+
+def describe(run: InferenceRun) -> list[tuple[str, str]]:
+    """Say what a run would do and where, without doing it; lines of a title and a text.
+
+    Raises:
+        ValueError: the cluster has not the GPUs asked for.
+    """
+    done = len(run.selected) - len(run.pending)
+    lines = [
+        ("rows", f"{len(run.selected):,}: {done:,} answered already, {len(run.pending):,} to answer"),
+        ("outputs", f"{run.folder.uri} ({run.folder.output_format})"),
+    ]
+    if run.pending:
+        replicas = _plan_replicas(run)
+        lines[1:1] = cluster.preview(_asked(run, replicas), replicas.max_replicas)
+    return lines
+
+
+def _plan_replicas(run: InferenceRun) -> cluster.ReplicaPlan:
+    cluster.connect(run.config.log_level)
+    return cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
+
+
+def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:
+    num_chunks = count_chunks(run, replicas)
+    return replicas.asked("_Replica", min(replicas.min_replicas, num_chunks))
 
 
 def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> None:
     """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
     num_failed = 0
     try:
-        with run.open_bar() as bar:
+        with (
+            run.open_bar() as bar,
+            cluster.saying_what_is_awaited(
+                _asked(run, replicas), run.config.wait_for_resources_s, say=write_above_bar
+            ),
+        ):
             for chunk in iter_finished(run, replicas):
                 timeline.add(chunk.spans)
                 num_failed += chunk.num_failed

@@ -31,7 +31,7 @@ from vlmray.inference.plan import InferenceRun
 from vlmray.inference.replica import Replica, start_claims
 from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
-from vlmray.inference.timeline import Span, Watch
+from vlmray.inference.timeline import Watch
 
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
@@ -61,8 +61,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
-    num_chunks = -(-len(run.pending) // chunk_size)
+    chunk_size, num_chunks = _chunk_size(run, replicas), count_chunks(run, replicas)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
@@ -98,8 +97,14 @@ def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
     return rows.map_batches(fn, batch_size=1, batch_format="pyarrow", **options)
 
 
-def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
+def count_chunks(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
+    """Return the units of work of a run; no more replicas than that are started."""
+    return -(-len(run.pending) // _chunk_size(run, replicas))
+
+
+def _chunk_size(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
+    num_rows, batch_size, num_replicas = len(run.pending), run.config.batch_size, replicas.max_replicas
     many = min(_MOST_ROWS_PER_CHUNK, num_rows // (_CHUNKS_PER_REPLICA * num_replicas))
     most = max(many, min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size)))
     least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from vlmray.config import InferConfig, options_that_affect, sampling_of
@@ -16,11 +17,11 @@ from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
-from vlmray.dataset.slices import mask_rows, pack_rows, sample_id
+from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id
 from vlmray.dataset.sources import Source
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
-from vlmray.inference.result_folder import ANSWERED, FAILED, ResultFolder
+from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
 from vlmray.reports.bar import open_bar
@@ -66,13 +67,14 @@ def plan_inference(
         },
         earlier="delete" if config.overwrite else "resume",
         output_format=config.output_format,
+        dry_run=config.dry_run,
     )
     if config.output_format == "auto" and folder.output_format == "parquet":
         logger.info(
             "%s rows are written as Parquet alone; --output_format both adds files of each",
             f"{len(selected):,}",
         )
-    pending = _find_pending(folder, source, spec, config.dataset_split, selected)
+    pending = _find_pending(folder, source, spec, config.dataset_split, selected, is_new=config.overwrite)
     if is_first:
         logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
@@ -82,7 +84,13 @@ def plan_inference(
 
 
 def _find_pending(
-    folder: ResultFolder, source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]
+    folder: ResultFolder,
+    source: Source,
+    spec: DatasetSpec,
+    split: str,
+    selected: Sequence[int],
+    *,
+    is_new: bool,
 ) -> Sequence[int]:
     """Find the rows that are not answered yet, and take what is left of them out of the folder."""
     stamps = stamp_images(source, spec, selected)
@@ -90,7 +98,8 @@ def _find_pending(
     if replaced:
         logger.info("%d rows name images that were replaced since; they are asked again", len(replaced))
     states = folder.states(len(source))
-    if not (states == ANSWERED).any():
+    states[row_indices(pa.array(sorted(replaced), pa.string()))] = ABSENT
+    if is_new or not (states == ANSWERED).any():
         pending = selected
     else:
         rows = np.asarray(selected)

@@ -88,6 +88,7 @@ class ResultFolder(RunFolder):
         *,
         earlier: Earlier,
         output_format: str,
+        dry_run: bool = False,
     ) -> Self:
         """Open the folder of a run over so many rows; what they are written as is one of its options.
 
@@ -97,6 +98,7 @@ class ResultFolder(RunFolder):
             options: Everything else the results depend on.
             earlier: What is done with the results of an earlier run.
             output_format: As the option; `auto` is what an earlier run wrote, else up to the number of rows.
+            dry_run: Leave it as it is.
 
         Raises:
             ValueError: as of `open`.
@@ -110,6 +112,7 @@ class ResultFolder(RunFolder):
         return cls.open(
             output_dir, {**options, "output_format": output_format}, earlier=earlier,
             output_format=output_format, is_grouped=is_large or (resumes and found.has(_GROUPS)),
+            dry_run=dry_run,
         )  # fmt: skip
 
     def save(

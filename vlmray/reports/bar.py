@@ -29,3 +29,8 @@ def open_bar(total: int, done: int, unit: str, *, name: str | None = None, smoot
         dynamic_ncols=True,
         smoothing=smoothing,
     )
+
+
+def write_above_bar(line: str) -> None:
+    """Write a line that stays, above whatever bars there are."""
+    tqdm.write(line, file=sys.stderr)

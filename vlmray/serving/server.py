@@ -277,7 +277,7 @@ def serve_app(config: ServeConfig) -> Server:
 
 def _tell_if_taken(config: ServeConfig) -> None:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
-    cluster.tell_if_taken(cpus=plan.min_replicas * plan.num_cpus, gpus=plan.min_replicas * plan.num_gpus)
+    cluster.tell_if_taken(cpus=plan.min_replicas * plan.num_cpus)
 
 
 def _is_loopback(host: str) -> bool:

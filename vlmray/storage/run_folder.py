@@ -17,7 +17,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +38,9 @@ class RunFolder:
     """A folder that a run writes to. Pickles as its URI, so that tasks on any node can write too."""
 
     uri: str
+
+    dry_run: bool = field(default=False, kw_only=True)
+    """Read it and leave it as it is: what would be written or deleted is not."""
 
     @property
     def is_local(self) -> bool:
@@ -153,6 +156,8 @@ class RunFolder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file so that it appears whole or not at all."""
+        if self.dry_run:
+            return
         filesystem, root = open_filesystem(self.uri)
         path = f"{root}/{name}"
         whole = writes_whole_files(filesystem)
@@ -186,6 +191,8 @@ class RunFolder:
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all it holds, if it is there."""
+        if self.dry_run:
+            return
         filesystem, root = open_filesystem(self.uri)
         _delete(filesystem, filesystem.get_file_info(f"{root}/{name}"))
 
@@ -199,11 +206,13 @@ class RunFolder:
         filesystem, root = open_filesystem(self.uri)
         temporary = re.compile(rf"\.{names}-[0-9a-f]{{32}}\.tmp")
         for info in filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
-            if temporary.fullmatch(info.base_name):
+            if temporary.fullmatch(info.base_name) and not self.dry_run:
                 _delete(filesystem, info)
 
     def make(self) -> None:
         """Make the folder where it is not there yet."""
+        if self.dry_run:
+            return
         filesystem, root = open_filesystem(self.uri)
         filesystem.create_dir(root, recursive=True)
 
