@@ -49,7 +49,7 @@ def connect(log_level: str = "INFO") -> None:
     address = _address()
     try:
         _init(address, log_level)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # plain ones too, on a machine that is too busy to start it in time
         problem = "does not start" if address == "local" else f"at {address} cannot be joined"
         raise RunError(f"Ray {problem}: {one_line(error)}") from error
     if threading.current_thread() is threading.main_thread():

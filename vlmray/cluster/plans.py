@@ -57,6 +57,7 @@ class ReplicaPlan:
         """Return what has to be there, in actors of some class; `count` of them where fewer do."""
         return Asked(
             count=self.min_replicas if count is None else count,
+            least=1,
             name="replica",
             resources={"GPU": self.num_gpus, "CPU": self.num_cpus},
             actors=actors,
@@ -91,6 +92,7 @@ class WorkerPlan:
         """What has to be there."""
         return Asked(
             count=self.min_workers,
+            least=self.min_workers,
             name="worker",
             resources=self.resources,
             actors="RayTrainWorker",

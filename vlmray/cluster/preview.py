@@ -20,7 +20,8 @@ def preview(asked: Asked, most: int) -> list[tuple[str, str]]:
         most: The most that it would have.
     """
     number = f"{asked.count}" if most == asked.count else f"{asked.count} to {most}"
-    return [(f"{asked.name}s", f"{number} with {asked.each} each"), ("nodes", _name_nodes(asked, most))]
+    each = " each" if most > 1 else ""
+    return [(f"{asked.name}s", f"{number} with {asked.each}{each}"), ("nodes", _name_nodes(asked, most))]
 
 
 def _name_nodes(asked: Asked, most: int) -> str:

@@ -27,9 +27,12 @@ _LEAST = 1e-3  # what is left of shares of a CPU is not exact
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Actors that a job cannot do without."""
+    """Actors that a job asks for."""
 
     count: int
+    least: int
+    """Without so many of them it does not go on; with fewer than `count` it only takes longer."""
+
     name: str
     """What one of them is called."""
 
@@ -50,16 +53,12 @@ class Asked:
         """What each takes, in words."""
         return " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount)
 
-    def __str__(self) -> str:
-        plural = "s" if self.count > 1 else ""
-        return f"{self.count} {self.name}{plural} with {self.each}{' each' if plural else ''}"
-
 
 class Waiting:
     """What a job waits for, looked at again and again.
 
     Args:
-        asked: What it cannot do without.
+        asked: What it asks for.
         limit_s: How long to wait for what the cluster neither has nor could start.
         say: Takes the line.
     """
@@ -84,20 +83,34 @@ class Waiting:
         if now - self._looked < _PERIOD_S:
             return
         self._looked = now
-        if not any(self._asked.resources.values()) or self._num_placed() >= self._asked.count:
+        num_placed = self._num_placed() if self._asked.each else self._asked.count
+        missing, waited_s = self._asked.count - num_placed, now - self._since
+        if missing <= 0:
             self._since, self._line = now, ""
             return
-        waited_s = now - self._since
-        if waited_s > self._limit_s and not self._can_be():
-            raise RunError(
-                f"waited {waited_s:.0f} s for {self._asked}: {self._there()}; start nodes that have them, "
-                f"or lower --{self._asked.option}"
-            )
-        line = f"waiting for {self._asked}: {self._there()}"
-        patience_s = _PATIENCE_S if self._is_short() else _LONG_PATIENCE_S
+        line = self._describe(missing, num_placed)
+        if num_placed < self._asked.least and waited_s > self._limit_s and not self._can_be():
+            cure = f"start nodes that have them, or lower --{self._asked.option}"
+            raise RunError(f"waited {waited_s:.0f} s: {line}; {cure}")
+        patience_s = _PATIENCE_S if self._is_short(missing) else _LONG_PATIENCE_S
         if waited_s > patience_s and (line != self._line or now - self._told > _RENEWED_S):
             self._say(line)
             self._line, self._told = line, now
+
+    def _describe(self, missing: int, num_placed: int) -> str:
+        asked, free = self._asked, ray.available_resources()
+        more, plural = " more" if num_placed >= asked.least else "", "s" if missing > 1 else ""
+        there = (
+            f"{free.get(kind, 0):g} {kind} free of {present(kind):g} and may start "
+            f"{max(0.0, startable(kind) - present(kind)):g}"
+            for kind, amount in asked.resources.items()
+            if amount
+        )
+        each = " each" if missing > 1 else ""
+        return (
+            f"waiting for {missing}{more} {asked.name}{plural} with {asked.each}{each}: "
+            f"the cluster has {', '.join(there)}"
+        )
 
     def _num_placed(self) -> int:
         """Count the actors that have a place on some node, whether they have begun there or not."""
@@ -110,25 +123,16 @@ class Waiting:
             for actor in state.actors().values()
         )
 
-    def _is_short(self) -> bool:
+    def _is_short(self, missing: int) -> bool:
         """Tell whether it is not there; else it may be on its way, or on several nodes in parts."""
-        free, missing = ray.available_resources(), self._asked.count - self._num_placed()
+        free = ray.available_resources()
         return any(
             missing * amount > free.get(kind, 0) + _LEAST for kind, amount in self._asked.resources.items()
         )
 
-    def _there(self) -> str:
-        free = ray.available_resources()
-        parts = []
-        for kind, amount in self._asked.resources.items():
-            if amount:
-                more = max(0.0, startable(kind) - present(kind))
-                parts.append(f"{free.get(kind, 0):g} {kind} free of {present(kind):g} and may start {more:g}")
-        return f"the cluster has {', '.join(parts)}"
-
     def _can_be(self) -> bool:
         """Tell whether the nodes that are there, with all that they have, or could be, are enough."""
-        bundles = [self._asked.resources] * self._asked.count
+        bundles = [self._asked.resources] * self._asked.least
         return any(place(bundles, nodes) for nodes in (present_nodes(), startable_nodes()))
 
 
