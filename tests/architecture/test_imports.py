@@ -56,7 +56,7 @@ a line here; wings that stand side by side (inference, training, serving) do not
 WITH_RAY = {
     "cluster", "cluster.connection", "cluster.resources", "cluster.plans", "cluster.waiting", "cluster.watch",
     "cluster.causes",
-    "inference.job", "inference.pipeline",
+    "inference.job", "inference.pipeline", "inference.replica",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
     "serving.server", "serving.replica", "benchmark.job", "benchmark.asking", "demo.job",
 }  # fmt: skip

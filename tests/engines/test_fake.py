@@ -97,17 +97,22 @@ def test_fake_errors_hit_the_same_rows_whatever_the_batch(tmp_path: Path) -> Non
     assert log.read_text().splitlines() == [request.request_id for request in requests]
 
 
-def test_a_fake_crash_ends_the_process_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every_time", "expected"), [(0, [1, 0]), (1, [1, 1])])
+def test_a_fake_crash_ends_the_process_once_or_each_time(
+    every_time: int, expected: list[int], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
+    model_id = f"fake?crash_on=000009|000002&crash_every_time={every_time}&log={log}"
     script = (
         "import sys; sys.path += ['tests', 'tests/engines']\nfrom test_fake import *\n"
-        f"FakeEngine.from_model_id('fake?crash_on=000002&log={log}').generate([ask(1), ask(2), ask(3)])"
+        f"FakeEngine.from_model_id({model_id!r}).generate([ask(1), ask(2), ask(3)])"
     )
     codes = [
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode for _ in range(2)
     ]
-    assert codes == [1, 0]
-    assert log.read_text().split() == ["test-000001", "test-000001", "test-000002", "test-000003"]
+    assert codes == expected
+    again = [] if every_time else ["test-000002", "test-000003"]
+    assert log.read_text().split() == ["test-000001", "test-000001", *again]
 
 
 def test_fake_loading_can_be_slow_or_fail() -> None:

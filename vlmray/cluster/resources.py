@@ -116,7 +116,7 @@ def startable_nodes() -> list[Node]:
 
 def is_alive(node_id: str) -> bool:
     """Tell whether a node is there; one that was lost is missed only some seconds later."""
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+    return not dead([node_id])
 
 
 def may_grow() -> bool:
