@@ -138,7 +138,8 @@ def measure(
     config = InferConfig(
         engine="fake", model_id=f"fake?answer=3&latency_s={latency_s}", dataset_name=data,
         sample_slices="[:]", output_dir=output_dir, output_format=output_format,
-        num_replicas=str(num_replicas), max_errors=0, gpus_per_replica=0 if num_replicas == 1 else 1, log_level="WARNING",
+        num_replicas=str(num_replicas), gpus_per_replica=0 if num_replicas == 1 else 1, max_errors=0,
+        log_level="WARNING",
     )  # type: ignore[arg-type]  # fmt: skip
     started, cpu_started = time.perf_counter(), time.process_time()
     run = plan_inference(config)
