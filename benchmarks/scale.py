@@ -2,11 +2,11 @@
 
     python -m benchmarks.scale --num_rows 10000 1000000 --num_replicas 1 16
 
-The whole job runs with the fake engine, over generated rows in a Parquet file: one with images of 8 x 8 pixels if
-`--images` is passed, else questions alone. Sizes are answered by one replica without latency, which shows what
+The whole job runs with the fake engine, over generated rows in a Parquet file: questions alone, or with an
+image of 8 x 8 pixels each (`--images`). Sizes are answered by one replica without latency, which shows what
 everything but the model costs. Replicas are compared at `--rows_per_replica` rows each, whose answers take
-`--latency_s`; GPUs are nominal. Rates are steady ones, over all but the first fifth of the rows, by the times
-of the files written: starting Ray and its workers is not counted. Every run is a process of its own.
+`--latency_s`; GPUs are nominal. Rates are steady ones, over all but the first fifth of the rows, by when
+parts were written: starting Ray and its workers is not counted. Every run is a process of its own.
 """
 
 from __future__ import annotations
@@ -71,20 +71,20 @@ def parse_options() -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace, sizes: list[dict[str, Any]], replicas: list[dict[str, Any]]) -> None:
-    print(f"{'rows':>9} {'replicas':>8} {'rows/s':>8} {'whole s':>8} {'driver MiB':>10} {'worker MiB':>10} "
-          f"{'driver s/1k':>11} {'resume s':>8} {'linear':>7}")  # fmt: skip
+    """Print both tables, and one JSON line."""
+    for run in replicas:
+        of_one = [each["rows_per_s"] / each["num_replicas"] for each in (run, replicas[0])]
+        run["efficiency"] = of_one[0] / of_one[1]
+    columns = ("num_rows", "num_replicas", "rows_per_s", "elapsed_s", "driver_peak_mib", "worker_peak_mib",
+               "driver_cpu_s_per_1000", "resume_s", "efficiency")  # fmt: skip
+    print(*(f"{name:>{max(9, len(name))}}" for name in columns))
     for run in [*sizes, *replicas]:
-        share = run["rows_per_s"] / run["num_replicas"] / replicas[0]["rows_per_s"] if run in replicas else 0
-        run["efficiency"] = share * replicas[0]["num_replicas"] if run in replicas else None
-        linear = "" if run["efficiency"] is None else f"{run['efficiency']:.2f}"
-        print("{num_rows:9,} {num_replicas:8} {rows_per_s:8.0f} {elapsed_s:8.1f} {driver_peak_mib:10.0f} "
-              "{worker_peak_mib:10.0f} {driver_cpu_s_per_1000:11.3f} {resume_s:8.1f}".format(**run), f"{linear:>7}")  # fmt: skip
+        print(*(f"{run.get(name, ''):>{max(9, len(name))}.4g}" if name in run else "" for name in columns))
     growth = sizes[-1]["driver_peak_mib"] / sizes[0]["driver_peak_mib"] if sizes else None
     if growth:
         print(f"driver peak, longest over shortest: {growth:.2f}")
-    print(
-        json.dumps({"options": vars(options), "sizes": sizes, "replicas": replicas, "driver_growth": growth})
-    )
+    figures = {"sizes": sizes, "replicas": replicas, "driver_growth": growth}
+    print(json.dumps({"options": vars(options), **figures}))
 
 
 def run_child(
@@ -124,8 +124,8 @@ def write_rows(path: Path, num_rows: int, *, images: bool) -> None:
     with pq.ParquetWriter(path, pa.schema(kinds)) as writer:
         for start in range(0, num_rows, _ROWS_PER_GROUP):
             rows = [
-                {"question": f"What is the number of row {row}?", "answer": str(row % 7), "family": "odd" if row % 2 else "even",
-                 "image": buffer.getvalue() + f"{row // 2}".encode()}
+                {"question": f"What is the number of row {row}?", "answer": str(row % 7),
+                 "family": "odd" if row % 2 else "even", "image": buffer.getvalue() + f"{row // 2}".encode()}
                 for row in range(start, min(num_rows, start + _ROWS_PER_GROUP))
             ]  # fmt: skip
             writer.write_table(pa.Table.from_pylist(rows, pa.schema(kinds)))
@@ -136,9 +136,10 @@ def measure(
 ) -> dict[str, Any]:
     """Run the job in this process and return its figures."""
     config = InferConfig(
-        engine="fake", model_id=f"fake?answer=3&latency_s={latency_s}", dataset_name=data, sample_slices="[:]",
-        output_dir=output_dir, output_format=output_format, num_replicas=str(num_replicas), max_errors=0,
-        gpus_per_replica=0 if num_replicas == 1 else 1, log_level="WARNING",
+        engine="fake", model_id=f"fake?answer=3&latency_s={latency_s}", dataset_name=data,
+        sample_slices="[:]", output_dir=output_dir, output_format=output_format,
+        num_replicas=str(num_replicas), gpus_per_replica=0 if num_replicas == 1 else 1, max_errors=0,
+        log_level="WARNING",
     )  # type: ignore[arg-type]  # fmt: skip
     started, cpu_started = time.perf_counter(), time.process_time()
     run = plan_inference(config)
@@ -189,7 +190,7 @@ def watched_workers() -> Iterator[dict[int, int]]:
 
 
 def steady_rate(output_dir: Path) -> float:
-    """Return rows per second between a fifth of the rows and the last one, by when their parts were written."""
+    """Return rows per second from a fifth of the rows to the last, by when their parts were written."""
     parts = sorted((output_dir / "predictions").glob("part-*.parquet"), key=lambda part: part.stat().st_mtime)
     times = [part.stat().st_mtime for part in parts]
     sizes = [pq.read_metadata(part).num_rows for part in parts]

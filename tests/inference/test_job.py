@@ -58,11 +58,24 @@ def generated(log: Path) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def expected(two_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one uninterrupted run answers."""
+def undisturbed(two_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("expected")
     infer(folder)
-    return predictions(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: Path) -> dict[str, Any]:
+    """What one uninterrupted run answers."""
+    return predictions(undisturbed)
+
+
+def told(output_dir: Path) -> dict[str, Any]:
+    """What a run says of itself, but how fast it was."""
+    summary = json.loads((output_dir / "run.json").read_text())["summary"]
+    timed = ("elapsed_s", "samples_per_s", "tokens_per_s")
+    return {name: value for name, value in summary.items() if name not in timed}
 
 
 def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
@@ -99,10 +112,11 @@ def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     ids=str,
 )
 def test_answers_do_not_depend_on_how_the_work_is_cut(
-    tmp_path: Path, expected: dict[str, Any], options: dict[str, Any]
+    tmp_path: Path, undisturbed: Path, expected: dict[str, Any], options: dict[str, Any]
 ) -> None:
     infer(tmp_path, **options)
     assert predictions(tmp_path) == expected
+    assert told(tmp_path) == told(undisturbed)
 
 
 def test_a_replica_works_on_one_chunk_at_a_time(tmp_path: Path) -> None:

@@ -211,9 +211,8 @@ def all_at_once(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     for row in sorted(rows, key=lambda row: row["sample_id"]):
         verdict = verdict_of(row["score"], row["error"])
         groups[{"wrong": 0, "partial": 0, "failed": 1}.get(verdict, 2)].append(row)
-    sizes = [
-        min(len(group), int(limit * share)) for group, share in zip(groups, (0.5, 0.2, 0.3), strict=True)
-    ]
+    shares = (0.5, 0.2, 0.3)
+    sizes = [min(len(group), int(limit * share)) for group, share in zip(groups, shares, strict=True)]
     for index in (0, 2, 1):
         sizes[index] += max(0, min(len(groups[index]) - sizes[index], limit - sum(sizes)))
     chosen = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import time
+from array import array
 
+import numpy as np
 import pytest
 
-from vlmray.inference.timeline import MAX_REPLICA_LANES, NUM_BINS, STAGES, Span, Timeline, Watch
+from vlmray.inference.timeline import MAX_REPLICA_LANES, MOST_SPANS, NUM_BINS, STAGES, Span, Timeline, Watch
 
 EPOCH = 1_700_000_000.0
 
@@ -149,3 +152,32 @@ def test_a_watch_is_right_while_the_clock_is_set_back(monkeypatch: pytest.Monkey
     first, second = watch.span("read"), watch.span("generate", waited_s=1.5, replica="a")
     assert first.started_s == second.started_s <= first.ended_s <= second.ended_s
     assert second == Span("generate", first.started_s, second.ended_s, 1.5, "a")
+
+
+def test_a_long_run_takes_no_more_than_a_short_one_and_says_the_same() -> None:
+    rng = random.Random(6)
+    spans, begin = [span("load", 0, 2, replica="a")], 2.0
+    for _ in range(3 * MOST_SPANS):
+        end = begin + rng.uniform(0.5, 1.5)
+        spans.append(span("generate", begin, end, waited_s=0.1 * (end - begin), replica="a"))
+        spans.append(span("read", begin - rng.uniform(0, 2), end - 0.5))
+        begin = end + rng.choice([0.0, 0.4])
+    timeline = make_timeline(*spans)
+    assert len(pickle.dumps(timeline)) < 2.5 * 32 * MOST_SPANS
+    exact = make_timeline()
+    exact._spans = {
+        key: array("d", [number for s in spans if (s.stage, s.replica) == key for number in (
+            s.started_s, s.ended_s, s.ended_s - s.started_s, s.ended_s - s.started_s - s.waited_s)])
+        for key in timeline._spans
+    }  # fmt: skip
+    assert timeline.elapsed_s == exact.elapsed_s
+    assert timeline.stage_seconds() == pytest.approx(exact.stage_seconds())
+    found, expected = timeline.overlap(), exact.overlap()
+    assert found is not None
+    assert expected is not None
+    assert found.model_busy_share == pytest.approx(expected.model_busy_share)
+    assert found.model_waited_s == pytest.approx(expected.model_waited_s)
+    assert found.cpu_hidden_share == pytest.approx(expected.cpu_hidden_share, abs=0.02)
+    for lane, exact_lane in zip(timeline.lanes(), exact.lanes(), strict=True):
+        allowed = 0.01 if lane.name == "generate" else 0.08  # of what overlaps, the gaps are lost
+        assert np.mean(lane.levels) == pytest.approx(np.mean(exact_lane.levels), abs=allowed)

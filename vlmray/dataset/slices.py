@@ -50,7 +50,7 @@ def parse_sample_slices(text: str, num_rows: int) -> Sequence[int]:
         raise OptionError("sample_slices", f"{text!r} selects nothing", f"the split has {num_rows} rows")
     if len(parts) == 1:
         return parts[0]
-    rows = np.concatenate([np.arange(part.start, part.stop, part.step) for part in parts])
+    rows = np.concatenate([unpack_rows(part) for part in parts])
     _, firsts = np.unique(rows, return_index=True)
     return pack_rows(rows[np.sort(firsts)])
 
@@ -77,10 +77,17 @@ def pack_rows(rows: NDArray[np.int64]) -> Sequence[int]:
     return array("q", rows.astype(np.int64).tobytes())
 
 
+def unpack_rows(rows: Sequence[int]) -> NDArray[np.int64]:
+    """Return row indices as an array."""
+    if isinstance(rows, range):  # which numpy would make a list of
+        return np.arange(rows.start, rows.stop, rows.step, np.int64)
+    return np.asarray(rows, np.int64)
+
+
 def mask_rows(rows: Sequence[int], num_rows: int) -> NDArray[np.bool_]:
     """Return which of all rows are among some."""
     mask = np.zeros(num_rows, np.bool_)
-    mask[np.asarray(rows, np.int64)] = True
+    mask[unpack_rows(rows)] = True
     return mask
 
 

@@ -146,7 +146,7 @@ def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
         places = np.where(known, indices, 0)
         wanted = known & selected[places]
         rows = table.filter(pa.array(wanted)).to_pylist()
-        yield from zip(rows, ~pending[places[wanted]], strict=True)
+        yield from zip(rows, (~pending[places[wanted]]).tolist(), strict=True)
 
 
 def _title(config: InferConfig) -> str:

@@ -13,7 +13,7 @@ for each chunk, so a chunk is larger where there are many rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -66,13 +66,13 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
     anywhere = {"num_cpus": cluster.cpus_per_task()}
-    rows = ray.data.read_datasource(
-        _RowSource(run, chunk_size),
-        override_num_blocks=num_chunks,
-        **(here if run.source.on_driver else anywhere),
-    )
-    keep_images = run.folder.output_format != "parquet"
-    rows = _map(rows, functools.partial(_prepare, task=run.task, keep_images=keep_images), **anywhere)
+    prepare = functools.partial(_prepare, task=run.task, keep_images=run.folder.output_format != "parquet")
+    if run.source.on_driver:
+        read = ray.data.read_datasource(_RowSource(run, chunk_size), override_num_blocks=num_chunks, **here)
+        rows = _map(read, prepare, **anywhere)
+    else:  # where rows are read they are prepared: a task less for each chunk
+        source = _RowSource(run, chunk_size, prepare)
+        rows = ray.data.read_datasource(source, override_num_blocks=num_chunks, **anywhere)
     rows = _map(
         rows,
         _Replica,
@@ -114,10 +114,13 @@ def _chunk_size(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
 class _RowSource(Datasource):
     """A source as Ray Data reads it: one task for each chunk of the pending rows."""
 
-    def __init__(self, run: InferenceRun, chunk_size: int) -> None:
+    def __init__(
+        self, run: InferenceRun, chunk_size: int, then: Callable[[pa.Table], pa.Table] | None = None
+    ) -> None:
         super().__init__()
         self._run = run
         self._chunk_size = chunk_size
+        self._then = then
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -132,6 +135,7 @@ class _RowSource(Datasource):
             read = functools.partial(
                 _read, source, self._run.spec, self._run.config.dataset_split,
                 selected=pending[first : start + 2 * size + 1], start=start - first, size=size,
+                then=self._then,
             )  # fmt: skip
             metadata = BlockMetadata(
                 num_rows=min(size, len(pending) - start), size_bytes=None, input_files=None, exec_stats=None
@@ -141,13 +145,15 @@ class _RowSource(Datasource):
 
 
 def _read(
-    source: ray.ObjectRef, spec: DatasetSpec, split: str, *, selected: Sequence[int], start: int, size: int
-) -> Iterator[pa.Table]:
+    source: ray.ObjectRef, spec: DatasetSpec, split: str, *, selected: Sequence[int], start: int, size: int,
+    then: Callable[[pa.Table], pa.Table] | None,
+) -> Iterator[pa.Table]:  # fmt: skip
     found = ray.get(source)
     watch = Watch()
     rows = read_chunk(found, spec, split, selected, start, start + size)
     if rows:
-        yield pack(Chunk(rows, [watch.span("read")]))
+        block = pack(Chunk(rows, [watch.span("read")]))
+        yield then(block) if then else block
 
 
 def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:

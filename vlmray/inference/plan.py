@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
-from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id
+from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
@@ -102,7 +101,7 @@ def _find_pending(
     if is_new or not (states == ANSWERED).any():
         pending = selected
     else:
-        rows = np.asarray(selected)
+        rows = unpack_rows(selected)
         pending = pack_rows(rows[states[rows] != ANSWERED])
     if pending:
         folder.reopen()

@@ -159,13 +159,16 @@ class Timeline:
 
 
 def _join(spans: array[float]) -> array[float]:
-    """Join each span with the one that began next: half as many, that cover the same and work as much."""
+    """Join each span with the one that began next: half as many, that work as long.
+
+    Where several are at work at a time, what they cover together is rounded up to whole spans.
+    """
     table = np.frombuffer(spans).reshape(-1, 4)
-    pairs = table[np.argsort(table[:, 0])].reshape(-1, 2, 4)
-    joined = np.concatenate(
-        [pairs[:, :1, 0], pairs[:, :, 1].max(axis=1, keepdims=True), pairs[:, :, 2:].sum(axis=1)], axis=1
-    )
-    return array("d", joined.tobytes())
+    first, second = table[np.argsort(table[:, 0])].reshape(-1, 2, 4).transpose(1, 2, 0)
+    end = np.maximum(first[1], second[1])
+    shared = np.clip(np.minimum(first[1], second[1]) - second[0], 0, None)
+    work = np.minimum(first[3] + second[3], first[2] + second[2] - shared)
+    return array("d", np.stack([first[0], end, first[2] + second[2], work], axis=1).tobytes())
 
 
 def _seconds(spans: Floats) -> float:
