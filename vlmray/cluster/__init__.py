@@ -8,9 +8,10 @@ from vlmray.cluster.connection import connect, driver_node
 from vlmray.cluster.placement import place
 from vlmray.cluster.plans import ReplicaPlan, WorkerPlan, plan_replicas, plan_workers
 from vlmray.cluster.resources import cpus_per_task, dead, gone
-from vlmray.cluster.waiting import tell_if_taken
+from vlmray.cluster.waiting import Asked, Waiting, saying_what_is_awaited, tell_if_taken
 
 __all__ = [
-    "ReplicaPlan", "WorkerPlan", "connect", "cpus_per_task", "dead", "driver_node", "gone", "place",
-    "plan_replicas", "plan_workers", "root_cause", "tell_if_taken",
+    "Asked", "ReplicaPlan", "Waiting", "WorkerPlan", "connect", "cpus_per_task", "dead", "driver_node",
+    "gone", "place", "plan_replicas", "plan_workers", "root_cause", "saying_what_is_awaited",
+    "tell_if_taken",
 ]  # fmt: skip
