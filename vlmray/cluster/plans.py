@@ -157,7 +157,7 @@ def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:
 
 
 def _default_workers(kind: str, most: int) -> int:
-    return max(1, int(present("GPU") or most)) if kind == "GPU" else min(2, most)
+    return max(1, int(present("GPU") or most) if kind == "GPU" else min(2, most))
 
 
 def _num_whole(kind: str, nodes: Sequence[Node]) -> int:
