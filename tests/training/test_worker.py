@@ -31,7 +31,7 @@ from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.models.processors import load_processor
 from vlmray.training.run import TrainingRun
 from vlmray.training.trainer import DivergedError
-from vlmray.training.worker import LocalWorker, Outcome, WorkerSession
+from vlmray.training.worker import LocalWorker, Outcome, WorkerSession, train_loop_per_worker
 
 pytestmark = pytest.mark.usefixtures("spare_time")
 
@@ -118,6 +118,17 @@ def test_accumulated_small_batches_give_the_losses_of_a_large_one(tiny_model: Pa
     print(f"largest difference between batch 4 and 4 times batch 1: {difference:.2g}")
     assert difference < 1e-4
     assert len(curve(large)) == 6
+
+
+def test_one_worker_left_of_three_trains_what_all_would(tiny_model: Path) -> None:
+    options = {"sample_slices": "[:10]", "max_steps": 5}  # four steps an epoch, the last of a sample
+    config = make_config(tiny_model, per_device_train_batch_size=1, **options)
+    data = open_data(config)
+    run = TrainingRun.of(config, data, num_workers=3)
+    left = train_loop_per_worker({"run": run, "data": data})
+    alone = train(make_config(tiny_model, per_device_train_batch_size=3, **options))
+    assert differ(curve(left), curve(alone)) < 1e-4
+    assert left.num_trained_here == alone.num_trained_here == 13
 
 
 def test_mixed_precision_works_on_a_cpu(tiny_model: Path) -> None:

@@ -189,7 +189,7 @@ def _have_room(bundles: Sequence[Bundle]) -> bool:
 
 
 def _default_workers(kind: str, most: int) -> int:
-    return max(1, int(present("GPU") or most)) if kind == "GPU" else min(2, most)
+    return max(1, int(present("GPU") or most) if kind == "GPU" else min(2, most))
 
 
 def _num_whole(kind: str, nodes: Sequence[Node]) -> int:

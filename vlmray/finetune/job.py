@@ -43,7 +43,8 @@ from vlmray.training.samples import Conversations
 from vlmray.training.worker import Outcome
 
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-"""After which Ray Train looks anew at how many workers have a place; by default after a minute."""
+"""Seconds after which Ray Train looks anew at how many workers have a place, by default 60. What it looked at
+before may have been from before a node was lost: its view of the cluster is up to 20 s old."""
 
 _POLL_S = 0.2
 _RESIZE_S = 30.0
@@ -91,7 +92,7 @@ def fit(run: FinetuneRun) -> tuple[Outcome, Result]:
         FinetuneError: workers kept failing.
     """
     cluster.tell_if_taken(cpus=run.workers.cpus_per_task)
-    os.environ.setdefault(_START_TIMEOUT, "20")
+    os.environ.setdefault(_START_TIMEOUT, "10")
     board = Board.start()
     trainer = _make_trainer(run, board)
     ended: list[Any] = []

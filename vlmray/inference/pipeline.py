@@ -61,7 +61,8 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    chunk_size, num_chunks = _chunk_size(run, replicas), count_chunks(run, replicas)
+    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
+    num_chunks = count_chunks(run, replicas)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
@@ -99,12 +100,12 @@ def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
 
 def count_chunks(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
     """Return the units of work of a run; no more replicas than that are started."""
-    return -(-len(run.pending) // _chunk_size(run, replicas))
+    num_rows = len(run.pending)
+    return -(-num_rows // _chunk_size(num_rows, run.config.batch_size, replicas.max_replicas))
 
 
-def _chunk_size(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
+def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:
     """Rows of one unit of work: several batches, but enough units to keep all replicas busy to the end."""
-    num_rows, batch_size, num_replicas = len(run.pending), run.config.batch_size, replicas.max_replicas
     many = min(_MOST_ROWS_PER_CHUNK, num_rows // (_CHUNKS_PER_REPLICA * num_replicas))
     most = max(many, min(_BATCHES_PER_CHUNK * batch_size, max(_ROWS_PER_CHUNK, batch_size)))
     least = min(batch_size, _ROWS_PER_CHUNK // _BATCHES_PER_CHUNK)
