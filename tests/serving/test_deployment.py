@@ -26,8 +26,8 @@ from ray import serve
 from helpers.paths import ROOT
 from helpers.processes import free_port, wait_until
 from helpers.servers import figures, in_progress, make_client, num_running
-from vlmray import cluster
 from vlmray.builtin.models import BUILTIN
+from vlmray.cluster import plans
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
@@ -296,8 +296,8 @@ def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyP
     bound: list[Any] = []
     deployment = SimpleNamespace(bind=lambda *args: bound.extend(args))
     monkeypatch.setattr(serving, "_MODEL", SimpleNamespace(options=lambda **options: deployment))
-    for name in ("_most", "_present"):
-        monkeypatch.setattr(cluster, name, lambda resource: 1.0)
+    for name in ("reachable", "present"):
+        monkeypatch.setattr(plans, name, lambda resource: 1.0)
     build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
     arguments = inspect.signature(ModelReplica).bind(*bound).arguments
     assert (arguments["num_threads"], arguments["memory_fraction"]) == (None, 0.5)
