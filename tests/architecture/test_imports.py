@@ -59,7 +59,7 @@ WITH_RAY = {
     "cluster.causes",
     "inference.job", "inference.pipeline", "inference.replica",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
-    "serving.server", "serving.replica", "benchmark.job", "benchmark.asking", "demo.job",
+    "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking", "demo.job",
 }  # fmt: skip
 """Modules that may import Ray; all others run, and are tested, without."""
 

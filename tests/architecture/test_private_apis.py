@@ -88,6 +88,20 @@ def _ray_data_console() -> object:
     return "console" in [handler.name for handler in logging.getLogger("ray.data").handlers]
 
 
+def _available_per_node() -> object:
+    from ray._private import state
+
+    return takes(state.available_resources_per_node) and "node id" in (
+        state.available_resources_per_node.__doc__ or ""
+    )
+
+
+def _jobs() -> object:
+    from ray._private import state
+
+    return takes(state.jobs) and '["IsDead"] = ' in inspect.getsource(state.state.job_table)
+
+
 def _bootstrap_config() -> object:
     from ray.autoscaler._private import command_runner
 
@@ -197,6 +211,18 @@ TABLE = [
         module="cluster.resources", name="ray_bootstrap_config.yaml", library="ray 2.60.0",
         why="what a cluster of `ray up` could still start stands only in this file of its head node",
         upstream=NOT_FOUND, until="Ray answers what its autoscaler may start", holds=_bootstrap_config,
+    ),
+    Private(
+        module="serving.presence", name="available_resources_per_node", library="ray 2.60.0",
+        why="tells which nodes work: gateways stand there, and do not hold others",
+        upstream=NOT_FOUND, until="a deployment of Serve can stand on the nodes of another",
+        holds=_available_per_node,
+    ),
+    Private(
+        module="serving.presence", name="jobs", library="ray 2.60.0",
+        why="tells that a driver was killed; what it had Serve start would stay for ever",
+        upstream=NOT_FOUND, until="Serve ends with its driver, or Ray tells of jobs without a dashboard",
+        holds=_jobs,
     ),
     Private(
         module="cluster.waiting", name="state", library="ray 2.60.0",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+
 import openai
 import requests
 from ray import serve
@@ -18,10 +21,18 @@ def num_running() -> int:
 
 
 def figures(server: Server) -> dict[str, float]:
-    """The server's metrics by name and labels."""
+    """The server's metrics by name and labels, summed over its gateways."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for name, value in each_gateways_figures(server):
+        found[re.sub(r'gateway="\w+",?', "", name).replace("{}", "")] += value
+    return dict(found)
+
+
+def each_gateways_figures(server: Server) -> list[tuple[str, float]]:
+    """The same, by gateway."""
     lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
     values = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in values}
+    return [(name, float(value)) for name, value in values]
 
 
 def in_progress(server: Server) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,13 +26,14 @@ from ray import serve
 from helpers.paths import ROOT
 from helpers.processes import free_port, wait_until
 from helpers.servers import figures, in_progress, make_client, num_running
-from vlmray import cluster
 from vlmray.builtin.models import BUILTIN
+from vlmray.cluster import plans
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
 from vlmray.serving import server as serving
 from vlmray.serving.backend import Reply
+from vlmray.serving.errors import BusyError
 from vlmray.serving.replica import ModelReplica
 from vlmray.serving.server import API_KEY, APP_NAME, app, build_application, serve_app
 
@@ -164,7 +166,7 @@ def test_a_stopped_server_answers_what_is_in_progress(stop: signal.Signals) -> N
         model = client.models.list().data[0].id
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.chat.completions.create, model=model, messages=[message])
-            wait_until(lambda: "in_flight 1.0" in requests.get(f"{url}/metrics").text)
+            wait_until(lambda: re.search(r"in_flight\S* 1\.0", requests.get(f"{url}/metrics").text))
             process.send_signal(stop)
             wait_until(lambda: requests.get(f"{url}/ready").status_code == 503)
             assert requests.get(f"{url}/health").status_code == 200
@@ -238,7 +240,7 @@ def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None
 
     async def check() -> None:
         request = GenerationRequest(request_id="x", messages=[])
-        pieces = serving._Replicas(cast(Any, Handle()), 1).answer(request, stream=True)
+        pieces = serving._Replicas(cast(Any, Handle()), 1, 60.0).answer(request, stream=True)
         for _ in range(num_read):
             await anext(pieces)
         await pieces.aclose()
@@ -247,12 +249,55 @@ def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None
     assert cancelled == ([True] if num_read == 1 else [])
 
 
+@pytest.mark.parametrize("num_running", [0, 1])
+def test_where_no_replica_runs_a_request_waits_a_while_and_else_as_long_as_it_takes(
+    num_running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completion = FakeEngine().generate([GenerationRequest(request_id="x", messages=[])])[0]
+    times_asked = 0
+    cancelled: list[bool] = []
+
+    class Handle:
+        answer = property(lambda self: SimpleNamespace(remote=lambda *args: self))
+
+        def options(self, **options: Any) -> Handle:
+            return self
+
+        def cancel(self) -> None:
+            cancelled.append(True)
+
+        async def __aiter__(self) -> AsyncIterator[str | Reply]:
+            while times_asked < 3:
+                await asyncio.sleep(0.01)
+            yield Reply(completion, 1)
+
+    async def running(replicas: Any) -> int:
+        nonlocal times_asked
+        times_asked += 1
+        return num_running
+
+    async def check() -> None:
+        request = GenerationRequest(request_id="x", messages=[])
+        pieces = serving._Replicas(cast(Any, Handle()), 0, startup_timeout_s=0.05).answer(
+            request, stream=False
+        )
+        assert [piece async for piece in pieces] == [Reply(completion, 1)]
+
+    monkeypatch.setattr(serving._Replicas, "_num_running", running)
+    if num_running:
+        asyncio.run(check())
+    else:
+        with pytest.raises(BusyError, match=r"no replica has started within 0\.05 s"):
+            asyncio.run(check())
+    assert (times_asked, cancelled) == ((3, []) if num_running else (1, [True]))
+
+
 def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     bound: list[Any] = []
     deployment = SimpleNamespace(bind=lambda *args: bound.extend(args))
     monkeypatch.setattr(serving, "_MODEL", SimpleNamespace(options=lambda **options: deployment))
-    for name in ("_most", "_present"):
-        monkeypatch.setattr(cluster, name, lambda resource: 1.0)
+    for name in ("reachable", "present"):
+        monkeypatch.setattr(plans, name, lambda resource: 1.0)
     build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
     arguments = inspect.signature(ModelReplica).bind(*bound).arguments
     assert (arguments["num_threads"], arguments["memory_fraction"]) == (None, 0.5)

@@ -62,7 +62,10 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     """Send the text of a stream in pieces this far apart, the first at once; 0: every token by itself."""
 
     max_queued_requests: int = option(256, affects="run")
-    """Requests that may wait for a replica; more are answered 503."""
+    """Requests that may wait for a replica, at each gateway; more are answered 503."""
+
+    startup_timeout_s: float = option(300.0, affects="run")
+    """Time that a request waits for a replica to start where none runs; then it is answered 503."""
 
     max_new_tokens: int = option(512, affects="result")
     """Tokens of an answer where the client sets no limit."""
@@ -104,7 +107,7 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
         check_at_least(
             self, 0, "port", "upscale_delay_s", "downscale_delay_s",
             "batch_wait_timeout_s", "stream_interval_s", "max_queued_requests", "max_images",
-            "image_timeout_s", "drain_timeout_s",
+            "startup_timeout_s", "image_timeout_s", "drain_timeout_s",
         )  # fmt: skip
         if self.max_new_tokens > self.max_new_tokens_limit:
             raise OptionError(

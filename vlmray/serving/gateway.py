@@ -13,7 +13,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Backend, Reply
 from vlmray.serving.errors import ApiError, BusyError
-from vlmray.serving.monitoring import Count, Metrics
+from vlmray.serving.monitoring import Count, Figures, Metrics, exposition
 from vlmray.serving.pace import Pace
 from vlmray.serving.protocol.answers import (
     AnswerMessage,
@@ -49,21 +49,29 @@ _NUM_DECODES = 4  # images decoded at a time; each may take max_image_pixels * 3
 
 
 class Gateway:
-    """One server's state: what it offers, whom it asks, and what is in progress.
+    """What a server offers, whom it asks, and what is in progress here: others stand beside it.
 
     Args:
         config: The server's options.
         backend: Whoever answers.
+        name: What it is called in the metrics of several.
+        created: When the server was made, in seconds of the epoch; default: now.
+        all_figures: Asks all gateways, this one too, what they have counted; default: this one is alone.
     """
 
-    def __init__(self, config: ServeConfig, backend: Backend) -> None:
+    def __init__(
+        self, config: ServeConfig, backend: Backend, *, name: str = "", created: int | None = None,
+        all_figures: Callable[[], Awaitable[Sequence[Figures]]] | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
         self.config = config
         self.backend = backend
         self.catalog = AdapterCatalog(config.model_id, config.adapter_paths(), config.adapter_dir)
         self.metrics = Metrics()
         self.pace = Pace()
-        self.created = int(time.time())
+        self.created = created or int(time.time())
         self.draining = False
+        self._all_figures = all_figures
         self._adapters: list[str] = []
         # Of a client that has left, what waits for a thread is dropped, and what has one keeps it to its end.
         self._fetches = ThreadPoolExecutor(_NUM_FETCHES, thread_name_prefix="fetch")
@@ -76,6 +84,14 @@ class Gateway:
         while self.metrics.num_in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         return self.metrics.num_in_flight
+
+    def figures(self) -> Figures:
+        """Return what was counted here."""
+        return Figures(self.name, [*self.metrics.registry.collect()])
+
+    async def exposition(self) -> bytes:
+        """Write what all gateways have counted, for Prometheus."""
+        return exposition(await self._all_figures() if self._all_figures else [self.figures()])
 
     async def check_ready(self) -> None:
         """Raise an `ApiError` as long as requests are not answered."""

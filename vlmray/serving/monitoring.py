@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from vlmray.serving.backend import Reply
 
@@ -28,6 +29,41 @@ class Count:
     def leave(self) -> None:
         """Note that the client has left, unless it has its answer."""
         self.status = self.status or CLIENT_LEFT
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a gateway has counted until now."""
+
+    gateway: str
+    """Its name; empty where there is only one, without Ray."""
+
+    families: list[Metric]
+
+
+def exposition(all_figures: Iterable[Figures]) -> bytes:
+    """Write what several gateways have counted, each with its name as a label.
+
+    Sums would fall when a gateway goes: a counter that falls reads as one that began anew.
+    """
+    merged: dict[str, Metric] = {}
+    for figures in all_figures:
+        label = {"gateway": figures.gateway} if figures.gateway else {}
+        for family in figures.families:
+            kept = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                kept.add_sample(sample.name, {**label, **sample.labels}, sample.value)
+    return generate_latest(_Families(merged.values()))
+
+
+class _Families(Collector):
+    """Metrics that are written as they are."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
 
 
 class Metrics:

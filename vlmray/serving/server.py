@@ -1,6 +1,6 @@
-"""Ray Serve application: a gateway on CPUs in front of model replicas that batch what they are asked.
+"""Ray Serve application: gateways on CPUs in front of model replicas that batch what they are asked.
 
-    Gateway (HTTP, images, protocol) -> handle -> ModelReplica (batches, adapters, engine) -> pieces back
+    proxy -> gateway (HTTP, images, protocol) -> handle -> ModelReplica (batches, adapters, engine) -> back
 
 Started by `serve_app(config)`, by `jobs/serve.py`, by `serve run vlmray.serving:app model_id=builtin`, and by
 a Serve config file with `import_path: vlmray.serving:app` and the options as `args`.
@@ -16,10 +16,12 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -37,6 +39,9 @@ from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
 from vlmray.serving.http.app import build_app
+from vlmray.serving.http.repeat import CALLBACK
+from vlmray.serving.monitoring import Figures
+from vlmray.serving.presence import is_over, one_per_node
 from vlmray.serving.replica import ModelReplica
 from vlmray.storage.filesystem import absolute_uri
 
@@ -52,14 +57,17 @@ _LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableE
 _MAX_TRIES = 5
 _PATIENCE_S = 2.0
 _MODEL_NAME = "model"
+_GATEWAY_NAME = "gateway"
+_HEALTH_CHECK_PERIOD_S = 1.0  # what is lost is replaced that much later
 
 
 class _Replicas:
     """The model replicas as a `vlmray.serving.gateway.Backend`."""
 
-    def __init__(self, handle: DeploymentHandle, min_replicas: int) -> None:
+    def __init__(self, handle: DeploymentHandle, min_replicas: int, startup_timeout_s: float) -> None:
         self._handle = handle
         self._min_replicas = min_replicas
+        self._startup_timeout_s = startup_timeout_s
         self._max_model_len: int | None = None
 
     async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
@@ -67,12 +75,15 @@ class _Replicas:
         handle = self._handle.options(stream=True, multiplexed_model_id=request.adapter or "")
         for tries_left in reversed(range(_MAX_TRIES)):
             piece: str | Reply | None = None
+            pieces: Any = handle.answer.remote(request, stream)
+            following = aiter(pieces)
             try:
-                pieces: Any = handle.answer.remote(request, stream)
-                async for piece in pieces:
+                piece = await self._first(following)
+                yield piece
+                async for piece in following:
                     yield piece
                 return
-            except (asyncio.CancelledError, GeneratorExit):
+            except (asyncio.CancelledError, GeneratorExit, BusyError):
                 if not isinstance(piece, Reply):
                     pieces.cancel()
                 raise
@@ -84,6 +95,17 @@ class _Replicas:
                 if piece is not None or not tries_left:
                     raise
                 _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
+
+    async def _first(self, pieces: AsyncIterator[str | Reply]) -> str | Reply:
+        """Wait for the first piece, while there is a replica, and for a while where there is none."""
+        first = asyncio.ensure_future(anext(pieces))
+        try:
+            while not (await asyncio.wait([first], timeout=self._startup_timeout_s))[0]:
+                if not await self._num_running():
+                    raise BusyError(f"no replica has started within {self._startup_timeout_s:g} s")
+            return first.result()
+        finally:
+            first.cancel()
 
     async def is_ready(self) -> bool:
         """Tell whether a replica is running, or would be started for a request."""
@@ -107,23 +129,71 @@ class _Replicas:
 
 @serve.ingress()
 class GatewayReplica:
-    """Takes HTTP requests and asks the model replicas."""
+    """Takes HTTP requests and asks the model replicas; one of several.
 
-    def __init__(self, config: ServeConfig, key_digest: bytes | None, model: DeploymentHandle) -> None:
+    Args:
+        config: The server's options.
+        key_digest: SHA-256 of the API key; None lets everybody in.
+        created: When the server was made, in seconds of the epoch.
+        job_id: The job whose end ends the server; None: it stays.
+        model: The model replicas.
+    """
+
+    def __init__(
+        self, config: ServeConfig, key_digest: bytes | None, created: int, job_id: str | None,
+        model: DeploymentHandle,
+    ) -> None:  # fmt: skip
         least, _ = config.replica_range() or (1, 1)
-        self._gateway = Gateway(config, _Replicas(model, least))
+        context = serve.get_replica_context()
+        self._gateways = serve.get_deployment_handle(_GATEWAY_NAME, context.app_name)
+        self._gateway = Gateway(
+            config, _Replicas(model, least, config.startup_timeout_s), created=created,
+            name=context.replica_id.unique_id, all_figures=self._all_figures,
+        )  # fmt: skip
         self._key_digest = key_digest
+        self._job_id = job_id
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._gateway, self._key_digest)
+
+    async def check_health(self) -> None:
+        """End the server once its driver is gone, killed or lost with its node: nobody else would."""
+        over = self._job_id is not None and await asyncio.to_thread(is_over, self._job_id)
+        if over:
+            await asyncio.to_thread(serve.shutdown)
+
+    async def figures(self) -> Figures:
+        """Return what was counted here."""
+        return self._gateway.figures()
 
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests and wait for those in progress; return how many are left."""
         return await self._gateway.drain(timeout_s)
 
+    async def drain_all(self, timeout_s: float) -> int:
+        """Have all gateways do so."""
+        return sum(await self._ask_all("drain", timeout_s, timeout_s=timeout_s + _PATIENCE_S))
+
+    async def _all_figures(self) -> list[Figures]:
+        try:
+            return await self._ask_all("figures", timeout_s=_PATIENCE_S)
+        except TimeoutError:
+            return [self._gateway.figures()]
+
+    async def _ask_all(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """Call a method of all gateways; of those that are lost meanwhile there is no result."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    asked = self._gateways.broadcast(method, *args)
+                    results = await asked.results_async(return_exceptions=True)
+                    return [result for result in results if not isinstance(result, BaseException)]
+                except DeploymentUnavailableError:  # before the first call the handle knows of none
+                    await asyncio.sleep(0.05)
+
 
 _MODEL: Any = serve.deployment(name=_MODEL_NAME)(ModelReplica)
-_GATEWAY: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000)(GatewayReplica)
+_GATEWAY: Any = serve.deployment(name=_GATEWAY_NAME, max_ongoing_requests=10_000)(GatewayReplica)
 
 
 def build_application(config: ServeConfig, api_key: str | None = None) -> serve.Application:
@@ -138,10 +208,10 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
             base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
-    return _bind(_check_model(config), api_key)
+    return _bind(_check_model(config), api_key, job_id=None)
 
 
-def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
+def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve.Application:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
@@ -167,16 +237,26 @@ def _bind(config: ServeConfig, api_key: str | None) -> serve.Application:
             "runtime_env": plan.runtime_env,
         },
         graceful_shutdown_timeout_s=config.drain_timeout_s,
-        health_check_period_s=5,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         logging_config=logs,
         **scaling,
     ).bind(config, plan.num_threads, plan.memory_fraction)
     digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
     gateway = _GATEWAY.options(
         logging_config=logs,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _GIVE_MEMORY_BACK}},
+        max_replicas_per_node=1,
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": 1 + plan.max_replicas,
+            "policy": {"policy_function": one_per_node},
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+        },
     )
-    application: serve.Application = gateway.bind(config, digest, model)
+    application: serve.Application = gateway.bind(config, digest, int(time.time()), job_id, model)
     return application
 
 
@@ -233,7 +313,7 @@ class Server:
         self._stopped = True
         timeout_s = self.config.drain_timeout_s
         try:
-            return int(self._handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10))
+            return int(self._handle.drain_all.remote(timeout_s).result(timeout_s=timeout_s + 10))
         finally:
             serve.shutdown()
 
@@ -260,9 +340,13 @@ def serve_app(config: ServeConfig) -> Server:
     config = _check_model(config)  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
-    application = _bind(config, api_key)
+    application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
     _tell_if_taken(config)
-    serve.start(http_options={"host": config.host, "port": config.port})
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": config.host, "port": config.port},
+        controller_options={"runtime_env": {"env_vars": CALLBACK}},  # proxies have what the controller has
+    )
     try:
         handle = serve.run(application, name=APP_NAME, route_prefix="/")
     except KeyboardInterrupt:

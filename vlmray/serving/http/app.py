@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Security
 from fastapi.responses import HTMLResponse, Response
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -103,7 +103,7 @@ def _add_model_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", dependencies=with_key, response_class=Response, responses={401: _ERRORS[401]})
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await gateway.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_open_routes(app: FastAPI, gateway: Gateway) -> None:
