@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import signal
 import sys
@@ -55,8 +56,9 @@ def main() -> int:
     with Arena(rng, options.num_nodes) as arena:
         for job, until in jobs_until(60 * options.minutes, options, arena.folder, port):
             fire = Fire(
-                rng=rng, pause_s=(options.min_pause_s, options.max_pause_s), until=until, kinds=options.kinds
-            )
+                rng=rng, pause_s=(options.min_pause_s, options.max_pause_s), until=until, kinds=options.kinds,
+                most_kills=math.inf if options.kills is None else options.kills,
+            )  # fmt: skip
             rounds.append({"job": job.name, **run_round(arena, job, fire)})
             print(f"{len(rounds):3} {describe(rounds[-1])}", flush=True)
     left = arena.traces.left(port)
@@ -78,6 +80,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--rounds", type=int, help="at most; default: as many as the time allows")
+    parser.add_argument("--kills", type=int, help="at most; default: as many as the time allows")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed")
     parser.add_argument("--num_nodes", type=int, default=2, help="beside the head")
     parser.add_argument("--min_pause_s", type=float, default=2, help="between progress and the next kill")
@@ -102,7 +106,7 @@ def jobs_until(
         expected = undisturbed.losses()
     until = time.monotonic() + duration_s
     for number, name in enumerate(itertools.cycle(options.jobs), start=1):
-        if time.monotonic() > until:
+        if time.monotonic() > until or number - 1 == options.rounds:
             return
         own = folder / f"{number}-{name}"
         if name == "infer":

@@ -64,12 +64,18 @@ class Fire:
         pause_s: Shortest and longest time from progress to the next kill.
         until: No kills from then on, by `time.monotonic`.
         kinds: What may be killed; nothing: all there is.
+        most_kills: No more kills than this, in all rounds.
     """
 
     rng: random.Random
     pause_s: tuple[float, float]
     until: float
     kinds: Sequence[str] = ()
+    most_kills: float = math.inf
+
+    def is_over(self, now: float, num_kills: int) -> bool:
+        """Whether nothing is killed any more."""
+        return now >= self.until or num_kills >= self.most_kills
 
 
 def run_round(arena: Arena, job: Job, fire: Fire) -> dict[str, float]:
@@ -93,7 +99,7 @@ def run_round(arena: Arena, job: Job, fire: Fire) -> dict[str, float]:
         if (progress := job.progress()) != reached:
             reached, reached_at = progress, now
             kill_at = min(kill_at, now + fire.rng.uniform(*fire.pause_s))
-        if kill_at <= now < fire.until and driver.poll() is None:
+        if kill_at <= now and driver.poll() is None and not fire.is_over(now, arena.kills.total()):
             job.before_kill()
             drawn = fire.rng.sample([*kinds], len(kinds))
             any(arena.kill(kind, kinds[kind], driver) for kind in drawn)  # the first that there is

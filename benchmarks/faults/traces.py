@@ -13,7 +13,7 @@ import psutil
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 _SHARED_MEMORY = Path("/dev/shm")
-_PATIENCE_S = 30.0
+PATIENCE_S = 30.0
 
 
 class Traces:
@@ -31,13 +31,14 @@ class Traces:
         self._files = self._list_files()
         self._processes = descendants()
 
-    def left(self, port: int) -> dict[str, list[str]]:
-        """Name the processes, ports and files that are left, processes after a time to leave.
+    def left(self, port: int, patience_s: float = PATIENCE_S) -> dict[str, list[str]]:
+        """Name the processes, ports and files that are left.
 
         Args:
             port: A port that nobody should listen on any more.
+            patience_s: Time that processes have to leave.
         """
-        processes = wait_until_empty(lambda: titles(descendants() - self._processes))
+        processes = wait_until_empty(lambda: titles(descendants() - self._processes), patience_s)
         files = self._list_files() - self._files
         return {
             "processes": processes,
@@ -68,9 +69,9 @@ def titles(processes: set[psutil.Process]) -> list[str]:
     return sorted(found)
 
 
-def wait_until_empty(look: Callable[[], Sequence[str]]) -> list[str]:
+def wait_until_empty(look: Callable[[], Sequence[str]], patience_s: float = PATIENCE_S) -> list[str]:
     """Wait for what leaves by itself; return what stays."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while (there := [*look()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return there
