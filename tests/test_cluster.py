@@ -26,7 +26,7 @@ from ray import cloudpickle
 from helpers.paths import ROOT
 from helpers.processes import free_port, http_server, run, wait_until
 from vlmray import cluster
-from vlmray.cluster import connection, waiting
+from vlmray.cluster import Asked, connection, waiting
 from vlmray.errors import OptionError, RunError
 
 
@@ -168,7 +168,74 @@ def test_what_a_job_waits_for_is_told(monkeypatch: pytest.MonkeyPatch, caplog: A
     assert not caplog.messages
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(waiting, "_PERIOD_S", 0.05)
+
+
+def asked(**resources: float) -> Asked:
+    return Asked(count=2, name="worker", resources=resources, actors="_Holder", option="num_workers")
+
+
+@pytest.mark.usefixtures("two_cpus", "soon")
+def test_what_will_not_come_is_waited_for_in_vain(caplog: Any) -> None:
+    started = time.monotonic()
+    with (
+        pytest.raises(RunError) as caught,
+        cluster.saying_what_is_awaited(asked(GPU=1), limit_s=1),
+    ):
+        threading.Event().wait(20)
+    assert 1 <= time.monotonic() - started < 10
+    there = "the cluster has 0 GPU free of 0 and may start 0"
+    assert caplog.messages == [f"waiting for 2 workers with 1 GPU each: {there}"]
+    assert str(caught.value) == (
+        f"waited 1 s for 2 workers with 1 GPU each: {there}; start nodes that have them, "
+        "or lower --num_workers"
+    )
+
+
+@pytest.mark.usefixtures("two_cpus", "soon")
+def test_what_others_hold_is_waited_for_as_long_as_it_takes(caplog: Any) -> None:
+    other = ray.remote(num_cpus=1.5)(_Other).remote()
+    ray.get(other.wait.remote())
+    holders = [ray.remote(num_cpus=1)(_Holder).remote() for _ in range(2)]
+    with cluster.saying_what_is_awaited(asked(CPU=1), limit_s=0):
+        wait_until(lambda: caplog.messages)
+        told = len(caplog.messages)
+        ray.kill(other)
+        ray.get([holder.wait.remote() for holder in holders])
+    assert 1 <= told <= 2  # free resources are counted a little later
+    assert caplog.messages[-1].startswith("waiting for 2 workers with 1 CPU each: the cluster has ")
+    assert caplog.messages[-1].endswith(" CPU free of 2 and may start 0")
+    for holder in holders:
+        ray.kill(holder)
+
+
+@pytest.mark.usefixtures("two_cpus", "soon")
+def test_actors_that_have_their_place_are_not_waited_for(caplog: Any) -> None:
+    """Nor are those whose model is loading, however long that takes."""
+    loading = [ray.remote(num_cpus=1)(_Holder).remote(load_s=3) for _ in range(2)]
+    waits = waiting.Waiting(asked(CPU=1), limit_s=0)
+    wait_until(lambda: waits._num_placed() == 2)
+    caplog.clear()
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        waits.look()
+    assert not caplog.messages
+    for holder in loading:
+        ray.kill(holder)
+
+
+class _Other:
+    def wait(self) -> None:
+        pass
+
+
 class _Holder:
+    def __init__(self, load_s: float = 0) -> None:
+        time.sleep(load_s)
+
     def wait(self) -> None:
         pass
 

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 a line here; wings that stand side by side (inference, training, serving) do not know each other."""
 
 WITH_RAY = {
-    "cluster", "cluster.connection", "cluster.resources", "cluster.plans", "cluster.waiting",
+    "cluster", "cluster.connection", "cluster.resources", "cluster.plans", "cluster.waiting", "cluster.watch",
     "cluster.causes",
     "inference.job", "inference.pipeline",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",

@@ -63,6 +63,12 @@ def _ray_address() -> object:
     return takes(read_ray_address, "temp_dir") and read_ray_address("/no/such/folder") is None
 
 
+def _actors() -> object:
+    from ray._private import state
+
+    return takes(state.actors, "actor_id", "job_id", "actor_state_name")
+
+
 def _gcs_client() -> object:
     from ray._raylet import GcsClient
 
@@ -191,6 +197,11 @@ TABLE = [
         module="cluster.resources", name="ray_bootstrap_config.yaml", library="ray 2.60.0",
         why="what a cluster of `ray up` could still start stands only in this file of its head node",
         upstream=NOT_FOUND, until="Ray answers what its autoscaler may start", holds=_bootstrap_config,
+    ),
+    Private(
+        module="cluster.waiting", name="state", library="ray 2.60.0",
+        why="tells which actors have no place yet; the public list of actors needs a dashboard",
+        upstream=NOT_FOUND, until="`ray.util.state` answers without a dashboard", holds=_actors,
     ),
     Private(
         module="finetune.progress", name="health_check_failure", library="ray 2.60.0",

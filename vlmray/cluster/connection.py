@@ -22,6 +22,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.utils import read_ray_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+from vlmray.cluster.watch import watch_cluster
 from vlmray.errors import RunError, one_line
 
 _HOST_PORT = re.compile(r"[\w.\-\[\]:]+:\d+")
@@ -53,6 +54,7 @@ def connect(log_level: str = "INFO") -> None:
         raise RunError(f"Ray {problem}: {one_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the process midway
+    watch_cluster()
 
 
 def _init(address: str, log_level: str) -> None:

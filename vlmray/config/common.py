@@ -162,7 +162,28 @@ class QuestionsConfig(DatasetConfig, LoadingConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Options):
+class WaitingConfig(Options):
+    """How long a job waits for a cluster."""
+
+    wait_for_resources_s: float = option(1800.0, affects="run")
+    """Seconds to wait for GPUs or CPUs that the cluster neither has nor is known to start; what others hold
+    is waited for as long as it takes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "wait_for_resources_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunConfig(Options):
+    """Whether a job only plans."""
+
+    dry_run: bool = option(False, affects="run")
+    """Say what would be done, with which rows, on which nodes, and stop; nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(WaitingConfig):
     """How a run over a dataset goes."""
 
     seed: int = option(0, affects="result")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlmray.config.common import ModelConfig, ReplicaConfig, check_at_least
+from vlmray.config.common import ModelConfig, ReplicaConfig, WaitingConfig, check_at_least
 from vlmray.config.marks import option
 from vlmray.errors import OptionError
 
@@ -14,7 +14,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(ReplicaConfig, ModelConfig):
+class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     """Serve a vision-language model and adapters behind an OpenAI-compatible endpoint on Ray Serve."""
 
     least_replicas: ClassVar[int] = 0

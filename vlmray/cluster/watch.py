@@ -1,0 +1,60 @@
+"""Notice that the head of the cluster is gone, or this machine's own part in it, and say so.
+
+Without either Ray ends the process in the end, from native code and without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import ray
+
+_PERIOD_S = 2.0
+_RAY_GIVES_UP_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
+_LAST_MOMENT_S = 10.0
+
+
+def watch_cluster() -> None:
+    """Watch head and node of the cluster that this process has joined, in a thread, while it is in it."""
+    head = ray.get_runtime_context().gcs_address
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    threading.Thread(target=_watch, args=(head, raylet), daemon=True, name="watch-cluster").start()
+
+
+def _watch(head: str, raylet: str) -> None:
+    """Wait until one of the two is gone for as long as Ray would put up with it, and end the process then."""
+    limits = {
+        # A head that keeps its state outside (on Kubernetes) comes back; Ray waits for it for a while.
+        head: (f"the head of the Ray cluster at {head}", max(0.0, _RAY_GIVES_UP_S - _LAST_MOMENT_S)),
+        raylet: ("Ray on this machine", 2 * _PERIOD_S),
+    }
+    seen = dict.fromkeys(limits, time.monotonic())
+    while ray.is_initialized():
+        for address, (what, patience_s) in limits.items():
+            if is_open(address):
+                seen[address] = time.monotonic()
+            elif time.monotonic() - seen[address] > patience_s and ray.is_initialized():
+                _leave(f"{what} is gone; what was finished is kept, run the job again on a cluster")
+        time.sleep(_PERIOD_S)
+
+
+def is_open(address: str) -> bool:
+    """Tell whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _leave(message: str) -> None:
+    # Nothing of Ray answers any more, so nothing that would want to say goodbye to it may run.
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
