@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-_GIVE_UP_S = 60.0
+_TIMEOUT_S = 60.0
+_GIVE_UP_S = 180.0
 _AGAIN_S = 0.2
 _NUM_QUESTIONS = 20
 
@@ -85,7 +86,8 @@ class Serving:
         }
 
     def _ask_on(self) -> None:
-        _wait_for(self._port)
+        while not self._stopped and not _is_ready(self._port):
+            time.sleep(_AGAIN_S)
         while not self._stopped:
             with self._lock:
                 number = self._counts["asked"]
@@ -96,18 +98,18 @@ class Serving:
 
     def _ask_until_answered(self, number: int) -> None:
         started = time.monotonic()
-        while time.monotonic() < started + _GIVE_UP_S:
+        while not self._stopped and time.monotonic() < started + _GIVE_UP_S:
             try:
                 text = _ask(self._port, number % _NUM_QUESTIONS, stream=bool(number % 2))
             except CutOffError:
                 self._note("cut_off", started)
                 return
             except (OSError, http.client.HTTPException):
-                self._counts["asked_again"] += 1
+                self._note("asked_again", started)
                 time.sleep(_AGAIN_S)
                 continue
-            right = self._texts.setdefault(number % _NUM_QUESTIONS, text)
-            self._counts["wrong"] += text != right
+            if text != self._texts.setdefault(number % _NUM_QUESTIONS, text):
+                self._note("wrong", started)
             self._note("answered", started)
             return
 
@@ -117,19 +119,16 @@ class Serving:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
 
 
-def _wait_for(port: int) -> None:
-    """Wait until a server's models are ready; without one the round hangs, and says so."""
-    while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        try:
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return
-        except (OSError, http.client.HTTPException):
-            pass  # not yet
-        finally:
-            connection.close()
-        time.sleep(_AGAIN_S)
+def _is_ready(port: int) -> bool:
+    """Whether a server is there whose models can answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _ask(port: int, question: int, *, stream: bool) -> str:
@@ -139,7 +138,7 @@ def _ask(port: int, question: int, *, stream: bool) -> str:
         CutOffError: It broke off.
         OSError, HTTPException: It did not begin.
     """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_GIVE_UP_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
     body = {
         "model": "fake",
         "messages": [{"role": "user", "content": f"question {question}"}],
