@@ -57,7 +57,7 @@ def main() -> int:
         for job, until in jobs_until(60 * options.minutes, options, arena.folder, port):
             fire = Fire(
                 rng=rng, pause_s=(options.min_pause_s, options.max_pause_s), until=until, kinds=options.kinds,
-                most_kills=math.inf if options.kills is None else options.kills,
+                most_kills=math.inf if options.kills is None else options.kills, hang_s=options.hang_s,
             )  # fmt: skip
             rounds.append({"job": job.name, **run_round(arena, job, fire)})
             print(f"{len(rounds):3} {describe(rounds[-1])}", flush=True)
@@ -86,6 +86,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_nodes", type=int, default=2, help="beside the head")
     parser.add_argument("--min_pause_s", type=float, default=2, help="between progress and the next kill")
     parser.add_argument("--max_pause_s", type=float, default=10)
+    parser.add_argument("--hang_s", type=float, default=120, help="so long without progress is for ever")
     parser.add_argument("--num_rows", type=int, default=1200)
     parser.add_argument("--num_workers", default="1,2")
     parser.add_argument("--num_requests", type=int, default=3000)
@@ -104,6 +105,8 @@ def jobs_until(
         undisturbed = Training(folder / "0-finetune", options.num_workers)
         yield undisturbed, 0.0
         expected = undisturbed.losses()
+        if not expected:
+            sys.exit(f"the undisturbed training did not complete: {undisturbed.log}")
     until = time.monotonic() + duration_s
     for number, name in enumerate(itertools.cycle(options.jobs), start=1):
         if time.monotonic() > until or number - 1 == options.rounds:

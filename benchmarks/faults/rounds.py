@@ -14,9 +14,6 @@ from typing import Protocol
 
 from benchmarks.faults.arena import Arena
 
-HANG_S = 120.0
-"""Without any progress for this long, a job hangs."""
-
 _POLL_S = 0.1
 _MOST_FAILURES = 3
 
@@ -65,6 +62,7 @@ class Fire:
         until: No kills from then on, by `time.monotonic`.
         kinds: What may be killed; nothing: all there is.
         most_kills: No more kills than this, in all rounds.
+        hang_s: Without any progress for this long, a job hangs.
     """
 
     rng: random.Random
@@ -72,6 +70,7 @@ class Fire:
     until: float
     kinds: Sequence[str] = ()
     most_kills: float = math.inf
+    hang_s: float = 120.0
 
     def is_over(self, now: float, num_kills: int) -> bool:
         """Whether nothing is killed any more."""
@@ -93,7 +92,7 @@ def run_round(arena: Arena, job: Job, fire: Fire) -> dict[str, float]:
         arena.tend()
         now = time.monotonic()
         longest_s = max(longest_s, now - reached_at)
-        if longest_s > HANG_S:
+        if longest_s > fire.hang_s:
             hung = 1
             break
         if (progress := job.progress()) != reached:
@@ -111,18 +110,18 @@ def run_round(arena: Arena, job: Job, fire: Fire) -> dict[str, float]:
             failed += code != -signal.SIGKILL
             num_starts += 1
             driver = arena.start(job.name, job.options(num_starts), job.log)
-    failed += _stop(driver) != 0 and not hung
+    failed += _stop(driver, fire.hang_s) != 0 and not hung
     return {
         "failed": failed, "hung": hung, "starts": num_starts + 1, "longest_pause_s": round(longest_s, 1),
         **job.findings(), "stayed": len(arena.staying([*job.titles.values()])),
     }  # fmt: skip
 
 
-def _stop(driver: subprocess.Popen[bytes]) -> int:
+def _stop(driver: subprocess.Popen[bytes], patience_s: float) -> int:
     """Have a driver end as Ctrl-C does, unless it has; return its exit code."""
     driver.send_signal(signal.SIGTERM)
     try:
-        return driver.wait(HANG_S)
+        return driver.wait(patience_s)
     except subprocess.TimeoutExpired:
         driver.kill()
         return driver.wait()
