@@ -35,6 +35,15 @@ def test_head_has_no_gpu_and_gpu_workers_scale_from_zero(config: dict[str, Any])
     assert 0 < workers["max_workers"] <= config["max_workers"]
 
 
+def test_spot_is_for_workers_alone(config: dict[str, Any]) -> None:
+    markets = {
+        name: node["node_config"].get("InstanceMarketOptions")
+        for name, node in config["available_node_types"].items()
+    }
+    assert markets.pop(config["head_node_type"]) is None
+    assert [*markets.values()] == [{"MarketType": "spot"}]
+
+
 def test_image_has_the_tested_ray_version(config: dict[str, Any]) -> None:
     tested = (ROOT / "constraints.txt").read_text().splitlines()
     (version,) = [line.removeprefix("ray==") for line in tested if line.startswith("ray==")]
