@@ -53,15 +53,17 @@ class ReplicaPlan:
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     """Environment of each replica, beside the job's."""
 
-    def asked(self, actors: str, count: int | None = None) -> Asked:
+    def asked(self, actors: str, count: int | None = None, *, is_served: bool = False) -> Asked:
         """Return what has to be there, in actors of some class; `count` of them where fewer do."""
+        count = self.min_replicas if count is None else count
         return Asked(
-            count=self.min_replicas if count is None else count,
-            least=1,
+            count=count,
+            least=count if is_served else 1,  # Ray Serve has started when all are there
             name="replica",
             resources={"GPU": self.num_gpus, "CPU": self.num_cpus},
             actors=actors,
             option="num_replicas",
+            is_served=is_served,
         )
 
     @property

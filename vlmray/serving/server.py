@@ -341,15 +341,15 @@ def serve_app(config: ServeConfig) -> Server:
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
-    _tell_if_taken(config)
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.host, "port": config.port},
         controller_options={"runtime_env": {"env_vars": CALLBACK}},  # proxies have what the controller has
     )
     try:
-        handle = serve.run(application, name=APP_NAME, route_prefix="/")
-    except KeyboardInterrupt:
+        with cluster.saying_what_is_awaited(_asked(config), config.wait_for_resources_s):
+            handle = serve.run(application, name=APP_NAME, route_prefix="/")
+    except (KeyboardInterrupt, RunError):
         serve.shutdown()  # or it would go on starting on a cluster that stays
         raise
     except RuntimeError as error:
@@ -359,9 +359,9 @@ def serve_app(config: ServeConfig) -> Server:
     return Server(config, handle, f"http://{host}:{config.port}")
 
 
-def _tell_if_taken(config: ServeConfig) -> None:
+def _asked(config: ServeConfig) -> cluster.Asked:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
-    cluster.tell_if_taken(cpus=plan.min_replicas * plan.num_cpus)
+    return plan.asked(f"ServeReplica:{APP_NAME}:{_MODEL_NAME}", is_served=True)
 
 
 def _is_loopback(host: str) -> bool:
