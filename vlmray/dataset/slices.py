@@ -80,7 +80,7 @@ def pack_rows(rows: NDArray[np.int64]) -> Sequence[int]:
 def unpack_rows(rows: Sequence[int]) -> NDArray[np.int64]:
     """Return row indices as an array."""
     if isinstance(rows, range):  # which numpy would make a list of
-        return np.arange(rows.start, rows.stop, rows.step, np.int64)
+        return np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
     return np.asarray(rows, np.int64)
 
 
