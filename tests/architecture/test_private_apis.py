@@ -91,7 +91,7 @@ def _ray_data_console() -> object:
 def _available_per_node() -> object:
     from ray._private import state
 
-    return takes(state.available_resources_per_node) and "node id" in (
+    return takes(state.available_resources_per_node) and "node hex id" in (
         state.available_resources_per_node.__doc__ or ""
     )
 
