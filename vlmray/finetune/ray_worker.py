@@ -13,10 +13,10 @@ import contextlib
 import dataclasses
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -25,12 +25,20 @@ import ray.train
 from vlmray import cluster
 from vlmray.training.batch_plan import BatchPlan
 from vlmray.training.run import TrainingRun
-from vlmray.training.samples import SAMPLE_SCHEMA, Conversations, Features, open_images, to_feature
+from vlmray.training.samples import (
+    SAMPLE_SCHEMA,
+    Conversations,
+    Features,
+    SampleRow,
+    open_images,
+    to_feature,
+)
 from vlmray.training.trainer import DivergedError
 from vlmray.training.worker import TrainingMistake, train_loop_per_worker
 
 _SAMPLES_PER_TASK = 16
 _TASKS_AHEAD = 3
+_PATIENCE_S = 5.0
 
 Slots = Sequence[int | None]
 """Samples of one or several batches; None for an empty slot."""
@@ -65,7 +73,7 @@ class Shard:
     def read(self, plan: BatchPlan, rank: int, start: int, stop: int) -> Iterator[Features]:
         """Yield the samples of a worker's batches `start` to `stop`, an item each."""
         per_task = -(-_SAMPLES_PER_TASK // plan.batch_size)
-        pending: deque[ray.ObjectRef] = deque()
+        pending: deque[_Opened] = deque()
         for first in range(start, stop, per_task):
             batches = plan.batches(rank, first, min(first + per_task, stop))
             pending.append(self._open([slot for batch in batches for slot in batch]))
@@ -74,14 +82,34 @@ class Shard:
         while pending:
             yield from _batches_of(pending.popleft(), plan.batch_size)
 
-    def _open(self, slots: Slots) -> ray.ObjectRef:
-        """Start reading and decoding samples; return the table of them to come."""
+    def _open(self, slots: Slots) -> _Opened:
+        """Start reading and decoding samples."""
         anywhere = {"num_cpus": self.cpus_per_task}
         if not self.on_driver:
-            return _read_and_decode.options(**anywhere).remote(self.samples, slots)
+            table = _read_and_decode.options(**anywhere).remote(self.samples, slots)
+            return _Opened(table, lambda: ray.get(self.samples).read(slots))
         # Tasks tied to one machine ask for no CPU: the head of a cluster may offer none.
         rows = _read.options(num_cpus=0, label_selector=self.driver).remote(self.samples, slots)
-        return _decode.options(**anywhere).remote(rows)
+        return _Opened(_decode.options(**anywhere).remote(rows), lambda: ray.get(rows).to_pylist())
+
+
+class _Opened(NamedTuple):
+    """Samples that a task reads and decodes."""
+
+    table: ray.ObjectRef
+    read: Callable[[], list[SampleRow]]
+    """Gives them undecoded, without a CPU of the cluster."""
+
+    def get(self) -> list[SampleRow]:
+        """Return them; where the task finds no CPU, the worker does its work.
+
+        A node that is about to be taken starts no task any more, and its worker has a checkpoint to come to.
+        """
+        ready, _ = ray.wait([self.table], timeout=_PATIENCE_S)
+        if ready:
+            return ray.get(self.table).to_pylist()
+        ray.cancel(self.table)
+        return open_images(self.read())
 
 
 @ray.remote
@@ -99,8 +127,8 @@ def _read_and_decode(samples: Conversations, slots: Slots) -> pa.Table:
     return pa.Table.from_pylist(open_images(samples.read(slots)), SAMPLE_SCHEMA)
 
 
-def _batches_of(table: ray.ObjectRef, batch_size: int) -> Iterator[Features]:
-    features = [to_feature(row) for row in ray.get(table).to_pylist()]
+def _batches_of(opened: _Opened, batch_size: int) -> Iterator[Features]:
+    features = [to_feature(row) for row in opened.get()]
     for start in range(0, len(features), batch_size):
         yield features[start : start + batch_size]
 
