@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pydoc
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -253,6 +254,8 @@ def test_jobs_run_commands_that_are_accepted(name: str) -> None:
         assert config.output_dir.startswith("s3://")
     if len(commands) == 2:
         assert commands[0] == [*commands[1], "--resume"]
+        least = read("raycluster")["spec"]["workerGroupSpecs"][0]["minReplicas"]
+        assert config.worker_range() == (least, 8)  # more are refused where only the first is there
 
 
 def serve_config(change: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -272,6 +275,8 @@ def test_serve_takes_its_config_and_vlmray_the_options_in_it() -> None:
     assert given["applications"][0].keys() <= application.model_dump().keys()
     assert (application.name, application.import_path) == (APP_NAME, "vlmray.serving:app")
     assert callable(serving.app)
+    callbacks = [*given["controller_options"]["runtime_env"]["env_vars"].values()]
+    assert [callable(pydoc.locate(path.replace(":", "."))) for path in callbacks] == [True]
     config = build_config(ServeConfig, application.args)
     assert config.replica_range() == (
         0,
