@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "cluster",
     ),
     "training": (
-        "config", "images", "builtin", "metrics", "models", "dataset", "engines",
+        "config", "storage", "images", "builtin", "metrics", "models", "dataset", "engines",
     ),
     "serving": ("config", "storage", "images", "builtin", "models", "engines", "cluster"),
     "finetune": (

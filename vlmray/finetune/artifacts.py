@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +28,7 @@ from vlmray.models.merging import copy_side_files, merge_adapter
 from vlmray.models.processors import load_processor
 from vlmray.models.source import ModelSource
 from vlmray.storage.run_folder import RunFolder
+from vlmray.storage.scratch import scratch_folder
 from vlmray.training.checkpoint import ANSWERS_FILE
 from vlmray.training.run import TrainingRun
 from vlmray.training.worker import Outcome
@@ -50,12 +50,12 @@ def write_artifacts(
     config, model = run.config, ModelSource.find(run.config.model_id)
     kind = ADAPTER if config.use_peft else MODEL
     answers = json.loads((checkpoint / ANSWERS_FILE).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix="vlmray-") as scratch:
-        trained = _collect(config, model, checkpoint, Path(scratch) / kind, kind)
+    with scratch_folder() as scratch:
+        trained = _collect(config, model, checkpoint, scratch / kind, kind)
         checks = check_trained(config, trained, kind, answers)
         if config.merge_adapter:
             merged = merge_adapter(
-                model.path, str(trained), Path(scratch) / MERGED,
+                model.path, str(trained), scratch / MERGED,
                 min_pixels=config.min_pixels, max_pixels=config.max_pixels,
                 trust_remote_code=config.trust_remote_code,
             )  # fmt: skip

@@ -341,14 +341,9 @@ def serve_app(config: ServeConfig) -> Server:
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": config.host, "port": config.port},
-        controller_options={"runtime_env": {"env_vars": CALLBACK}},  # proxies have what the controller has
-    )
     try:
         with cluster.saying_what_is_awaited(_asked(config), config.wait_for_resources_s):
-            handle = serve.run(application, name=APP_NAME, route_prefix="/")
+            handle = _start(config, application)
     except (KeyboardInterrupt, RunError):
         serve.shutdown()  # or it would go on starting on a cluster that stays
         raise
@@ -357,6 +352,23 @@ def serve_app(config: ServeConfig) -> Server:
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return Server(config, handle, f"http://{host}:{config.port}")
+
+
+def _start(config: ServeConfig, application: serve.Application) -> DeploymentHandle:
+    """Start Serve and the application, again where a server that was about to end took Serve along."""
+    for tries_left in reversed(range(_MAX_TRIES)):
+        try:
+            serve.start(
+                proxy_location="EveryNode",
+                http_options={"host": config.host, "port": config.port},
+                controller_options={"runtime_env": {"env_vars": CALLBACK}},  # proxies have what it has
+            )
+            return serve.run(application, name=APP_NAME, route_prefix="/")
+        except RayActorError:
+            if not tries_left:
+                raise
+            serve.shutdown()
+    raise AssertionError("the last try returns or raises")
 
 
 def _asked(config: ServeConfig) -> cluster.Asked:

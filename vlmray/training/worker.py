@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from vlmray.errors import one_line
 from vlmray.models import lora
 from vlmray.models.loading import find_max_model_len, load_checkpoint
 from vlmray.models.source import resolve_model_id
+from vlmray.storage.scratch import scratch_folder
 from vlmray.training.arguments import sft_arguments
 from vlmray.training.checkpoint import STATE_FILE, CheckpointWriter, Earlier, Probes
 from vlmray.training.collator import DataCollatorForVLMSFT
@@ -168,10 +168,10 @@ def train_loop_per_worker(config: Mapping[str, Any], worker: Worker | None = Non
     """
     run: TrainingRun = config["run"]
     worker = worker or LocalWorker(run, config["data"])
-    with tempfile.TemporaryDirectory(prefix="vlmray-") as scratch, worker.checkpoint() as folder:
+    with scratch_folder() as scratch, worker.checkpoint() as folder:
         session, mistake = None, None
         try:
-            session = WorkerSession(run, worker, Path(scratch), folder)
+            session = WorkerSession(run, worker, scratch, folder)
         except (ValueError, FileNotFoundError, ImportError) as error:
             mistake = str(error)
         # A worker that left alone would leave the others waiting for it.
