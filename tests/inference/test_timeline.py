@@ -10,6 +10,7 @@ from array import array
 import numpy as np
 import pytest
 
+from vlmray.inference.summary import Usage
 from vlmray.inference.timeline import MAX_REPLICA_LANES, MOST_SPANS, NUM_BINS, STAGES, Span, Timeline, Watch
 
 EPOCH = 1_700_000_000.0
@@ -181,3 +182,22 @@ def test_a_long_run_takes_no_more_than_a_short_one_and_says_the_same() -> None:
     for lane, exact_lane in zip(timeline.lanes(), exact.lanes(), strict=True):
         allowed = 0.01 if lane.name == "generate" else 0.08  # of what overlaps, the gaps are lost
         assert np.mean(lane.levels) == pytest.approx(np.mean(exact_lane.levels), abs=allowed)
+
+
+def test_what_replicas_hold_is_counted_from_their_loading_to_the_last_answer_of_all() -> None:
+    timeline = Timeline()
+    timeline.add([Span("load", 0, 10, replica="a"), Span("generate", 10, 30, 5, replica="a")])
+    timeline.add([Span("load", 5, 20, replica="b"), Span("generate", 20, 40, replica="b")])
+    assert timeline.held_s(2) == 40 + 35
+    assert timeline.used_s() == 15 + 20
+    timeline.add([Span("load", 32, 36, replica="c"), Span("generate", 36, 50, replica="c")])
+    assert timeline.held_s(2) == 50 + 45  # it came in the place of one that was lost
+    assert timeline.held_s(3) == 50 + 45 + 18
+    assert Timeline().held_s(1) == 0
+
+
+def test_a_price_makes_a_cost() -> None:
+    used = {"unit": "GPU", "held_s": 7200.0, "used_s": 3600.0, "num_answered": 500}
+    usage = Usage.of(**used, price_per_hour=2.5)
+    assert (usage.cost, usage.answers_per_hour) == (5.0, 250.0)
+    assert Usage.of(**used, price_per_hour=None).cost is None

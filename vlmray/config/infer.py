@@ -37,6 +37,10 @@ class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, Questi
     batch_size: int = option(64, affects="speed")
     """Rows per forward pass, at most."""
 
+    price_per_hour: float | None = option(None, affects="run")
+    """Price of a GPU for an hour, or of a replica without, in any currency, for what the run cost."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "batch_size")
+        check_at_least(self, 0, "price_per_hour")

@@ -25,7 +25,7 @@ from vlmray.dataset.sources import display_name
 from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
-from vlmray.inference.summary import GalleryChoice, Summary, Tally
+from vlmray.inference.summary import GalleryChoice, Summary, Tally, Usage
 from vlmray.inference.timeline import Timeline
 from vlmray.reports.bar import write_above_bar
 from vlmray.reports.errors import Causes
@@ -43,12 +43,12 @@ def run_inference(run: InferenceRun) -> Summary:
         InferenceError: a replica failed, or more rows failed than `--max_errors` allows.
     """
     started = time.perf_counter()
-    timeline = Timeline()
+    timeline, replicas = Timeline(), None
     if run.pending:
         replicas = _plan_replicas(run)
         cluster.tell_if_taken(cpus=cluster.cpus_per_task())
         _consume(run, replicas, timeline)
-    return _conclude(run, time.perf_counter() - started, timeline)
+    return _conclude(run, time.perf_counter() - started, timeline, replicas)
 
 
 def describe(run: InferenceRun) -> list[tuple[str, str]]:
@@ -99,7 +99,9 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
         raise InferenceError(f"{cluster.root_cause(error)}; {done}") from error
 
 
-def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summary:
+def _conclude(
+    run: InferenceRun, elapsed_s: float, timeline: Timeline, replicas: cluster.ReplicaPlan | None
+) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
     tally, causes, gallery = (
         Tally(run.task.metric if run.spec.answer_column else None),
@@ -114,7 +116,7 @@ def _conclude(run: InferenceRun, elapsed_s: float, timeline: Timeline) -> Summar
         raise InferenceError(
             f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
         )
-    summary = tally.summary(elapsed_s)
+    summary = tally.summary(elapsed_s, _usage(run, replicas, timeline, tally.num_new))
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),
@@ -147,6 +149,21 @@ def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
         wanted = known & selected[places]
         rows = table.filter(pa.array(wanted)).to_pylist()
         yield from zip(rows, (~pending[places[wanted]]).tolist(), strict=True)
+
+
+def _usage(
+    run: InferenceRun, replicas: cluster.ReplicaPlan | None, timeline: Timeline, num_answered: int
+) -> Usage | None:
+    if replicas is None or not timeline.replicas:
+        return None
+    share = replicas.num_gpus or 1
+    return Usage.of(
+        unit="GPU" if replicas.num_gpus else "replica",
+        held_s=share * timeline.held_s(replicas.max_replicas),
+        used_s=share * timeline.used_s(),
+        num_answered=num_answered,
+        price_per_hour=run.config.price_per_hour,
+    )
 
 
 def _title(config: InferConfig) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmray.inference.summary import FamilySummary, Summary
+from vlmray.inference.summary import FamilySummary, Summary, Usage
 from vlmray.inference.timeline import MAX_REPLICA_LANES, Overlap, Timeline
 from vlmray.reports.errors import ErrorGroup, error_table, option_table
 from vlmray.reports.gallery import Gallery, GalleryItem
@@ -53,6 +53,8 @@ def format_table(summary: Summary) -> str:
         f" + {summary.num_failed:,} failed"
     )
     lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _rate_facts(summary)))
+    if summary.usage:
+        lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _usage_facts(summary.usage)))
     note = _score_note(summary)
     return "\n".join(lines + ([note] if note else []))
 
@@ -76,7 +78,11 @@ def render_html(report: Report) -> str:
         Page(
             title=report.title,
             headline=_headline(summary),
-            facts=(*_count_facts(summary), *_rate_facts(summary)),
+            facts=(
+                *_count_facts(summary),
+                *_rate_facts(summary),
+                *(_usage_facts(summary.usage) if summary.usage else ()),
+            ),
             sections=tuple(sections),
         )
     )
@@ -187,4 +193,15 @@ def _rate_facts(summary: Summary) -> list[Fact]:
         Fact("samples/s", format_rate(summary.samples_per_s), note),
         Fact("tokens/s", format_rate(summary.tokens_per_s), note),
         Fact("elapsed", format_duration(summary.elapsed_s)),
+    ]
+
+
+def _usage_facts(usage: Usage) -> list[Fact]:
+    unit, per_hour = usage.unit, usage.answers_per_hour
+    cost = [] if usage.cost is None else [Fact("cost", f"{usage.cost:,.4g}", f"of the {unit}s held")]
+    return [
+        Fact(f"{unit}-seconds held", f"{usage.held_s:,.0f}", "from loading to the run's last answer"),
+        Fact("of them used", format_percent(usage.used_s / usage.held_s if usage.held_s else None)),
+        Fact(f"answers per {unit}-hour", "n/a" if per_hour is None else f"{per_hour:,.0f}"),
+        *cost,
     ]

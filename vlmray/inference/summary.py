@@ -50,6 +50,39 @@ class FamilySummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a run had of the cluster."""
+
+    unit: str
+    """What is counted: GPU, or replica where replicas have none."""
+
+    held_s: float
+    """Seconds of all units from when each began to load the model to the run's last answer."""
+
+    used_s: float
+    """Seconds of them in which a model worked on answers."""
+
+    answers_per_hour: float | None
+    """Rows answered for each hour that a unit was held."""
+
+    cost: float | None
+    """What that took, where the price of a unit is known."""
+
+    @classmethod
+    def of(
+        cls, *, unit: str, held_s: float, used_s: float, num_answered: int, price_per_hour: float | None
+    ) -> Usage:
+        """Set answers and price against the time."""
+        return cls(
+            unit=unit,
+            held_s=held_s,
+            used_s=used_s,
+            answers_per_hour=_rate(num_answered, held_s / 3600),
+            cost=None if price_per_hour is None else held_s / 3600 * price_per_hour,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """One run in numbers; `num_rows` is always `num_answered` + `num_failed`."""
 
@@ -86,6 +119,9 @@ class Summary:
 
     num_prompt_tokens: int
     num_completion_tokens: int
+
+    usage: Usage | None = None
+    """What this run had of the cluster; None where it answered nothing."""
 
 
 @dataclass(slots=True)
@@ -154,11 +190,17 @@ class Tally:
         """Rows counted so far."""
         return sum(counts.num_rows for counts in self._families.values())
 
-    def summary(self, elapsed_s: float) -> Summary:
+    @property
+    def num_new(self) -> int:
+        """Rows answered in this run so far."""
+        return self._num_new
+
+    def summary(self, elapsed_s: float, usage: Usage | None = None) -> Summary:
         """Mean the scores and set the work of this run against its time.
 
         Args:
             elapsed_s: Wall-clock time of this run.
+            usage: What it had of the cluster.
         """
         metric, families = self._metric, self._families
         whole = _Counts(
@@ -183,6 +225,7 @@ class Tally:
             tokens_per_s=_rate(self._num_new_tokens, elapsed_s),
             num_prompt_tokens=self._num_prompt_tokens,
             num_completion_tokens=self._num_completion_tokens,
+            usage=usage,
         )
 
 

@@ -115,7 +115,7 @@ class Timeline:
         """Return how busy the model was kept; None where nothing was generated."""
         if not self.replicas:
             return None
-        worked_s = float(self._select(["generate"])[:, 3].sum())
+        worked_s = self.used_s()
         available_s = sum(map(self._available_s, self.replicas))
         model_work = _work_until(self._select(MODEL_STAGES))
         others = self._select([stage for stage in STAGES if stage not in MODEL_STAGES])
@@ -127,6 +127,20 @@ class Timeline:
             model_waited_s=max(0.0, available_s - worked_s),
             cpu_hidden_share=_share(hidden_s, _seconds(others)),
         )
+
+    def held_s(self, most: int) -> float:
+        """Return the seconds that replicas were held: each from its loading on, to the run's last answer.
+
+        Args:
+            most: Replicas at a time; those beyond came in the place of others.
+        """
+        begins = sorted(self._select(MODEL_STAGES, replica)[:, 0].min() for replica in self.replicas)[:most]
+        end_s = self._select(["generate"])[:, 1].max(initial=0)
+        return float(sum(end_s - begin_s for begin_s in begins))
+
+    def used_s(self) -> float:
+        """Return the seconds in which replicas worked on answers."""
+        return float(self._select(["generate"])[:, 3].sum())
 
     def lanes(self) -> list[Lane]:
         """Return a lane for each stage, and for each replica unless there are many; none without spans."""
