@@ -63,8 +63,6 @@ def infer(config: InferConfig) -> int:
 
 def finetune(config: FinetuneConfig) -> int:
     """Train, print the closing table; return the exit code: 1 where a check of the result failed."""
-    # A lost worker is told in one line beside the bar; the raylet would add a paragraph.
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
     from vlmray.finetune.job import describe, run_finetune
     from vlmray.finetune.plan import plan_finetune
     from vlmray.finetune.report import format_training_table
@@ -117,7 +115,6 @@ def benchmark(config: BenchmarkConfig) -> int:
 
 def demo(config: DemoConfig) -> int:
     """Teach the built-in model something and print what it learned; return the exit code."""
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "A worker died or was killed"
     from vlmray.demo.job import run_demo
     from vlmray.demo.report import format_demo
 
@@ -166,8 +163,9 @@ def run_job(name: str, argv: Sequence[str] | None = None, *, prog: str | None = 
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
     # It warns of an optional package on some CPUs, for 4-bit weights that nobody may have asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Ray prints the worker's traceback for each retry of a model that does not load; one line will do.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "retries remaining")
+    # Ray prints a paragraph for each worker that is lost, and its traceback for each retry of a model that
+    # does not load; what the job itself says of it will do.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "retries remaining|A worker died or was killed")
     # `ray job stop` and schedulers send SIGTERM; it ends a run the way Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

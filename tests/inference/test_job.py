@@ -74,7 +74,7 @@ def expected(undisturbed: Path) -> dict[str, Any]:
 def told(output_dir: Path) -> dict[str, Any]:
     """What a run says of itself, but how fast it was."""
     summary = json.loads((output_dir / "run.json").read_text())["summary"]
-    timed = ("elapsed_s", "samples_per_s", "tokens_per_s")
+    timed = ("elapsed_s", "samples_per_s", "tokens_per_s", "usage")
     return {name: value for name, value in summary.items() if name not in timed}
 
 
@@ -257,7 +257,7 @@ def test_rows_that_always_kill_their_replica_become_errors(tmp_path: Path, expec
     assert {name: row["prediction"] for name, row in rows.items()} == {name: expected[name] for name in rows}
     assert generated(log).keys() == rows.keys()
     assert max(generated(log).values()) <= 2
-    assert planned(tmp_path / "out", model_id=model_id, sample_slices="[16:40]").pending == [18, 21]
+    assert list(planned(tmp_path / "out", model_id=model_id, sample_slices="[16:40]").pending) == [18, 21]
 
 
 def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:

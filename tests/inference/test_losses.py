@@ -38,12 +38,13 @@ def test_nodes_leave_and_come_and_a_row_kills_whoever_answers_it(cluster: Cluste
     out, log = tmp_path / "out", tmp_path / "log"
     model_id = f"fake?latency_s=0.04&crash_on=000150&crash_every_time=1&log={log}"
     job = start(*ROWS, "charts?num_rows=240&seed=1", "--model_id", model_id, "--output_dir", out)
-    wait_until(lambda: len(finished(out)) >= 40 or job.poll() is not None)
+    wait_until(lambda: len(finished(out)) >= 40 or job.poll() is not None, 180)
     lose(cluster, next(iter(cluster.worker_nodes)))
     done, num_generated = finished(out), len(generated(log))
-    wait_until(lambda: len(finished(out)) >= 80 or job.poll() is not None)
+    wait_until(lambda: len(finished(out)) >= 80 or job.poll() is not None, 180)
     cluster.add_node(**NODE)
-    wait_until(lambda: len(finished(out)) >= 160 or job.poll() is not None)
+    wait_until(lambda: len(finished(out)) >= 160 or job.poll() is not None, 180)
+    wait_until(lambda: replicas() or job.poll() is not None)
     replicas()[0].kill()
     _, stderr = job.communicate(timeout=200)
     assert job.returncode == 0, stderr
@@ -77,7 +78,7 @@ def interrupt(how: signal.Signals, code: int, options: list[object], done: set[s
     """Start a job and stop it once it has written more than is done; see that its processes end."""
     out = Path(str(options[options.index("--output_dir") + 1]))
     job = start(*options)
-    wait_until(lambda: finished(out) - done or job.poll() is not None)
+    wait_until(lambda: finished(out) - done or job.poll() is not None, 180)
     left = [*replicas(), *descendants("Claims")]
     assert left
     job.send_signal(how)
