@@ -161,7 +161,7 @@ def test_a_notice_saves_at_once_and_what_was_interrupted_resumes_on_fewer(
     assert 0 < saved(out)["global_step"] < 150
     assert read(told).count("a machine is about to be taken away: saving a checkpoint") == 1
     wait_until(lambda: not train_workers())
-    with cluster_of({"num_cpus": 2}) as smaller:
+    with cluster_of({"num_cpus": 1}) as smaller:
         resumed = start(smaller, options, told, **more, resume=True)
         assert resumed.wait(timeout=400) == 0, read(told)
     assert "with 1 worker" in read(told)
