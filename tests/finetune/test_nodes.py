@@ -148,7 +148,7 @@ def test_a_notice_saves_at_once_and_what_was_interrupted_resumes_on_fewer(
 ) -> None:
     """Ray Train reserves nodes for an elastic run for minutes after it was interrupted: two clusters."""
     out, told = tmp_path / "out", tmp_path / "told.txt"
-    more = {"save_steps": ENDLESS, "output_dir": out, "max_steps": 150}
+    more = {"save_steps": ENDLESS, "output_dir": out, "max_steps": 60}
     job = start(cluster, {**options, "num_workers": 2}, told, **more)
     try:
         wait_until(lambda: len(train_workers()) == 2 or job.poll() is not None, timeout_s=400)
@@ -158,7 +158,7 @@ def test_a_notice_saves_at_once_and_what_was_interrupted_resumes_on_fewer(
         assert job.wait(timeout=120) == 130, read(told)
     finally:
         job.kill()
-    assert 0 < saved(out)["global_step"] < 150
+    assert 0 < saved(out)["global_step"] < 60
     assert read(told).count("a machine is about to be taken away: saving a checkpoint") == 1
     wait_until(lambda: not train_workers())
     with cluster_of({"num_cpus": 1}) as smaller:
