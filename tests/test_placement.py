@@ -46,11 +46,12 @@ def test_workers_and_the_tasks_that_feed_them_have_a_place_on_every_node() -> No
     for _ in range(500):
         sizes = _random_sizes(rng)
         count = rng.randint(1, sum(map(int, sizes)))
-        per_worker, per_task = share_cpus(sizes, count)
+        most = count + rng.choice([0, 0, 1, 9])
+        per_worker, per_task = share_cpus(sizes, count, most)
         assert 0 < per_task <= 1
         assert place([{"CPU": per_worker}] * count, nodes_of(*sizes)) is not None
         for size in sizes:
-            for on_node in range(count + 1):
+            for on_node in range(most + 1):
                 if on_node * per_worker <= size:
                     assert size - on_node * per_worker >= per_task
 
@@ -60,7 +61,7 @@ def test_who_divides_by_a_share_finds_whole_workers() -> None:
     rng = random.Random(1)
     for _ in range(300):
         sizes = _random_sizes(rng)
-        per_worker, _ = share_cpus(sizes, count := rng.randint(1, sum(map(int, sizes))))
+        per_worker, _ = share_cpus(sizes, count := rng.randint(1, sum(map(int, sizes))), count)
         assert sum([per_worker] * count) // per_worker == count
 
 
@@ -78,6 +79,7 @@ def test_who_divides_by_a_share_finds_whole_workers() -> None:
         ([0, 2, 2, 2], (3, 3), (3, 65 / 64, 63 / 64, 1)),
         ([0, 8, 8], (1, 2), (2, 7.0, 1.0, 7)),
         ([0, 1, 1], (1, 2), (2, 33 / 64, 31 / 64, 1)),
+        ([1], (1, 2), (2, 33 / 64, 31 / 64, 1)),
         # More may train than there are CPUs, once machines have come.
         ([0, 8, 8], (1, 100), (100, 0.875, 0.125, 1)),
     ],

@@ -55,12 +55,13 @@ def largest_share(sizes: Sequence[float], count: int) -> float:
     return next((share for share in shares if share and _num_fitting(sizes, share) >= count), 0.0)
 
 
-def share_cpus(sizes: Sequence[float], count: int) -> tuple[float, float]:
+def share_cpus(sizes: Sequence[float], count: int, most: int) -> tuple[float, float]:
     """Divide nodes of these CPUs among workers, and the tasks that feed them.
 
     Args:
         sizes: CPUs of each node.
-        count: The most workers there may be; fewer, where nodes leave.
+        count: Workers that shall have a place.
+        most: Workers that there may be, if these nodes or others hold them.
 
     Returns:
         CPUs of each worker, and CPUs of a task, for which each node has room whatever number of the workers
@@ -68,15 +69,15 @@ def share_cpus(sizes: Sequence[float], count: int) -> tuple[float, float]:
     """
     beside_a_task = [size - min(1.0, size / 2) for size in sizes]
     share = max(1, int(_GRID * largest_share(beside_a_task, count))) / _GRID
-    if min(left := _left(sizes, share, count)) < 1 / _GRID:  # some node could be full to its last CPU
+    if min(left := _left(sizes, share, most)) < 1 / _GRID:  # some node could be full to its last CPU
         share += 1 / _GRID
-        left = _left(sizes, share, count)
+        left = _left(sizes, share, most)
     return share, min(1.0, max(1, int(_GRID * min(left))) / _GRID)
 
 
-def _left(sizes: Sequence[float], share: float, count: int) -> list[float]:
+def _left(sizes: Sequence[float], share: float, most: int) -> list[float]:
     """Return what is left on each node if it holds as many workers as it can."""
-    return [size - share * min(count, _num_fitting([size], share)) for size in sizes]
+    return [size - share * min(most, _num_fitting([size], share)) for size in sizes]
 
 
 def _num_fitting(sizes: Sequence[float], share: float) -> int:

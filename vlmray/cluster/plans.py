@@ -172,7 +172,7 @@ def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:
             num_threads=None,
         )
     sizes = [node.has("CPU") for node in nodes if node.has("CPU")]
-    per_worker, per_task = share_cpus(sizes, min(high, most))
+    per_worker, per_task = share_cpus(sizes, min(high, most), high)
     resources = {"CPU": per_worker}
     holders = Counter(map(id, place([resources] * min(high, most), nodes) or ()))
     num_threads = min(int((node.has("CPU") - 1) // holders[id(node)]) for node in nodes if holders[id(node)])
