@@ -55,8 +55,7 @@ a line here; wings that stand side by side (inference, training, serving) do not
 
 WITH_RAY = {
     "cluster", "cluster.connection", "cluster.resources", "cluster.placement", "cluster.plans",
-    "cluster.waiting", "cluster.watch",
-    "cluster.causes",
+    "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes",
     "inference.job", "inference.pipeline", "inference.replica",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
     "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking", "demo.job",

@@ -28,6 +28,7 @@ from helpers.processes import free_port, wait_until
 from helpers.servers import figures, in_progress, make_client, num_running
 from vlmray.builtin.models import BUILTIN
 from vlmray.cluster import plans
+from vlmray.cluster.resources import Node
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
@@ -146,7 +147,9 @@ def test_the_model_is_free_within_a_token_of_the_client(tmp_path: Path) -> None:
                 leave
             )  # of 1000; some time passes on the way to the replica
             wait_until(lambda: in_progress(server) == 0)
-        assert figures(server)['vlmray_requests_total{model="fake",status="499"}'] == 3 * 3 + 1 + 3
+        name = 'vlmray_requests_total{model="fake",status="499"}'
+        wait_until(lambda: figures(server)[name] >= 3 * 3 + 1 + 3)
+        assert figures(server)[name] == 3 * 3 + 1 + 3
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -298,6 +301,7 @@ def test_replicas_that_share_a_card_share_its_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(serving, "_MODEL", SimpleNamespace(options=lambda **options: deployment))
     for name in ("reachable", "present"):
         monkeypatch.setattr(plans, name, lambda resource: 1.0)
+    monkeypatch.setattr(plans, "present_nodes", lambda: [Node(name="one", resources={"GPU": 1})])
     build_application(ServeConfig(model_id="fake", engine="fake", gpus_per_replica=0.5))
     arguments = inspect.signature(ModelReplica).bind(*bound).arguments
     assert (arguments["num_threads"], arguments["memory_fraction"]) == (None, 0.5)

@@ -108,7 +108,7 @@ def test_what_is_decided_here_cannot_be_changed_by_sft_config(tmp_path: Path) ->
         dataset_name="charts?num_rows=4", optim="adamw_torch", fsdp=True, eval_split="test"
     )
     decided = (
-        _translate(TrainingRun.of(config, open_data(config)), tmp_path, goes_on=False).keys() - CHANGEABLE
+        _translate(TrainingRun.of(config, open_data(config)), tmp_path, 1, goes_on=False).keys() - CHANGEABLE
     )
     assert len(decided) > 20
     for name in sorted(decided):

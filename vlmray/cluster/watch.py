@@ -20,26 +20,34 @@ _LAST_MOMENT_S = 10.0
 
 def watch_cluster() -> None:
     """Watch head and node of the cluster that this process has joined, in a thread, while it is in it."""
-    head = ray.get_runtime_context().gcs_address
+    head = _joined()
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     threading.Thread(target=_watch, args=(head, raylet), daemon=True, name="watch-cluster").start()
 
 
+def _joined() -> str | None:
+    """Return the address of the head of the cluster that this process is in now."""
+    return ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+
+
 def _watch(head: str, raylet: str) -> None:
-    """Wait until one of the two is gone for as long as Ray would put up with it, and end the process then."""
+    """Wait until one of the two is gone for as long as Ray would put up with it, and end the process then.
+
+    A process that has left the cluster, for none or for another one, has nothing to do with it any more.
+    """
     limits = {
         # A head that keeps its state outside (on Kubernetes) comes back; Ray waits for it for a while.
         head: (f"the head of the Ray cluster at {head}", max(0.0, _RAY_GIVES_UP_S - _LAST_MOMENT_S)),
         raylet: ("Ray on this machine", 2 * _PERIOD_S),
     }
     seen = dict.fromkeys(limits, time.monotonic())
-    while ray.is_initialized():
+    while _joined() == head:
         for address, (what, patience_s) in limits.items():
             if is_open(address):
                 seen[address] = time.monotonic()
-            elif time.monotonic() - seen[address] > patience_s and ray.is_initialized():
+            elif time.monotonic() - seen[address] > patience_s and _joined() == head:
                 _leave(f"{what} is gone; what was finished is kept, run the job again on a cluster")
         time.sleep(_PERIOD_S)
 
