@@ -36,7 +36,7 @@ def start(*options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 90) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
