@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
+import fcntl
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Give a folder for the time being, and delete those that processes left here that were killed."""
     prefix = f"vlmray-{socket.gethostname()}-"  # the folder for temporary files may be shared by machines
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        name = re.fullmatch(rf"{re.escape(prefix)}(\d+)-\w+", folder.name)
-        if name and not _runs(int(name[1])):
+    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*{_LOCK}"):
+        _delete_if_left(lock)
+    # The system lets go of a lock when its process ends, however that comes.
+    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=_LOCK) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        folder = Path(held.name.removesuffix(_LOCK))
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder_name:
-        yield Path(folder_name)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of somebody else
-        return True
-    return True
+def _delete_if_left(lock: Path) -> None:
+    with contextlib.suppress(OSError), lock.open("rb") as file:  # of others, or gone by now
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink()
