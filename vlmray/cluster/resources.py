@@ -78,16 +78,23 @@ def gone(node_ids: Collection[str]) -> set[str]:
     planned meanwhile would count on it.
     """
     deadline = time.monotonic() + _MOST_UNTIL_DEAD_S
-    silent = {node["NodeID"] for node in ray.nodes() if node["NodeID"] in node_ids and not _answers(node)}
+    lost = (node for node in ray.nodes() if node["NodeID"] in node_ids)
+    silent = {node["NodeID"] for node in lost if not is_open(raylet_address(node))}
     while silent - dead(silent) and time.monotonic() < deadline:
         time.sleep(0.1)
     return dead(node_ids)
 
 
-def _answers(node: Mapping[str, Any]) -> bool:
+def raylet_address(node: Mapping[str, Any]) -> str:
+    """Return where the raylet of a node listens, of those that `ray.nodes` gives."""
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+
+
+def is_open(address: str) -> bool:
+    """Tell whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
     try:
-        address = node["NodeManagerAddress"], node["NodeManagerPort"]
-        with socket.create_connection(address, timeout=_MOST_UNTIL_ANSWER_S):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_MOST_UNTIL_ANSWER_S):
             return True
     except OSError:
         return False

@@ -6,12 +6,13 @@ Without either Ray ends the process in the end, from native code and without a w
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
 
 import ray
+
+from vlmray.cluster.resources import is_open, raylet_address
 
 _PERIOD_S = 2.0
 _RAY_GIVES_UP_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
@@ -23,8 +24,9 @@ def watch_cluster() -> None:
     head = _joined()
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
-    raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    threading.Thread(target=_watch, args=(head, raylet), daemon=True, name="watch-cluster").start()
+    threading.Thread(
+        target=_watch, args=(head, raylet_address(node)), daemon=True, name="watch-cluster"
+    ).start()
 
 
 def _joined() -> str | None:
@@ -50,16 +52,6 @@ def _watch(head: str, raylet: str) -> None:
             elif time.monotonic() - seen[address] > patience_s and _joined() == head:
                 _leave(f"{what} is gone; what was finished is kept, run the job again on a cluster")
         time.sleep(_PERIOD_S)
-
-
-def is_open(address: str) -> bool:
-    """Tell whether something listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
-            return True
-    except OSError:
-        return False
 
 
 def _leave(message: str) -> None:
