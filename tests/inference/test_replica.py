@@ -9,7 +9,7 @@ import pytest
 
 from helpers.rows import TASK, make_image
 from vlmray import cluster
-from vlmray.cluster import ReplicaPlan, plans
+from vlmray.cluster import ReplicaPlan, plans, resources
 from vlmray.cluster.resources import Node
 from vlmray.config import InferConfig
 from vlmray.engines.fake import FakeEngine
@@ -75,7 +75,10 @@ def test_replicas_that_share_a_card_share_its_memory(
 ) -> None:
     for name in ("reachable", "present"):
         monkeypatch.setattr(plans, name, lambda resource: 4.0)
-    monkeypatch.setattr(plans, "present_nodes", lambda: [Node(name="one", resources={"GPU": 4, "CPU": 4})])
+    for module in (plans, resources):
+        monkeypatch.setattr(
+            module, "present_nodes", lambda: [Node(name="one", resources={"GPU": 4, "CPU": 4})]
+        )
     monkeypatch.setattr(plans, "node_cpus", lambda: 4.0)
     plan = cluster.plan_replicas(None, gpus)
     config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)

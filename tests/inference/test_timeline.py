@@ -184,6 +184,14 @@ def test_a_long_run_takes_no_more_than_a_short_one_and_says_the_same() -> None:
         assert np.mean(lane.levels) == pytest.approx(np.mean(exact_lane.levels), abs=allowed)
 
 
+def test_a_replica_that_answers_two_chunks_at_a_time_works_once() -> None:
+    timeline = make_timeline(span("generate", 0, 10, replica="a"), span("generate", 4, 12, replica="a"))
+    assert timeline.used_s() == 12
+    overlap = timeline.overlap()
+    assert overlap is not None
+    assert (overlap.model_busy_share, overlap.model_waited_s) == (1.0, 0.0)
+
+
 def test_what_replicas_hold_is_counted_from_their_loading_to_the_last_answer_of_all() -> None:
     timeline = Timeline()
     timeline.add([Span("load", 0, 10, replica="a"), Span("generate", 10, 30, 5, replica="a")])

@@ -9,10 +9,18 @@ from vlmray.engines.base import Engine
 from vlmray.errors import OptionError
 from vlmray.models.source import resolve_model_id
 
-__all__ = ["ENGINES", "Engine", "build_engine", "load_engine"]
+__all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "load_engine"]
 
 ENGINES = ("transformers", "fake")
 """Known values of `--engine`."""
+
+_CALLS_AT_ONCE: dict[str, int] = {}
+"""Of engines that mix the requests of several calls, so that the end of one does not idle the model."""
+
+
+def calls_at_once(engine: str) -> int:
+    """Return how many threads may be in `generate` of an engine at a time."""
+    return _CALLS_AT_ONCE.get(engine, 1)
 
 
 def build_engine(

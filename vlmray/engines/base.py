@@ -52,7 +52,8 @@ class Engine(Protocol):
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 
-    An engine is used by one thread at a time, except for `check` and `prepare`.
+    An engine is used by as many threads at a time as `vlmray.engines.calls_at_once` says, except for `check`
+    and `prepare`.
     """
 
     max_model_len: int | None

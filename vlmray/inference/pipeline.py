@@ -25,6 +25,7 @@ from ray.data.datasource import Datasource, ReadTask
 from vlmray import cluster
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
+from vlmray.engines import calls_at_once
 from vlmray.inference import stages
 from vlmray.inference.chunks import Chunk, Finished, pack, unpack
 from vlmray.inference.plan import InferenceRun
@@ -63,6 +64,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     context.print_on_execution_start = False
     chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_chunks = count_chunks(run, replicas)
+    num_calls = calls_at_once(run.config.engine)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
@@ -81,10 +83,10 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
-            # One chunk is answered, the next is made ready, and one more is at hand.
+            # What the engine takes is answered, the next chunk is made ready, and one more is at hand.
             enable_true_multi_threading=True,
-            max_concurrent_calls_per_actor=2,
-            max_tasks_in_flight_per_actor=3,
+            max_concurrent_calls_per_actor=num_calls + 1,
+            max_tasks_in_flight_per_actor=num_calls + 2,
         ),
         num_cpus=replicas.num_cpus,
         num_gpus=replicas.num_gpus,

@@ -1,7 +1,7 @@
 """What an actor of the generating stage does: hold the model, answer chunks, and outlive those that kill it.
 
-Two threads call a replica: one readies its chunk while the other has the model. A chunk is claimed while
-either is at work on it, and answered row by row once a replica died over it (see `claims.py`).
+Several threads call a replica: one readies its chunk while the others have the model. A chunk is claimed
+while one is at work on it, and answered row by row once a replica died over it (see `claims.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ray
 
 from vlmray import cluster
 from vlmray.config import InferConfig
-from vlmray.engines import load_engine
+from vlmray.engines import calls_at_once, load_engine
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
@@ -33,7 +33,7 @@ def start_claims() -> Any:
 
 
 class Replica:
-    """A model and the lock of it.
+    """A model and the turns of those who use it.
 
     Args:
         config: Which model.
@@ -47,7 +47,7 @@ class Replica:
         self._task, self._claims = task, claims
         self._id = context.get_actor_id()
         self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
-        self._lock = threading.Lock()
+        self._turns = threading.Semaphore(calls_at_once(config.engine))
         watch = Watch()
         with self._loading():
             self._engine = load_engine(
@@ -99,7 +99,7 @@ class Replica:
     @contextlib.contextmanager
     def _turn(self, spans: list[Span]) -> Iterator[None]:
         """Hold the model, and note when."""
-        with self._lock:
+        with self._turns:
             watch, waited_s = Watch(), self._engine.waited_s
             yield
             waited_s = self._engine.waited_s - waited_s

@@ -139,8 +139,10 @@ class Timeline:
         return float(sum(end_s - begin_s for begin_s in begins))
 
     def used_s(self) -> float:
-        """Return the seconds in which replicas worked on answers."""
-        return float(self._select(["generate"])[:, 3].sum())
+        """Return the seconds in which replicas worked on answers, be it on one chunk or on several."""
+        ends = np.full(1, np.inf)
+        parts = (_work_until(self._select(["generate"], replica))(ends) for replica in self.replicas)
+        return float(sum(part.item() for part in parts))
 
     def lanes(self) -> list[Lane]:
         """Return a lane for each stage, and for each replica unless there are many; none without spans."""
