@@ -73,16 +73,34 @@ class LoadingConfig(Options):
 class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
-    engine: Literal["transformers", "fake"] = option("transformers", affects="result")
-    """What generates: transformers, or a scripted stand-in for tests."""
+    engine: Literal["transformers", "vllm", "fake"] = option("transformers", affects="result")
+    """What generates: transformers, vLLM, or a scripted stand-in for tests."""
 
     max_batch_tokens: int | None = option(None, affects="speed")
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
     16384 on a CPU. Halved and remembered when memory runs out."""
 
+    tensor_parallel_size: int = option(1, affects="speed")
+    """GPUs of one node that share the layers of a replica."""
+
+    pipeline_parallel_size: int = option(1, affects="speed")
+    """GPUs of one node that have a part of the layers each."""
+
+    max_model_len: int | None = option(None, affects="result")
+    """Tokens of a prompt and its answer, at most; default: what the model can and the memory holds."""
+
+    gpu_memory_utilization: float | None = option(None, affects="speed")
+    """Share of a GPU's memory for weights, keys and values; default: 0.9."""
+
+    engine_options: dict[str, Any] | None = option(None, affects="result")
+    """All other options of the engine, under its own names, as a JSON object or a mapping in the YAML file:
+    '{"max_num_seqs": 128}'."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "max_batch_tokens")
+        check_at_least(
+            self, 1, "max_batch_tokens", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

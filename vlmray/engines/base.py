@@ -23,6 +23,10 @@ Cancelled = Callable[[int], bool]
 """Called with the place of a request; tells whether nobody wants its answer any more."""
 
 
+class DeadEngineError(RuntimeError):
+    """The process that holds an engine's model is gone; only another engine can go on."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Answers requests with one model.
