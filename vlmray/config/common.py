@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vlmray.config.marks import option, refuse_foreign_options
+from vlmray.config.marks import mark, option, refuse_foreign_options
 from vlmray.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -100,7 +100,7 @@ class EngineConfig(LoadingConfig):
     gpu_memory_utilization: float | None = option(None, affects="speed", engines=_VLLM)
     """Share of a GPU's memory for weights, keys and values; default: 0.9."""
 
-    engine_options: dict[str, Any] | None = option(None, affects="result", engines=_VLLM)
+    engine_options: dict[str, Any] | None = dataclasses.field(default=None, metadata=mark("result", _VLLM))
     """All other options of the engine, under its own names, as a JSON object or a mapping in the YAML file:
     '{"max_num_seqs": 128}'."""
 

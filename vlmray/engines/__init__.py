@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlmray.config import EngineConfig
@@ -11,10 +12,10 @@ from vlmray.models.source import resolve_model_id
 
 __all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "load_engine"]
 
-ENGINES = ("transformers", "fake")
+ENGINES = ("transformers", "vllm", "fake")
 """Known values of `--engine`."""
 
-_CALLS_AT_ONCE: dict[str, int] = {}
+_CALLS_AT_ONCE: dict[str, int] = {"vllm": 256}
 """Of engines that mix the requests of several calls, so that the end of one does not idle the model."""
 
 
@@ -31,6 +32,8 @@ def build_engine(
     batch_size: int = 16,
     num_threads: int | None = None,
     memory_fraction: float = 1.0,
+    adapters: Sequence[str] = (),
+    max_adapters: int = 0,
     **options: Any,
 ) -> Engine:
     """Load a model and make the engine that answers with it: `load_engine` by keywords.
@@ -45,9 +48,12 @@ def build_engine(
         batch_size: Most rows in one forward pass.
         num_threads: CPU threads of torch in this process; None leaves torch's own choice.
         memory_fraction: Share of the GPU's memory that this process may take.
+        adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known: vLLM
+            makes room for the largest of them when it starts.
+        max_adapters: The most that will be loaded at a time, for vLLM again.
         **options: The other options of `vlmray.config.EngineConfig`, with its defaults: `quantization`,
             `dtype`, `attn_implementation`, `max_batch_tokens`, `min_pixels`, `max_pixels`,
-            `trust_remote_code`.
+            `trust_remote_code`, and those of vLLM.
 
     Raises:
         ValueError: Unknown engine, unusable model or adapter.
@@ -61,6 +67,8 @@ def build_engine(
         batch_size=batch_size,
         num_threads=num_threads,
         memory_fraction=memory_fraction,
+        adapters=adapters,
+        max_adapters=max_adapters,
     )
 
 
@@ -72,6 +80,8 @@ def load_engine(
     batch_size: int = 16,
     num_threads: int | None = None,
     memory_fraction: float = 1.0,
+    adapters: Sequence[str] = (),
+    max_adapters: int = 0,
 ) -> Engine:
     """Load a model and make the engine that answers with it; `build_engine` says more of the arguments."""
     if config.engine == "fake":
@@ -88,5 +98,20 @@ def load_engine(
             batch_size=batch_size,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
+        )
+    if config.engine == "vllm":
+        from vlmray.engines.vllm.options import check_options
+
+        check_options(config)  # first, as what follows imports vLLM
+        from vlmray.engines.vllm.engine import VLLMEngine
+
+        return VLLMEngine.from_pretrained(
+            resolve_model_id(model_id),
+            config,
+            adapter=adapter,
+            num_threads=num_threads,
+            memory_fraction=memory_fraction,
+            adapters=adapters,
+            max_adapters=max_adapters,
         )
     raise OptionError("engine", f": unknown engine {config.engine!r}", f"known: {', '.join(ENGINES)}")

@@ -1,118 +1,60 @@
 """The engine over vLLM: requests stream into one running engine, whoever asks.
 
-    generate -> worded, checked -> images decoded -> vLLM's processor -> AsyncLLM -> tokens -> generate
+    generate -> worded, checked -> RunningLLM, in an asyncio loop of a thread -> tokens -> generate
 
-vLLM holds the model in processes of its own; what is here runs in an asyncio loop of a thread, and in the
-threads that call `generate`. Prompts go to vLLM as tokens with one placeholder an image, so that it reads no
-special token in what people wrote, and tokens come back, so that texts and stops are those of every engine.
+vLLM holds the model in processes of its own. Tokens come back from it, not texts, so that texts and stops are
+those of every engine.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import queue
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from PIL.Image import Image
-from vllm import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vlmray.config import EngineConfig
-from vlmray.engines.base import (
-    Cancelled,
-    DeadEngineError,
-    OnEnd,
-    OnText,
-    check_request,
-    failed_completion,
-    limit_answer,
-)
-from vlmray.engines.rows import Listener, Row, read_token
-from vlmray.engines.streamed_text import Answer
-from vlmray.engines.transformers.batching import count_visual_tokens
+from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
+from vlmray.engines.rows import Listener, read_token
+from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_room
 from vlmray.engines.vllm.loop import BackgroundLoop
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
-from vlmray.engines.vllm.sampling import read_settings, row_end_ids, sampling_params
-from vlmray.images.decoding import decode_image
+from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
+from vlmray.engines.vllm.running import Event, RunningLLM
+from vlmray.engines.vllm.sampling import read_settings
+from vlmray.errors import OptionError
 from vlmray.models.processors import load_processor
-from vlmray.models.prompts import ChatPrompts, template_options
 from vlmray.schema import Completion, GenerationRequest
 
-_NUM_DECODERS = 2  # threads; decoding in PIL releases the interpreter lock
+T = TypeVar("T")
+
 _NUM_AHEAD = 32  # rows whose images are decoded before their call
 _POLL_S = 0.02  # between two questions whether anybody still waits
-_NUM_TRIES = 3  # of a row whose image vLLM's processes do not agree to have sent
-
-Images = list[Image]
-
-
-@dataclass(slots=True)
-class AsyncRow(Row):
-    """A request on its way through vLLM."""
-
-    token_ids: Sequence[int] = ()
-    """Its prompt, with one placeholder an image."""
-
-    adapter: LoRARequest | None = None
-    images: Future[Images] | None = None
-
-    def free(self) -> None:
-        """Let go of the images."""
-        self.images = None
-
-
-class Prepared(list[GenerationRequest]):
-    """Requests, and how far the engine is with them."""
-
-    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
-        super().__init__(requests)
-        self.rows = [AsyncRow(index, request) for index, request in enumerate(requests)]
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What the loop has to tell of a row."""
-
-    index: int
-    token_ids: Sequence[int] = ()
-    ended: bool = False
-    error: Exception | None = None
+_PROBE = "What does the picture show? Say it in a few words."
 
 
 class VLLMEngine:
     """Answers requests with vLLM; see `vlmray.engines.base.Engine` for what it promises.
 
     Args:
-        llm: vLLM's engine.
-        loop: Where that was started.
+        loop: A loop of its own.
+        running: What was started there.
         processor: As `vlmray.models.processors.load_processor` gives it.
-        settings: The model's generation config.
     """
 
-    def __init__(self, llm: AsyncLLM, loop: BackgroundLoop, processor: Any, settings: Any) -> None:
+    def __init__(self, loop: BackgroundLoop, running: RunningLLM, processor: Any) -> None:
         self.processor = processor
-        self.prompts = ChatPrompts(processor)
-        self.max_model_len: int | None = llm.model_config.max_model_len
-        self.waited_s = 0.0
-        self._llm, self._loop, self._settings = llm, loop, settings
+        self.max_model_len: int | None = running.llm.model_config.max_model_len
+        self._loop, self._running, self._opener = loop, running, Opener(processor)
         self._adapters: dict[str | None, LoRARequest | None] = {None: None}
-        self._num_adapters = 0
-        self._decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="decode")
-        # What waits for a place in the model's batch; more would only hold pixels in memory.
-        self._slots = asyncio.Semaphore(2 * llm.vllm_config.scheduler_config.max_num_seqs)
-        self._num_encoding = self._num_running = 0
-        self._idle_since: float | None = None
-        _use_image_processor(llm, processor)
+        self._num_loaded = 0
 
     @classmethod
     def from_pretrained(
@@ -123,6 +65,8 @@ class VLLMEngine:
         adapter: str | None = None,
         num_threads: int | None = None,
         memory_fraction: float = 1.0,
+        adapters: Sequence[str] = (),
+        max_adapters: int = 0,
     ) -> VLLMEngine:
         """Start vLLM with a model; `adapter` answers the requests that name none, instead of the base.
 
@@ -132,12 +76,17 @@ class VLLMEngine:
             adapter: Folder of a LoRA adapter, or None.
             num_threads: CPU threads of the model; None leaves vLLM's own choice.
             memory_fraction: Share of the GPU's memory that this engine may take.
+            adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known.
+            max_adapters: The most that will be loaded at a time.
 
         Raises:
             ValueError: Unusable option, model or adapter.
             FileNotFoundError: A folder that is not there or lacks files.
         """
         check_options(config)
+        own = [adapter] if adapter is not None else []
+        for path in own:
+            check_adapter(path, model_id)
         on_gpu = torch.cuda.is_available()
         set_environment(num_threads, on_gpu=on_gpu)
         settings = read_settings(model_id, trust_remote_code=config.trust_remote_code)
@@ -148,35 +97,62 @@ class VLLMEngine:
             trust_remote_code=config.trust_remote_code,
         )
         args = engine_args(
-            model_id, config, on_gpu=on_gpu, memory_fraction=memory_fraction, max_adapters=0, max_rank=0
+            model_id,
+            config,
+            on_gpu=on_gpu,
+            memory_fraction=memory_fraction,
+            max_adapters=max_adapters + len(own),
+            max_rank=max(map(adapter_rank, (*adapters, *own)), default=0),
         )
         loop = BackgroundLoop("vllm")
         try:
-            engine = cls(loop.run(_start(args)), loop, processor, settings)
+            engine = cls(loop, loop.run(RunningLLM.start(args, processor, settings)), processor)
         except BaseException:
             loop.close()
             raise
+        engine._use_as_default(adapter)
         return engine
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which there were requests, and none of them was ready for the model."""
+        return self._running.waited_s
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter that requests can then ask for by name.
+
+        Raises:
+            ValueError: The name is taken, or the adapter is not one that vLLM answers exactly.
+            FileNotFoundError: The folder is not there or lacks files.
+        """
+        if name in self._adapters:
+            raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
+        check_adapter(path, self._running.llm.model_config.model)
+        self._adapters[name] = self._add_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that `load_adapter` loaded, and free its memory.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        adapter = self._adapters.pop(name, None)
+        if adapter is None:
+            raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
+        self._run(self._running.remove_adapter(adapter))
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Word and check requests, and begin to decode the first images."""
         prepared = Prepared(requests)
         for row in prepared.rows:
-            try:
-                self._open(row)
-            except Exception as error:  # whatever is wrong with it, it is about this row
-                row.completion = failed_completion(error)
+            row.completion = self._open(row)
         for row in islice((row for row in prepared.rows if row.completion is None), _NUM_AHEAD):
-            row.images = self._decoders.submit(_decode, row.request.images)
+            row.images = self._running.decoders.submit(decode, row.request.images)
         return prepared
 
     def check(self, request: GenerationRequest) -> Completion | None:
         """Word and count a request; what shows only with its images is found by `generate`."""
-        try:
-            self._open(AsyncRow(0, request))
-        except Exception as error:
-            return failed_completion(error)
-        return None
+        return self._open(AsyncRow(0, request))
 
     def generate(
         self,
@@ -186,7 +162,11 @@ class VLLMEngine:
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
     ) -> list[Completion]:
-        """Answer every request, in order; those of other threads are answered beside them."""
+        """Answer every request, in order; those of other threads are answered beside them.
+
+        Raises:
+            DeadEngineError: vLLM's process has ended.
+        """
         listener = Listener(on_text, on_end, cancelled)
         prepared = requests if isinstance(requests, Prepared) else self.prepare(requests)
         assert isinstance(prepared, Prepared)
@@ -196,7 +176,7 @@ class VLLMEngine:
         open_rows = [row for row in prepared.rows if row.completion is None]
         streams = on_text is not None or cancelled is not None or any(row.request.stop for row in open_rows)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        tasks = {row.index: self._loop.submit(self._answer(row, streams, events.put)) for row in open_rows}
+        tasks = {row.index: self._begin(row, streams, events.put) for row in open_rows}
         try:
             self._listen(prepared.rows, tasks, listener, events)
         finally:
@@ -206,32 +186,23 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End vLLM's processes; calling it twice is harmless."""
-        self._decoders.shutdown(cancel_futures=True)
-        self._llm.shutdown()
-        self._loop.close()
+        if not self._loop.is_closed:
+            self._loop.run(self._running.stop())
+            self._loop.close()
 
-    def _open(self, row: AsyncRow) -> None:
-        """Check a request, and make tokens of its prompt; whatever is wrong with it is raised."""
-        request = row.request
-        check_request(request)
-        if request.adapter not in self._adapters:
-            raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
-        prompt = self.prompts.render(request.messages, **template_options(self.processor, request))
-        row.prompt = self.prompts.readable(prompt)
-        row.token_ids = self.prompts.processor_for(prompt).tokenizer(prompt)["input_ids"]
-        self._check_placeholders(row)
-        num_visual = sum(count_visual_tokens(self.processor.image_processor, image) for image in request.images)
-        limit_answer(request, len(row.token_ids) + num_visual - len(request.images), self.max_model_len)
-        row.adapter = self._adapters[request.adapter]
+    def _open(self, row: AsyncRow) -> Completion | None:
+        """Make a row ready, or return its failure."""
+        try:
+            if row.request.adapter not in self._adapters:
+                raise ValueError(f"unknown adapter {row.request.adapter!r}; known: {self._known_adapters()}")
+            row.adapter = self._adapters[row.request.adapter]
+            self._opener.open(row, self.max_model_len)
+        except Exception as error:  # whatever is wrong, it is about this row
+            return failed_completion(error)
+        return None
 
-    def _check_placeholders(self, row: AsyncRow) -> None:
-        """Refuse a prompt whose text has placeholders of its own: it would take a neighbour's image."""
-        image_id, video_id = (getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video"))
-        found, expected = row.token_ids.count(image_id), len(row.request.images)
-        if image_id is not None and found != expected:
-            raise ValueError(f"the prompt has {found} image tokens where its images give {expected}")
-        if video_id is not None and video_id in row.token_ids:
-            raise ValueError("the prompt holds a video placeholder, and video is not supported")
+    def _begin(self, row: AsyncRow, streams: bool, tell: Callable[[Event], None]) -> Future[None]:
+        return self._loop.submit(self._running.answer(row, self.max_model_len, streams, tell))
 
     def _listen(
         self,
@@ -242,123 +213,75 @@ class VLLMEngine:
     ) -> None:
         """Take what comes of open rows until none is left."""
         left = set(tasks)
-        asked_at = 0.0
+        wait_s = None if listener.cancelled is None else _POLL_S
+        ask_at = 0.0
         while left:
+            ended: set[int] = set()
             try:
-                event = events.get(timeout=_POLL_S if listener.cancelled is not None else None)
+                event = events.get(timeout=wait_s)
+                if event.index in left and _read(rows, event, listener):
+                    ended.add(event.index)
             except queue.Empty:
                 pass
-            else:
-                if event.index in left and self._read(rows, event, listener):
-                    left.discard(event.index)
-                    tasks[event.index].cancel()
-            if listener.cancelled is not None and time.monotonic() - asked_at >= _POLL_S:
-                gone = {index for index in left if listener.end_if_cancelled(rows[index])}
-                for index in gone:
-                    tasks[index].cancel()
-                left -= gone
-                asked_at = time.monotonic()
+            if wait_s is not None and time.monotonic() >= ask_at:
+                ended |= {index for index in left - ended if listener.end_if_cancelled(rows[index])}
+                ask_at = time.monotonic() + wait_s
+            for index in ended:
+                tasks[index].cancel()
+            left -= ended
 
-    def _read(self, rows: Sequence[AsyncRow], event: Event, listener: Listener) -> bool:
-        """Read what came of a row, and tell whether it has ended."""
-        row = rows[event.index]
-        if isinstance(event.error, EngineDeadError):
-            raise DeadEngineError("vLLM's process has ended") from event.error
-        if event.error is not None:
-            listener.end(row, failed_completion(_cause(event.error), prompt=row.prompt))
-            return True
-        for token_id in event.token_ids:
-            if read_token(rows, listener, row.index, token_id):
-                return True
-        if event.ended:
-            listener.end(row, row.complete("length"))
-        return event.ended
-
-    async def _answer(self, row: AsyncRow, streams: bool, tell: Callable[[Event], None]) -> None:
-        """Have vLLM answer a row, and tell of its tokens."""
+    def _use_as_default(self, adapter: str | None) -> None:
+        """Let an adapter answer what names none."""
         try:
-            async with self._slots:
-                for number in range(_NUM_TRIES):
-                    inputs = await self._encode(row)
-                    if await self._run(row, inputs, streams, tell):
-                        return
-                raise RuntimeError(f"vLLM did not take the row's images {number + 1} times")
-        except Exception as error:
-            tell(Event(row.index, error=error))
+            if adapter is not None:
+                self._adapters[None] = self._add_adapter("default", adapter)
+        except BaseException:
+            self.close()
+            raise
 
-    async def _encode(self, row: AsyncRow) -> Any:
-        """Return a row as vLLM takes it, and note how long its answer may be."""
-        self._count(encoding=1)
+    def _add_adapter(self, name: str, path: str) -> LoRARequest:
+        """Load an adapter, and see that it changes what the base says."""
+        room = self._running.llm.vllm_config.lora_config
+        check_room(path, room.max_lora_rank if room is not None else None)
+        self._num_loaded += 1
+        adapter = LoRARequest(f"{name}-{self._num_loaded}", self._num_loaded, str(Path(path).absolute()))
+        self._run(self._running.add_adapter(adapter))
+        if changes_base(path) and self._score(None) == self._score(adapter):
+            self._run(self._running.remove_adapter(adapter))
+            raise OptionError("adapter", f"{path} changes nothing in vLLM", "use --engine transformers")
+        return adapter
+
+    def _score(self, adapter: LoRARequest | None) -> list[dict[int, float]]:
+        return self._run(self._running.score(_PROBE, adapter))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            prompt: dict[str, Any] = {"prompt_token_ids": row.token_ids}
-            if row.request.images:
-                row.images = row.images or self._decoders.submit(_decode, row.request.images)
-                prompt["multi_modal_data"] = {"image": await asyncio.wrap_future(row.images)}
-                prompt["multi_modal_uuids"] = {"image": [*map(_name, row.request.images)]}
-            (inputs,) = await self._llm.renderer.render_cmpl_async([prompt])
-        finally:
-            self._count(encoding=-1)
-        row.num_prompt_tokens = len(inputs["prompt_token_ids"])
-        row.max_new_tokens = limit_answer(row.request, row.num_prompt_tokens, self.max_model_len)
-        row.answer = Answer(
-            self.processor.tokenizer,
-            row.max_new_tokens,
-            row_end_ids(row, self._settings),
-            row.request.stop,
-            row.request.min_new_tokens,
-        )
-        return inputs
-
-    async def _run(self, row: AsyncRow, inputs: Any, streams: bool, tell: Callable[[Event], None]) -> bool:
-        """Pass a row to vLLM; tell whether it could be answered."""
-        params = sampling_params(row, self._settings, streams=streams)
-        self._count(running=1)
-        try:
-            outputs = self._llm.generate(inputs, params, uuid.uuid4().hex, lora_request=row.adapter)
-            async for output in outputs:
-                (answer,) = output.outputs
-                if answer.finish_reason == "error":
-                    return False
-                tell(Event(row.index, list(answer.token_ids), output.finished))
-        finally:
-            self._count(running=-1)
-        return True
-
-    def _count(self, *, encoding: int = 0, running: int = 0) -> None:
-        """Note a row that comes or goes, and how long the model waits for the next; called in the loop."""
-        now = time.perf_counter()
-        if self._idle_since is not None:
-            self.waited_s += now - self._idle_since
-        self._num_encoding += encoding
-        self._num_running += running
-        self._idle_since = now if self._num_encoding and not self._num_running else None
+            return self._loop.run(work)
+        except EngineDeadError as error:
+            raise _dead(error) from error
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
 
 
-async def _start(args: dict[str, Any]) -> AsyncLLM:
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+def _read(rows: Sequence[AsyncRow], event: Event, listener: Listener) -> bool:
+    """Read what came of a row, and tell whether it has ended."""
+    row = rows[event.index]
+    if isinstance(event.error, EngineDeadError):
+        raise _dead(event.error) from event.error
+    if event.error is not None:
+        listener.end(row, failed_completion(_cause(event.error), prompt=row.prompt))
+        return True
+    for token_id in event.token_ids:
+        if read_token(rows, listener, row.index, token_id):
+            return True
+    if event.ended:
+        listener.end(row, row.complete("length"))
+    return event.ended
 
 
-def _use_image_processor(llm: AsyncLLM, processor: Any) -> None:
-    """Have vLLM's processor make of images what ours does: its own resizes by way of torchvision.
-
-    vLLM keeps one processor for all prompts, so it has ours from now on.
-    """
-    info = llm.renderer.get_mm_processor().info
-    info.get_hf_processor().image_processor = processor.image_processor
-    if info.get_hf_processor().image_processor is not processor.image_processor:
-        raise RuntimeError("this version of vLLM makes a processor for each prompt; see --engine transformers")
-
-
-def _decode(images: Sequence[Image | bytes]) -> Images:
-    return [decode_image(image) if isinstance(image, bytes) else image for image in images]
-
-
-def _name(image: Image | bytes) -> str | None:
-    """Return what vLLM knows an image by, without a look at its pixels."""
-    return hashlib.blake2b(image, digest_size=16).hexdigest() if isinstance(image, bytes) else None
+def _dead(error: EngineDeadError) -> DeadEngineError:
+    return DeadEngineError(f"vLLM's process has ended ({str(error).split(chr(10))[0]})")
 
 
 def _cause(error: BaseException) -> Exception:

@@ -27,9 +27,14 @@ class BackgroundLoop:
         """Run it to its end."""
         return self.submit(work).result()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has ended."""
+        return self._loop.is_closed()
+
     def close(self) -> None:
         """End the thread; what still runs is cancelled."""
-        if self._loop.is_closed():
+        if self.is_closed:
             return
         self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -66,10 +66,14 @@ def check_options(config: EngineConfig) -> None:
         if name in _OWN:
             raise OptionError("engine_options", f"has {name}", f"say it by {_OWN[name]}")
         if name in _FIXED:
-            raise OptionError("engine_options", f"has {name}, which this engine needs as it is", "leave it out")
+            raise OptionError(
+                "engine_options", f"has {name}, which this engine needs as it is", "leave it out"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known - _OWN.keys()), n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "vllm serve --help=all lists vLLM's options"
+            hint = (
+                f"did you mean {', '.join(near)}?" if near else "vllm serve --help=all lists vLLM's options"
+            )
             raise OptionError("engine_options", f"has {name!r}, which is no option of vLLM", hint)
 
 
