@@ -136,7 +136,18 @@ class ReplicaConfig(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 0, "gpus_per_replica")
+        if self.gpus_per_replica and self.cards > 1 and self.gpus_per_replica != self.cards:
+            raise OptionError(
+                "gpus_per_replica",
+                f"{self.gpus_per_replica:g} is not what {self.cards} parts of the model need",
+                "leave it out",
+            )
         self.replica_range()
+
+    @property
+    def cards(self) -> int:
+        """GPUs that share the model of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def replica_range(self) -> tuple[int, int] | None:
         """Return the smallest and largest number of replicas, or None where the cluster decides."""

@@ -10,7 +10,7 @@ from vlmray.engines.base import Engine
 from vlmray.errors import OptionError
 from vlmray.models.source import resolve_model_id
 
-__all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "load_engine"]
+__all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "check_engine", "load_engine"]
 
 ENGINES = ("transformers", "vllm", "fake")
 """Known values of `--engine`."""
@@ -22,6 +22,21 @@ _CALLS_AT_ONCE: dict[str, int] = {"vllm": 256}
 def calls_at_once(engine: str) -> int:
     """Return how many threads may be in `generate` of an engine at a time."""
     return _CALLS_AT_ONCE.get(engine, 1)
+
+
+def check_engine(config: EngineConfig, adapters: Sequence[str] = ()) -> None:
+    """Check on a job's driver that an engine is there, and takes its options and adapters.
+
+    Raises:
+        OptionError: It is not, or does not.
+    """
+    if config.engine == "vllm":
+        from vlmray.engines.vllm.adapters import check_kind
+        from vlmray.engines.vllm.options import check_options
+
+        check_options(config)
+        for adapter in adapters:
+            check_kind(adapter)
 
 
 def build_engine(
@@ -100,9 +115,7 @@ def load_engine(
             memory_fraction=memory_fraction,
         )
     if config.engine == "vllm":
-        from vlmray.engines.vllm.options import check_options
-
-        check_options(config)  # first, as what follows imports vLLM
+        check_engine(config)  # first, as what follows imports vLLM
         from vlmray.engines.vllm.engine import VLLMEngine
 
         return VLLMEngine.from_pretrained(

@@ -212,7 +212,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
 
 
 def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve.Application:
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
         look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
@@ -372,7 +372,7 @@ def _start(config: ServeConfig, application: serve.Application) -> DeploymentHan
 
 
 def _asked(config: ServeConfig) -> cluster.Asked:
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
     return plan.asked(f"ServeReplica:{APP_NAME}:{_MODEL_NAME}", is_served=True)
 
 

@@ -6,13 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText
-
 from vlmray.errors import OptionError
 from vlmray.models.adapter_kinds import tell_kind
-from vlmray.models.adapters import check_finite
 from vlmray.models.checks import check_adapter_folder
 from vlmray.storage.weights import read_tensor_shapes
 
@@ -27,15 +22,12 @@ def check_adapter(adapter: str, model_id: str) -> None:
         ValueError: It is more than LoRA on linear layers of the language model, or lacks weights.
         FileNotFoundError: The folder is not there or lacks files.
     """
+    from vlmray.models.adapters import check_finite
+
     check_adapter_folder(adapter, model_id)
+    check_kind(adapter)
     check_finite(adapter)
     names = set(read_tensor_shapes(_weights(adapter)))
-    kind = tell_kind(adapter, _read_config(adapter), names)
-    if not kind.mixes or kind.replaced:
-        what = (
-            "is more than LoRA on linear layers of the language model, which is all that vLLM answers exactly"
-        )
-        raise OptionError("adapter", f"{adapter} {what}", _PLAIN_ONLY)
     expected = _expected_names(adapter, model_id)
     if names != expected:
         missing, unknown = sorted(expected - names), sorted(names - expected)
@@ -46,6 +38,17 @@ def check_adapter(adapter: str, model_id: str) -> None:
             f"({', '.join(missing[:1]) or 'none'})",
             "train it again with the installed versions",
         )
+
+
+def check_kind(adapter: str) -> None:
+    """Refuse an adapter that is more than vLLM answers exactly; its weights are not read.
+
+    Raises:
+        ValueError: It is more than LoRA on linear layers of the language model.
+    """
+    kind = tell_kind(adapter, _read_config(adapter), read_tensor_shapes(_weights(adapter)))
+    if not kind.mixes or kind.replaced:
+        raise OptionError("adapter", f"{adapter} {_MORE}", _PLAIN_ONLY)
 
 
 def adapter_rank(adapter: str) -> int:
@@ -75,6 +78,8 @@ def check_room(adapter: str, max_rank: int | None) -> None:
 
 def changes_base(adapter: str) -> bool:
     """Tell whether an adapter adds anything; one that was never trained does not."""
+    from safetensors import safe_open
+
     with safe_open(_weights(adapter), framework="pt") as weights:
         # No mapping, for all that it has keys.
         return any(
@@ -86,7 +91,9 @@ def changes_base(adapter: str) -> bool:
 
 def _expected_names(adapter: str, model_id: str) -> set[str]:
     """Return the names of all weights that PEFT would look for; no memory is taken for any."""
+    import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_id))

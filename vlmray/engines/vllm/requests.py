@@ -1,6 +1,6 @@
 """Requests on their way to vLLM: their prompts as tokens, their images decoded.
 
-vLLM gets tokens with one placeholder an image, never a text, in which it would read special tokens that people
+vLLM gets tokens with one placeholder an image, never a text: it would read special tokens in what people
 wrote.
 """
 

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from vllm import AsyncEngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm import AsyncEngineArgs, SamplingParams
 from vlmray.engines.base import limit_answer
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.vllm.requests import AsyncRow, decode, image_name
@@ -97,6 +97,7 @@ class RunningLLM:
         """End vLLM's processes."""
         self.decoders.shutdown(cancel_futures=True)
         self.llm.shutdown()
+        del self.llm  # now, as it shuts down again when it goes, and cannot once Python ends
 
     async def _encode(self, row: AsyncRow, max_model_len: int | None) -> Any:
         """Return a row as vLLM takes it, and note how long its answer may be."""
