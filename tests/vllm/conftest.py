@@ -34,7 +34,7 @@ def processor(tiny_model: Path) -> Any:
 def engine(tiny_model: Path, tiny_adapter: Path) -> Iterator[Any]:
     """One over the tiny model; it starts in a minute, so all tests share it."""
     engine = build_engine(
-        engine="vllm", model_id=str(tiny_model), num_threads=1, adapters=[str(tiny_adapter)], max_adapters=3
+        engine="vllm", model_id=str(tiny_model), num_threads=1, adapters=[str(tiny_adapter)], max_adapters=1
     )
     yield engine
     engine.close()

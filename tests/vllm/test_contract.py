@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from helpers.adapters import MIXING, build_adapter
 from helpers.engines import (
     check_that_leavers_leave,
     generate_alone,
@@ -20,7 +24,7 @@ from helpers.engines import (
     text_request,
     texts,
 )
-from vlmray.engines.base import Engine
+from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.schema import GenerationRequest
 
@@ -159,20 +163,55 @@ def test_calls_share_the_engine(engine: Engine, other: Engine) -> None:
     assert engine.waited_s > 0
 
 
+@pytest.mark.parametrize("kind", MIXING)
 def test_base_and_adapters_mix_and_come_and_go(
-    engine: Any, model: Any, processor: Any, tiny_model: Path, tiny_adapter: Path
+    engine: Any, other: Any, tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    other = TransformersEngine(model, processor)
+    adapter = str(build_adapter(tmp_path / kind, tiny_model, **MIXING[kind]))
     rows = [make_request(n, n % 3) for n in range(6)]
-    requests = [dataclasses.replace(row, adapter=name) for row in rows for name in (None, "first")]
+    requests = [dataclasses.replace(row, adapter=name) for row in rows for name in (None, kind)]
     for each in (engine, other):
-        each.load_adapter("first", str(tiny_adapter))
-    expected = other.generate(requests)
-    assert engine.generate(requests) == expected
-    assert texts(expected[::2]) != texts(expected[1::2])
-    with pytest.raises(ValueError, match="loaded already"):
-        engine.load_adapter("first", str(tiny_adapter))
-    engine.unload_adapter("first")
-    other.unload_adapter("first")
+        each.load_adapter(kind, adapter)
+    try:
+        expected = other.generate(requests)
+        assert engine.generate(requests) == expected
+        assert texts(expected[::2]) != texts(expected[1::2])
+        for refused in (kind, "one more than there is room for"):
+            with pytest.raises(ValueError, match=r"loaded already|room for 1 adapters"):
+                engine.load_adapter(refused, adapter)
+    finally:
+        for each in (engine, other):
+            each.unload_adapter(kind)
     assert engine.generate(requests[:2])[1].finish_reason == "error"
     assert texts(engine.generate(rows)) == texts(expected[::2])
+
+
+def test_the_engine_says_that_its_process_died(engine: Any) -> None:
+    """The last: the engine is gone behind it, and with it all its processes."""
+    mark = f"_STARTED_BY={os.environ['VLMRAY_STARTED_BY']}".encode()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(engine.generate, make_mixed_requests(18, max_new_tokens=400, ignore_eos=True))
+        core = next(pid for pid in _carrying(mark) if b"EngineCore" in _read(pid, "cmdline"))
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(DeadEngineError, match="process has ended"):
+            call.result(120)
+    with pytest.raises(DeadEngineError):
+        engine.generate(make_mixed_requests(2))
+    engine.close()
+    assert not [*_carrying(mark)]
+
+
+def _carrying(mark: bytes) -> Iterator[int]:
+    """Processes, beside this one, that what was started by it."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            pid = int(folder.name)
+            if mark in _read(pid, "environ"):
+                yield pid
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # it is gone
+        return b""

@@ -8,11 +8,11 @@ those of every engine.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
 from vlmray.engines.rows import Listener, read_token
 from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_room
+from vlmray.engines.vllm.guard import ProcessGuard
 from vlmray.engines.vllm.loop import BackgroundLoop
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
 from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
@@ -44,17 +45,28 @@ class VLLMEngine:
     """Answers requests with vLLM; see `vlmray.engines.base.Engine` for what it promises.
 
     Args:
+        guard: Of what was started.
         loop: A loop of its own.
         running: What was started there.
         processor: As `vlmray.models.processors.load_processor` gives it.
+        max_adapters: The most that are loaded at a time.
     """
 
-    def __init__(self, loop: BackgroundLoop, running: RunningLLM, processor: Any) -> None:
+    def __init__(
+        self,
+        guard: ProcessGuard,
+        loop: BackgroundLoop,
+        running: RunningLLM,
+        processor: Any,
+        max_adapters: int,
+    ) -> None:
         self.processor = processor
         self.max_model_len: int | None = running.llm.model_config.max_model_len
-        self._loop, self._running, self._opener = loop, running, Opener(processor)
+        self._guard, self._loop, self._running = guard, loop, running
+        self._opener = Opener(processor)
         self._adapters: dict[str | None, LoRARequest | None] = {None: None}
-        self._num_loaded = 0
+        self._max_adapters = max_adapters
+        self._numbers = itertools.count(1)  # threads may load beside each other
 
     @classmethod
     def from_pretrained(
@@ -96,20 +108,23 @@ class VLLMEngine:
             max_pixels=config.max_pixels,
             trust_remote_code=config.trust_remote_code,
         )
+        max_adapters += len(own)
         args = engine_args(
             model_id,
             config,
             on_gpu=on_gpu,
             memory_fraction=memory_fraction,
-            max_adapters=max_adapters + len(own),
+            max_adapters=max_adapters,
             max_rank=max(map(adapter_rank, (*adapters, *own)), default=0),
         )
-        loop = BackgroundLoop("vllm")
+        guard, loop = ProcessGuard(), BackgroundLoop("vllm")
         try:
-            engine = cls(loop, loop.run(RunningLLM.start(args, processor, settings)), processor)
+            running = loop.run(RunningLLM.start(args, processor, settings))
         except BaseException:
             loop.close()
+            guard.close()
             raise
+        engine = cls(guard, loop, running, processor, max_adapters)
         engine._use_as_default(adapter)
         return engine
 
@@ -146,7 +161,7 @@ class VLLMEngine:
         prepared = Prepared(requests)
         for row in prepared.rows:
             row.completion = self._open(row)
-        for row in islice((row for row in prepared.rows if row.completion is None), _NUM_AHEAD):
+        for row in itertools.islice((row for row in prepared.rows if row.completion is None), _NUM_AHEAD):
             row.images = self._running.decoders.submit(decode, row.request.images)
         return prepared
 
@@ -189,6 +204,7 @@ class VLLMEngine:
         if not self._loop.is_closed:
             self._loop.run(self._running.stop())
             self._loop.close()
+            self._guard.close()
 
     def _open(self, row: AsyncRow) -> Completion | None:
         """Make a row ready, or return its failure."""
@@ -243,8 +259,12 @@ class VLLMEngine:
         """Load an adapter, and see that it changes what the base says."""
         room = self._running.llm.vllm_config.lora_config
         check_room(path, room.max_lora_rank if room is not None else None)
-        self._num_loaded += 1
-        adapter = LoRARequest(f"{name}-{self._num_loaded}", self._num_loaded, str(Path(path).absolute()))
+        if sum(each is not None for each in self._adapters.values()) >= self._max_adapters:
+            raise ValueError(
+                f"vLLM was started for at most {self._max_adapters} adapters at a time; drop one"
+            )
+        number = next(self._numbers)
+        adapter = LoRARequest(f"{name}-{number}", number, str(Path(path).expanduser().absolute()))
         self._run(self._running.add_adapter(adapter))
         if changes_base(path) and self._score(None) == self._score(adapter):
             self._run(self._running.remove_adapter(adapter))

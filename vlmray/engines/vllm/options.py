@@ -24,8 +24,10 @@ _OWN = {
 }
 """What is said by an option here."""
 
-_FIXED = ("generation_config", "override_generation_config", "skip_tokenizer_init", "logits_processors",
-          "tokenizer", "mm_processor_kwargs", "runner", "convert", "model_impl")  # fmt: skip
+_FIXED = (
+    "convert", "generation_config", "logits_processors", "max_cpu_loras", "max_loras", "mm_processor_kwargs",
+    "model_impl", "override_generation_config", "runner", "skip_tokenizer_init", "tokenizer",
+)  # fmt: skip
 """What would make it another engine than the others are."""
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -119,10 +121,12 @@ def engine_args(
     if config.quantization == "4bit":
         args["quantization"] = "bitsandbytes"
     if max_adapters:
+        # On a CPU, rows of the base beside those of adapters meet what is in the last place: it stays empty.
+        places = max_adapters if on_gpu else max_adapters + 1
         args |= {
             "enable_lora": True,
-            "max_loras": max_adapters,
-            "max_cpu_loras": max_adapters,
+            "max_loras": places,
+            "max_cpu_loras": places,
             "max_lora_rank": next((rank for rank in _RANKS if rank >= max_rank), _RANKS[-1]),
         }
     return args | (config.engine_options or {})
@@ -132,6 +136,7 @@ def set_environment(num_threads: int | None, *, on_gpu: bool) -> None:
     """Set what vLLM reads from the environment of the process that starts it; what is set already stays."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Ray shares the cores, not vLLM
         if num_threads is not None:
