@@ -215,8 +215,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
 def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve.Application:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
     most_calls = calls_at_once(config.engine)
-    mixes_calls = most_calls > 1
-    target = config.target_ongoing_requests or (most_calls // 4 if mixes_calls else config.max_batch_size)
+    batch = most_calls // 4 if most_calls > 1 else config.max_batch_size
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
         look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
@@ -224,7 +223,7 @@ def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve
             "autoscaling_config": {
                 "min_replicas": plan.min_replicas,
                 "max_replicas": plan.max_replicas,
-                "target_ongoing_requests": target,
+                "target_ongoing_requests": config.target_ongoing_requests or batch,
                 "upscale_delay_s": config.upscale_delay_s,
                 "downscale_delay_s": config.downscale_delay_s,
                 "look_back_period_s": look_back_s,
@@ -233,8 +232,7 @@ def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve
         }
     logs = {"log_level": config.log_level, "enable_access_log": False}
     model = _MODEL.options(
-        # A batch in the model, and one that waits for it.
-        max_ongoing_requests=most_calls if mixes_calls else 2 * config.max_batch_size,
+        max_ongoing_requests=max(most_calls, 2 * batch),  # a batch in the model, and one that waits for it
         max_queued_requests=config.max_queued_requests,
         ray_actor_options={
             "num_gpus": plan.num_gpus,

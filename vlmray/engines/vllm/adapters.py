@@ -9,7 +9,6 @@ from typing import Any
 from vlmray.errors import OptionError
 from vlmray.models.adapter_kinds import tell_kind
 from vlmray.models.checks import check_adapter_folder
-from vlmray.storage.weights import read_tensor_shapes
 
 _MORE = "is more than LoRA on linear layers of the language model, all that vLLM answers exactly"
 _PLAIN_ONLY = "use --engine transformers, or merge it into its base"
@@ -27,7 +26,7 @@ def check_adapter(adapter: str, model_id: str) -> None:
     check_adapter_folder(adapter, model_id)
     check_kind(adapter)
     check_finite(adapter)
-    names = set(read_tensor_shapes(_weights(adapter)))
+    names = set(_names(adapter))
     expected = _expected_names(adapter, model_id)
     if names != expected:
         missing, unknown = sorted(expected - names), sorted(names - expected)
@@ -46,7 +45,7 @@ def check_kind(adapter: str) -> None:
     Raises:
         ValueError: It is more than LoRA on linear layers of the language model.
     """
-    kind = tell_kind(adapter, _read_config(adapter), read_tensor_shapes(_weights(adapter)))
+    kind = tell_kind(adapter, _read_config(adapter), _names(adapter))
     if not kind.mixes or kind.replaced:
         raise OptionError("adapter", f"{adapter} {_MORE}", _PLAIN_ONLY)
 
@@ -98,6 +97,13 @@ def _expected_names(adapter: str, model_id: str) -> set[str]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_id))
         return set(get_peft_model_state_dict(get_peft_model(model, PeftConfig.from_pretrained(adapter))))
+
+
+def _names(adapter: str) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(_weights(adapter), framework="np") as weights:
+        return list(weights.keys())
 
 
 def _weights(adapter: str) -> Path:

@@ -9,16 +9,15 @@ those of every engine.
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from vllm.lora.request import LoRARequest
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
@@ -28,16 +27,20 @@ from vlmray.engines.vllm.guard import ProcessGuard
 from vlmray.engines.vllm.loop import BackgroundLoop
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
 from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
-from vlmray.engines.vllm.running import Event, RunningLLM
+from vlmray.engines.vllm.running import Event, RunningLLM, is_dead
 from vlmray.engines.vllm.sampling import read_settings
 from vlmray.errors import OptionError
 from vlmray.models.processors import load_processor
 from vlmray.schema import Completion, GenerationRequest
 
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
 T = TypeVar("T")
 
 _NUM_AHEAD = 32  # rows whose images are decoded before their call
 _POLL_S = 0.02  # between two questions whether anybody still waits
+_DEAD = "vLLM's process has ended"
 _PROBE = "What does the picture show? Say it in a few words."
 
 
@@ -125,7 +128,13 @@ class VLLMEngine:
             guard.close()
             raise
         engine = cls(guard, loop, running, processor, max_adapters)
-        engine._use_as_default(adapter)
+        try:
+            engine._check_scores()
+            if adapter is not None:
+                engine._adapters[None] = engine._add_adapter("default", adapter)
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     @property
@@ -246,17 +255,19 @@ class VLLMEngine:
                 tasks[index].cancel()
             left -= ended
 
-    def _use_as_default(self, adapter: str | None) -> None:
-        """Let an adapter answer what names none."""
-        try:
-            if adapter is not None:
-                self._adapters[None] = self._add_adapter("default", adapter)
-        except BaseException:
-            self.close()
-            raise
+    def _check_scores(self) -> None:
+        """Refuse a model whose scores are no numbers: vLLM would answer it with the first token of all."""
+        found = [score for place in self._score(None) for score in place.values()]
+        if not all(map(math.isfinite, found)):
+            problem = "gives scores that are not finite (NaN or infinity)"
+            raise OptionError(
+                "model_id", problem, "look for such values in its weights, or try --dtype float32"
+            )
 
     def _add_adapter(self, name: str, path: str) -> LoRARequest:
         """Load an adapter, and see that it changes what the base says."""
+        from vllm.lora.request import LoRARequest
+
         room = self._running.llm.vllm_config.lora_config
         check_room(path, room.max_lora_rank if room is not None else None)
         if sum(each is not None for each in self._adapters.values()) >= self._max_adapters:
@@ -277,8 +288,10 @@ class VLLMEngine:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         try:
             return self._loop.run(work)
-        except EngineDeadError as error:
-            raise _dead(error) from error
+        except Exception as error:
+            if is_dead(error):
+                raise DeadEngineError(_DEAD) from error
+            raise
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"
@@ -287,8 +300,8 @@ class VLLMEngine:
 def _read(rows: Sequence[AsyncRow], event: Event, listener: Listener) -> bool:
     """Read what came of a row, and tell whether it has ended."""
     row = rows[event.index]
-    if isinstance(event.error, EngineDeadError):
-        raise _dead(event.error) from event.error
+    if event.error is not None and is_dead(event.error):
+        raise DeadEngineError(_DEAD) from event.error
     if event.error is not None:
         listener.end(row, failed_completion(_cause(event.error), prompt=row.prompt))
         return True
@@ -298,10 +311,6 @@ def _read(rows: Sequence[AsyncRow], event: Event, listener: Listener) -> bool:
     if event.ended:
         listener.end(row, row.complete("length"))
     return event.ended
-
-
-def _dead(error: EngineDeadError) -> DeadEngineError:
-    return DeadEngineError(f"vLLM's process has ended ({str(error).split(chr(10))[0]})")
 
 
 def _cause(error: BaseException) -> Exception:

@@ -44,7 +44,8 @@ def check_installed() -> None:
     Raises:
         OptionError: It is not.
     """
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # some folder that happens to be called so
         raise OptionError("engine", "vllm needs vLLM", "pip install 'vlmray[vllm]'")
 
 

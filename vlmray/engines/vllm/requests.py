@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
-from vllm.lora.request import LoRARequest
 
 from vlmray.engines.base import check_request, limit_answer
 from vlmray.engines.rows import Row
@@ -21,6 +20,9 @@ from vlmray.engines.transformers.batching import count_visual_tokens
 from vlmray.images.decoding import decode_image
 from vlmray.models.prompts import ChatPrompts, template_options
 from vlmray.schema import GenerationRequest
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 Images = list[Image]
 

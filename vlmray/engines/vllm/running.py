@@ -11,16 +11,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.lora.request import LoRARequest
-from vllm.v1.engine.async_llm import AsyncLLM
-
-from vllm import AsyncEngineArgs, SamplingParams
 from vlmray.engines.base import limit_answer
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.vllm.requests import AsyncRow, decode, image_name
 from vlmray.engines.vllm.sampling import row_end_ids, sampling_params
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 _NUM_DECODERS = 2  # threads; decoding in PIL releases the interpreter lock
 _NUM_TRIES = 3  # of a row whose image one of vLLM's processes takes for sent, and the other has dropped
@@ -37,6 +37,13 @@ class Event:
 
 
 Tell = Callable[[Event], None]
+
+
+def is_dead(error: Exception) -> bool:
+    """Tell whether an error means that vLLM's process has ended."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)
 
 
 class RunningLLM:
@@ -62,6 +69,9 @@ class RunningLLM:
     @classmethod
     async def start(cls, args: dict[str, Any], processor: Any, settings: Any) -> RunningLLM:
         """Start vLLM's processes, and wait until the model is loaded."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
         return cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**args)), processor, settings)
 
     async def answer(self, row: AsyncRow, max_model_len: int | None, streams: bool, tell: Tell) -> None:
@@ -78,6 +88,8 @@ class RunningLLM:
 
     async def score(self, text: str, adapter: LoRARequest | None) -> list[dict[int, float]]:
         """Return how likely the base, or an adapter, holds the tokens of a text."""
+        from vllm import SamplingParams
+
         (inputs,) = await self._render({"prompt_token_ids": self._processor.tokenizer(text)["input_ids"]})
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         places: list[Any] = []

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, GenerationConfig
-from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 from vlmray.engines.rows import Row, end_ids
 from vlmray.engines.transformers.sampling import GREEDY_BELOW
 from vlmray.engines.transformers.settings import least_new_tokens
 from vlmray.errors import OptionError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 
 def read_settings(model_id: str, *, trust_remote_code: bool) -> GenerationConfig:
@@ -61,6 +62,9 @@ def sampling_params(row: Row, config: GenerationConfig, *, streams: bool) -> Sam
         config: The model's settings.
         streams: Whether tokens are wanted before all are there.
     """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     request = row.request
     is_greedy = request.temperature < GREEDY_BELOW
     ends = row_end_ids(row, config)
