@@ -152,22 +152,22 @@ def test_a_chunk_that_was_not_alone_is_asked_again_alone_and_then_row_by_row(
     assert sizes == [(3, 3), (3, 0), (1, 0), (1, 0), (1, 0)]  # rows, and chunks that had room beside
 
 
-@pytest.mark.usefixtures("many_calls")
 def test_who_waits_to_be_alone_is_not_overtaken() -> None:
     turns, order = replica.Turns(2), []
-    with turns.take(alone=False), ThreadPoolExecutor(2) as threads:
 
-        def go(name: str, alone: bool) -> None:
-            with turns.take(alone=alone):
-                order.append(name)
+    def go(name: str, alone: bool) -> None:
+        with turns.take(alone=alone):
+            order.append(name)
 
-        first = threads.submit(go, "alone", True)
-        while not turns._gate.locked():
-            assert not first.done()
-        second = threads.submit(go, "later", False)
-        assert not order
-    first.result(20)
-    second.result(20)
+    with ThreadPoolExecutor(2) as threads:
+        with turns.take(alone=False):
+            first = threads.submit(go, "alone", True)
+            while not turns._gate.locked():
+                assert not first.done()
+            second = threads.submit(go, "later", False)
+            assert not order
+        first.result(20)
+        second.result(20)
     assert order == ["alone", "later"]
 
 

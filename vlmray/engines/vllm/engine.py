@@ -131,7 +131,7 @@ class VLLMEngine:
         try:
             engine._check_scores()
             if adapter is not None:
-                engine._adapters[None] = engine._add_adapter("default", adapter)
+                engine._use_as_default(adapter)
         except BaseException:
             engine.close()
             raise
@@ -254,6 +254,10 @@ class VLLMEngine:
             for index in ended:
                 tasks[index].cancel()
             left -= ended
+
+    def _use_as_default(self, path: str) -> None:
+        """Let an adapter answer what names none."""
+        self._adapters[None] = self._add_adapter("default", path)
 
     def _check_scores(self) -> None:
         """Refuse a model whose scores are no numbers: vLLM would answer it with the first token of all."""
