@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,13 @@ from ray import serve
 
 from vlmray.config import ServeConfig
 from vlmray.engines import calls_at_once, load_engine
-from vlmray.engines.base import failed_completion
+from vlmray.engines.base import DeadEngineError, failed_completion
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Reply
+
+logger = logging.getLogger(__name__)
 
 _SHARE_OF_WAITING = 0.05
 """Of the time of a batch, for clients who had an answer of the last one and ask again."""
@@ -247,6 +251,10 @@ class ModelReplica:
                 on_end=on_end,
                 cancelled=lambda index: items[index].left,
             )
+        except DeadEngineError as error:
+            # Serve starts another, and whoever has no piece of an answer yet is asked there.
+            logger.error("%s; the replica ends and is replaced", error)
+            os._exit(1)
         except Exception as error:  # only a broken engine raises
             self._failure = error
             raise
