@@ -42,6 +42,7 @@ class ProcessGuard:
             start_new_session=True,  # what ends a job's group leaves it
         )
         os.environ[_MARK] = name
+        os.environ["SPT_NOENV"] = "1"  # or the titles of vLLM's processes are written over their environment
 
     def close(self) -> None:
         """End what is left of it now."""
