@@ -25,6 +25,7 @@ from helpers.engines import (
 from helpers.processes import marked
 from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.errors import OptionError
 from vlmray.schema import GenerationRequest
 
 
@@ -162,7 +163,15 @@ def test_calls_share_the_engine(engine: Engine, other: Engine) -> None:
     assert engine.waited_s > 0
 
 
-@pytest.mark.parametrize("kind", MIXING)
+def test_an_adapter_that_brings_a_head_of_its_own_is_refused(
+    engine: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = build_adapter(tmp_path / "head", tiny_model, **MIXING["lm_head-lora"])
+    with pytest.raises(OptionError, match="all that vLLM answers exactly"):
+        engine.load_adapter("head", str(adapter))
+
+
+@pytest.mark.parametrize("kind", sorted(MIXING.keys() - {"lm_head-lora"}))
 def test_base_and_adapters_mix_and_come_and_go(
     engine: Any, other: Any, tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
