@@ -15,7 +15,7 @@ from vlmray.cluster.resources import Node
 from vlmray.config import InferConfig
 from vlmray.engines.base import DeadEngineError
 from vlmray.engines.fake import FakeEngine
-from vlmray.errors import RunError
+from vlmray.errors import OptionError, RunError
 from vlmray.inference import replica
 from vlmray.inference.claims import Claims, Holder
 from vlmray.inference.replica import Replica
@@ -90,6 +90,34 @@ def test_replicas_that_share_a_card_share_its_memory(
     assert given == {
         "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cards", "gpus"), [([4], 2, 2), ([1, 2], 2, 2), ([1, 1], 1, 1), ([], 2, 0)]
+)
+def test_cards_that_share_a_model_are_those_of_one_node(
+    sizes: list[int], cards: int, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_nodes(sizes, monkeypatch)
+    assert cluster.plan_replicas((1, 1), None, cards).num_gpus == gpus
+
+
+def test_cards_that_no_node_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_nodes([1, 1], monkeypatch)
+    with pytest.raises(OptionError, match=r"^--tensor_parallel_size .* need 2 GPUs on one node, .* has 1"):
+        cluster.plan_replicas((1, 1), None, 2)
+
+
+def set_nodes(gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node(name=f"{at}", resources={"GPU": number, "CPU": 4}) for at, number in enumerate(gpus)]
+    nodes.append(Node(name="cpu", resources={"CPU": 4}))
+    for name in ("reachable", "present"):
+        monkeypatch.setattr(plans, name, lambda resource: float(sum(node.has(resource) for node in nodes)))
+    for module in (plans, resources):
+        monkeypatch.setattr(module, "present_nodes", lambda: nodes)
+        monkeypatch.setattr(module, "startable_nodes", lambda: [])
+    monkeypatch.setattr(plans, "may_grow", lambda: False)
+    monkeypatch.setattr(plans, "node_cpus", lambda: 4.0)
 
 
 def test_a_chunk_is_claimed_while_it_is_worked_on(handle: Handle) -> None:
