@@ -23,6 +23,8 @@ from helpers.engines import (
     texts,
 )
 from helpers.processes import marked
+from vlmray.config import EngineConfig
+from vlmray.engines import check_engine
 from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.errors import OptionError
@@ -139,6 +141,20 @@ def test_a_prompt_is_measured_with_its_images(engine: Engine, other: Engine) -> 
             assert [found] == other.generate([request]) or expected == "error"
     finally:
         other.max_model_len = engine.max_model_len = before
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_num_seq", "no option of vLLM; did you mean max_num_seqs"),
+        ("dtype", "say it by --dtype"),
+        ("max_loras", "which this engine needs as it is"),
+    ],
+)
+def test_options_of_vllm_are_checked_by_its_own_names(name: str, hint: str) -> None:
+    with pytest.raises(OptionError, match=f"^--engine_options has .*{hint}"):
+        check_engine(EngineConfig(engine="vllm", engine_options={name: 1}))
+    check_engine(EngineConfig(engine="vllm", engine_options={"max_num_seqs": 1}))
 
 
 def test_streamed_pieces_are_the_text(engine: Engine, other: Engine) -> None:
