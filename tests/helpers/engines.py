@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from vlmray.engines.base import Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.engines.transformers.in_flight import Prepared
 from vlmray.schema import Completion, GenerationRequest
@@ -103,3 +105,49 @@ def copy_no_rows(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) ->
 
 def text_request(text: str, **options: Any) -> GenerationRequest:
     return dataclasses.replace(make_request(0, 0, **options), messages=[{"role": "user", "content": text}])
+
+
+class Readers:
+    """Those who read answers: some leave after so many pieces, each with a place and a number."""
+
+    def __init__(self, leave_after: dict[int, int]) -> None:
+        self.pieces: dict[int, list[str]] = defaultdict(list)
+        self.ends: list[int] = []
+        self._leave_after = leave_after
+
+    def read(self, index: int, text: str) -> None:
+        assert not self.has_left(index), "told after it had left"
+        self.pieces[index].append(text)
+
+    def has_left(self, index: int) -> bool:
+        return len(self.pieces[index]) >= self._leave_after.get(index, 10**6)
+
+    def answer(self, engine: Engine, requests: list[GenerationRequest]) -> list[Completion]:
+        return engine.generate(
+            requests,
+            on_text=self.read,
+            on_end=lambda index, completion: self.ends.append(index),
+            cancelled=self.has_left,
+        )
+
+
+def check_that_leavers_leave(engine: Engine) -> None:
+    """See that a row which nobody wants ends, and that no other row notices."""
+    requests = make_mixed_requests(9, max_new_tokens=24)
+    undisturbed = Readers({})
+    whole = undisturbed.answer(engine, requests)
+    leavers = {1: 1, 2: 2, 5: 0, 7: 3}  # place and pieces; the batch of some goes on without them
+    assert min(len(undisturbed.pieces[place]) for place in leavers) > 4  # else nothing is cut off
+    readers = Readers(leavers)
+    found = readers.answer(engine, requests)
+    assert sorted(readers.ends) == list(range(9))
+    for place, (before, after) in enumerate(zip(whole, found, strict=True)):
+        assert after.text == "".join(readers.pieces[place])
+        if place not in leavers:
+            assert after == before
+            continue
+        assert (after.finish_reason, after.error) == ("cancelled", None)
+        assert before.text.startswith(after.text)
+        assert len(readers.pieces[place]) == leavers[place]
+        assert leavers[place] <= after.num_completion_tokens < before.num_completion_tokens
+    assert found[5].num_completion_tokens == 0

@@ -53,6 +53,17 @@ def descendants(title: str, of: int | None = None) -> list[psutil.Process]:
     return found
 
 
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Living processes, beside this one, that were started with a variable in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_other = process.pid != os.getpid() and process.environ().get(name) == value
+            if is_other and is_alive(process):
+                found.append(process)
+    return found
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Whether it runs; one that has ended may wait for ever to be asked how."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ from vlmray import cluster
 from vlmray.cluster import ReplicaPlan, plans, resources
 from vlmray.cluster.resources import Node
 from vlmray.config import InferConfig
+from vlmray.engines.base import DeadEngineError
 from vlmray.engines.fake import FakeEngine
-from vlmray.errors import RunError
+from vlmray.errors import OptionError, RunError
 from vlmray.inference import replica, stages
 from vlmray.inference.claims import Claims, Holder
 from vlmray.inference.replica import Replica
@@ -95,6 +97,34 @@ def test_replicas_that_share_a_card_share_its_memory(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("sizes", "cards", "gpus"), [([4], 2, 2), ([1, 2], 2, 2), ([1, 1], 1, 1), ([], 2, 0)]
+)
+def test_cards_that_share_a_model_are_those_of_one_node(
+    sizes: list[int], cards: int, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_nodes(sizes, monkeypatch)
+    assert cluster.plan_replicas((1, 1), None, cards).num_gpus == gpus
+
+
+def test_cards_that_no_node_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_nodes([1, 1], monkeypatch)
+    with pytest.raises(OptionError, match=r"^--tensor_parallel_size .* need 2 GPUs on one node, .* has 1"):
+        cluster.plan_replicas((1, 1), None, 2)
+
+
+def set_nodes(gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node(name=f"{at}", resources={"GPU": number, "CPU": 4}) for at, number in enumerate(gpus)]
+    nodes.append(Node(name="cpu", resources={"CPU": 4}))
+    for name in ("reachable", "present"):
+        monkeypatch.setattr(plans, name, lambda resource: float(sum(node.has(resource) for node in nodes)))
+    for module in (plans, resources):
+        monkeypatch.setattr(module, "present_nodes", lambda: nodes)
+        monkeypatch.setattr(module, "startable_nodes", lambda: [])
+    monkeypatch.setattr(plans, "may_grow", lambda: False)
+    monkeypatch.setattr(plans, "node_cpus", lambda: 4.0)
+
+
 def test_a_chunk_is_claimed_while_it_is_worked_on(handle: Handle) -> None:
     answer(load(handle))
     name = "test-000000"
@@ -126,6 +156,66 @@ def test_the_third_death_over_a_row_is_the_last(handle: Handle) -> None:
     assert rows[0] == ("kept", None)
     assert rows[1] == (None, "the replica died 3 times while answering it")
     assert rows[2:] == together[2:]
+
+
+@pytest.fixture
+def many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "calls_at_once", lambda engine: 100)
+
+
+@pytest.mark.usefixtures("many_calls")
+def test_a_chunk_that_was_not_alone_is_asked_again_alone_and_then_row_by_row(
+    handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = answer(load(handle))
+    sizes: list[tuple[int, int]] = []
+    generate = FakeEngine.generate
+
+    def count(self: FakeEngine, rows: Any, **kwargs: Any) -> Any:
+        others = sum(found._turns._free.acquire(blocking=False) for _ in range(9))
+        sizes.append((len(rows), others))
+        return generate(self, rows)
+
+    monkeypatch.setattr(FakeEngine, "generate", count)
+    for deaths in range(3):
+        for number in range(deaths):
+            handle.claims.claim("test-000000", Holder(f"{number}", "node"))
+        found = load(handle)
+        assert answer(found) == together
+    assert sizes == [(3, 3), (3, 0), (1, 0), (1, 0), (1, 0)]  # rows, and chunks that had room beside
+
+
+def test_who_waits_to_be_alone_is_not_overtaken() -> None:
+    turns, order = replica.Turns(2), []
+
+    def go(name: str, alone: bool) -> None:
+        with turns.take(alone=alone):
+            order.append(name)
+
+    with ThreadPoolExecutor(2) as threads:
+        with turns.take(alone=False):
+            first = threads.submit(go, "alone", True)
+            while not turns._gate.locked():
+                assert not first.done()
+            second = threads.submit(go, "later", False)
+            assert not order
+        first.result(20)
+        second.result(20)
+    assert order == ["alone", "later"]
+
+
+def test_a_replica_ends_without_its_engine(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(*_: Any, **__: Any) -> Any:
+        raise DeadEngineError("gone")
+
+    def leave(code: int) -> Any:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(FakeEngine, "generate", generate)
+    monkeypatch.setattr(replica.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        answer(load(handle))
+    assert handle.claims.claim("test-000000", Holder("next", "node")).num_deaths == 1
 
 
 def test_what_is_written_is_not_generated_again(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:

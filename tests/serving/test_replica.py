@@ -110,6 +110,46 @@ def test_a_request_that_waits_is_dropped_when_its_reader_leaves(make_replica: An
     asyncio.run(check())
 
 
+def test_a_request_joins_an_engine_that_mixes_calls_at_once(
+    make_replica: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "calls_at_once", lambda engine: 8)
+    log = tmp_path / "tokens"
+
+    async def check() -> None:
+        replica = make_replica(f"fake?answer={LONG}&token_s=0.002&token_log={log}")
+        first = replica.answer(ask("first"), True)
+        assert await anext(first) == "w0"
+        others = [read(replica.answer(ask(f"{n}", max_new_tokens=3), False)) for n in range(4)]
+        replies = await asyncio.gather(*others)  # the first has thousands of tokens to go
+        assert {(reply.completion.text, reply.batch_size) for reply in replies} == {("w0 w1 w2", 1)}
+        await first.aclose()
+        num_tokens = len(log.read_text().split())
+        await asyncio.sleep(0.05)
+        assert len(log.read_text().split()) <= num_tokens + 1  # its slot is free
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_mixes_calls_and_breaks_is_told_of(
+    make_replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "calls_at_once", lambda engine: 8)
+
+    def generate(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken")
+
+    async def check() -> None:
+        replica = make_replica("fake")
+        monkeypatch.setattr(replica._engine, "generate", generate)
+        with pytest.raises(RuntimeError, match="broken"):
+            await read(replica.answer(ask(), False))
+        with pytest.raises(RuntimeError, match="broken"):
+            replica.check_health()
+
+    asyncio.run(check())
+
+
 def test_a_prompt_too_long_is_refused_while_the_engine_works(make_replica: Any) -> None:
     async def check() -> None:
         replica = make_replica(f"fake?answer={LONG}&token_s=0.01&max_model_len=100")

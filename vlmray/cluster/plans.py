@@ -103,22 +103,32 @@ class WorkerPlan:
         )
 
 
-def plan_replicas(replica_range: tuple[int, int] | None, gpus_per_replica: float | None) -> ReplicaPlan:
+def plan_replicas(
+    replica_range: tuple[int, int] | None, gpus_per_replica: float | None, cards: int = 1
+) -> ReplicaPlan:
     """Divide the cluster among replicas.
 
     Args:
         replica_range: Smallest and largest number asked for; None: one per GPU, or one without GPUs.
-        gpus_per_replica: GPUs of each; None: 1 where the cluster has or can start GPUs, else 0.
+        gpus_per_replica: GPUs of each; None: `cards` where the cluster has or can start GPUs, else 0.
+        cards: GPUs of one node that have to share a model.
 
     Raises:
         ValueError: the cluster neither has nor can start the GPUs that the smallest number needs.
     """
     total_gpus = reachable("GPU")
-    num_gpus = gpus_per_replica if gpus_per_replica is not None else float(min(1, total_gpus))
+    default = float(cards if cards > 1 and total_gpus else min(1, total_gpus))
+    num_gpus = default if gpus_per_replica is None else gpus_per_replica
     fitting = max(1, int(total_gpus / num_gpus)) if num_gpus else 1
     low, high = replica_range or (max(1, min(fitting, int(present("GPU") / (num_gpus or 1)))), fitting)
     if num_gpus and low and not _have_room([{"GPU": num_gpus}] * low):
         most = max(node.has("GPU") for node in (*present_nodes(), *startable_nodes()))
+        if cards > most:
+            raise OptionError(
+                "tensor_parallel_size",
+                f"and --pipeline_parallel_size need {cards} GPUs on one node, and the largest has {most:g}",
+                "lower them",
+            )
         parts = f", {most:g} on a node" if num_gpus * low <= total_gpus else ""
         raise OptionError(
             "gpus_per_replica",

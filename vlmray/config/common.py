@@ -12,11 +12,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vlmray.config.marks import option
+from vlmray.config.marks import mark, option, refuse_foreign_options
 from vlmray.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
+
+
+_BATCHING = ("transformers", "fake")
+_LOADING = ("transformers", "vllm", "fake")
+"""Engines that load a model; the stand-in takes what any of them does."""
+_VLLM = ("vllm",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +50,15 @@ class ModelConfig(Options):
 class LoadingConfig(Options):
     """How a model and its processor are loaded."""
 
-    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result")
+    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result", engines=_LOADING)
     """Load the weights quantized by bitsandbytes."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", affects="result")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", affects="result", engines=_LOADING
+    )
     """Precision; auto: the checkpoint's on a GPU, float32 without one."""
 
-    attn_implementation: str | None = option(None, affects="speed")
+    attn_implementation: str | None = option(None, affects="speed", engines=_BATCHING)
     """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
 
     min_pixels: int | None = option(None, affects="result")
@@ -59,7 +67,7 @@ class LoadingConfig(Options):
     max_pixels: int | None = option(None, affects="result")
     """Scale larger images down to this many pixels; default: the model's processor."""
 
-    trust_remote_code: bool = option(False, affects="run")
+    trust_remote_code: bool = option(False, affects="run", engines=_LOADING)
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 
     def __post_init__(self) -> None:
@@ -73,16 +81,43 @@ class LoadingConfig(Options):
 class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
-    engine: Literal["transformers", "fake"] = option("transformers", affects="result")
-    """What generates: transformers, or a scripted stand-in for tests."""
+    engine: Literal["transformers", "vllm", "fake"] = option("transformers", affects="result")
+    """What generates: transformers, vLLM, or a scripted stand-in for tests."""
 
-    max_batch_tokens: int | None = option(None, affects="speed")
+    max_batch_tokens: int | None = option(None, affects="speed", engines=_BATCHING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
     16384 on a CPU. Halved and remembered when memory runs out."""
 
+    tensor_parallel_size: int = option(1, affects="speed", engines=_VLLM)
+    """GPUs of one node that share the layers of a replica."""
+
+    pipeline_parallel_size: int = option(1, affects="speed", engines=_VLLM)
+    """GPUs of one node that have a part of the layers each."""
+
+    max_model_len: int | None = option(None, affects="result", engines=_VLLM)
+    """Tokens of a prompt and its answer, at most; default: what the model can and the memory holds."""
+
+    gpu_memory_utilization: float | None = option(None, affects="speed", engines=_VLLM)
+    """Share of a GPU's memory for weights, keys and values; default: 0.9."""
+
+    engine_options: dict[str, Any] | None = dataclasses.field(default=None, metadata=mark("result", _VLLM))
+    """All other options of the engine, under its own names, as a JSON object or a mapping in the YAML file:
+    '{"max_num_seqs": 128}'."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "max_batch_tokens")
+        check_at_least(
+            self, 1, "max_batch_tokens", "tensor_parallel_size", "pipeline_parallel_size", "max_model_len"
+        )
+        memory = self.gpu_memory_utilization
+        if memory is not None and not 0 < memory <= 1:
+            raise OptionError("gpu_memory_utilization", f"must be above 0 and at most 1, got {memory}")
+        refuse_foreign_options(self, self.answering_engine)
+
+    @property
+    def answering_engine(self) -> str:
+        """The engine that answers; an option that it does not know is refused."""
+        return self.engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +130,24 @@ class ReplicaConfig(EngineConfig):
     """Model replicas: N, or MIN,MAX to scale with the load (MIN of a server may be 0); default: one per GPU,
     or one without GPUs."""
 
-    gpus_per_replica: float | None = option(None, affects="speed")
+    gpus_per_replica: float | None = option(None, affects="speed", engines=_LOADING)
     """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 0, "gpus_per_replica")
+        if self.gpus_per_replica and self.cards > 1 and self.gpus_per_replica != self.cards:
+            raise OptionError(
+                "gpus_per_replica",
+                f"{self.gpus_per_replica:g} is not what {self.cards} parts of the model need",
+                "leave it out",
+            )
         self.replica_range()
+
+    @property
+    def cards(self) -> int:
+        """GPUs that share the model of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def replica_range(self) -> tuple[int, int] | None:
         """Return the smallest and largest number of replicas, or None where the cluster decides."""

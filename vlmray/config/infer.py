@@ -14,7 +14,7 @@ from vlmray.config.sampling import SamplingConfig
 class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
-    adapter: str | None = option(None, affects="result")
+    adapter: str | None = option(None, affects="result", engines=("transformers", "vllm", "fake"))
     """PEFT adapter folder to put on the model."""
 
     dataset_split: str = option("test", affects="result")
@@ -34,8 +34,8 @@ class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, Questi
     max_new_tokens: int = option(512, affects="result")
     """Tokens to generate per answer, at most."""
 
-    batch_size: int = option(64, affects="speed")
-    """Rows per forward pass, at most."""
+    batch_size: int = option(64, affects="speed", engines=("transformers", "fake"))
+    """Rows per forward pass, at most; that of vLLM is max_num_seqs of --engine_options."""
 
     price_per_hour: float | None = option(None, affects="run")
     """Price of a GPU for an hour, or of a replica without, in any currency, for what the run cost."""

@@ -43,7 +43,7 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     default: only the server's own."""
 
     target_ongoing_requests: int | None = option(None, affects="speed")
-    """Requests per replica at which more replicas are started; default: --max_batch_size."""
+    """Requests per replica at which more replicas are started; default: --max_batch_size, 64 with vLLM."""
 
     upscale_delay_s: float = option(10.0, affects="speed")
     """Start replicas once the load has called for them this long."""
@@ -51,10 +51,10 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     downscale_delay_s: float = option(300.0, affects="speed")
     """Stop replicas once the load has not needed them this long."""
 
-    max_batch_size: int = option(16, affects="speed")
-    """Requests that share a forward pass, at most."""
+    max_batch_size: int = option(16, affects="speed", engines=("transformers", "fake"))
+    """Requests that share a forward pass, at most; that of vLLM is max_num_seqs of --engine_options."""
 
-    batch_wait_timeout_s: float = option(0.01, affects="speed")
+    batch_wait_timeout_s: float = option(0.01, affects="speed", engines=("transformers", "fake"))
     """Wait this long for more requests to share a forward pass; where batches take long, up to a twentieth of
     that for as many requests as the last one had."""
 

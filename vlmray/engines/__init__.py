@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlmray.config import EngineConfig
@@ -9,18 +10,33 @@ from vlmray.engines.base import Engine
 from vlmray.errors import OptionError
 from vlmray.models.source import resolve_model_id
 
-__all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "load_engine"]
+__all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "check_engine", "load_engine"]
 
-ENGINES = ("transformers", "fake")
+ENGINES = ("transformers", "vllm", "fake")
 """Known values of `--engine`."""
 
-_CALLS_AT_ONCE: dict[str, int] = {}
+_CALLS_AT_ONCE: dict[str, int] = {"vllm": 256}
 """Of engines that mix the requests of several calls, so that the end of one does not idle the model."""
 
 
 def calls_at_once(engine: str) -> int:
     """Return how many threads may be in `generate` of an engine at a time."""
     return _CALLS_AT_ONCE.get(engine, 1)
+
+
+def check_engine(config: EngineConfig, adapters: Sequence[str] = ()) -> None:
+    """Check on a job's driver that an engine is there, and takes its options and adapters.
+
+    Raises:
+        OptionError: It is not, or does not.
+    """
+    if config.engine == "vllm":
+        from vlmray.engines.vllm.adapters import check_kind
+        from vlmray.engines.vllm.options import check_options
+
+        check_options(config)
+        for adapter in adapters:
+            check_kind(adapter)
 
 
 def build_engine(
@@ -31,6 +47,8 @@ def build_engine(
     batch_size: int = 16,
     num_threads: int | None = None,
     memory_fraction: float = 1.0,
+    adapters: Sequence[str] = (),
+    max_adapters: int = 0,
     **options: Any,
 ) -> Engine:
     """Load a model and make the engine that answers with it: `load_engine` by keywords.
@@ -45,9 +63,12 @@ def build_engine(
         batch_size: Most rows in one forward pass.
         num_threads: CPU threads of torch in this process; None leaves torch's own choice.
         memory_fraction: Share of the GPU's memory that this process may take.
+        adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known: vLLM
+            makes room for the largest of them when it starts.
+        max_adapters: The most that will be loaded at a time, for vLLM again.
         **options: The other options of `vlmray.config.EngineConfig`, with its defaults: `quantization`,
             `dtype`, `attn_implementation`, `max_batch_tokens`, `min_pixels`, `max_pixels`,
-            `trust_remote_code`.
+            `trust_remote_code`, and those of vLLM.
 
     Raises:
         ValueError: Unknown engine, unusable model or adapter.
@@ -61,6 +82,8 @@ def build_engine(
         batch_size=batch_size,
         num_threads=num_threads,
         memory_fraction=memory_fraction,
+        adapters=adapters,
+        max_adapters=max_adapters,
     )
 
 
@@ -72,6 +95,8 @@ def load_engine(
     batch_size: int = 16,
     num_threads: int | None = None,
     memory_fraction: float = 1.0,
+    adapters: Sequence[str] = (),
+    max_adapters: int = 0,
 ) -> Engine:
     """Load a model and make the engine that answers with it; `build_engine` says more of the arguments."""
     if config.engine == "fake":
@@ -88,5 +113,18 @@ def load_engine(
             batch_size=batch_size,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
+        )
+    if config.engine == "vllm":
+        check_engine(config)  # first, as what follows imports vLLM
+        from vlmray.engines.vllm.engine import VLLMEngine
+
+        return VLLMEngine.from_pretrained(
+            resolve_model_id(model_id),
+            config,
+            adapter=adapter,
+            num_threads=num_threads,
+            memory_fraction=memory_fraction,
+            adapters=adapters,
+            max_adapters=max_adapters,
         )
     raise OptionError("engine", f": unknown engine {config.engine!r}", f"known: {', '.join(ENGINES)}")

@@ -23,6 +23,10 @@ Cancelled = Callable[[int], bool]
 """Called with the place of a request; tells whether nobody wants its answer any more."""
 
 
+class DeadEngineError(RuntimeError):
+    """The process that holds an engine's model is gone; only another engine can go on."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Answers requests with one model.
@@ -60,9 +64,13 @@ class Engine(Protocol):
     """Most tokens of a prompt and its answer together; None where no limit is known. A longer prompt is an
     error whose code is `context_length_exceeded`, an answer ends there with `finish_reason="length"`."""
 
-    waited_s: float
-    """Seconds of all calls of `generate` so far in which the model waited for requests to be made ready:
-    worded, their images decoded and encoded."""
+    @property
+    def waited_s(self) -> float:
+        """Seconds of all calls of `generate` so far in which the model waited for requests to be made ready.
+
+        That is: worded, their images decoded and encoded.
+        """
+        ...
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Begin to make requests ready; `generate` takes what this returns in the place of them, once.

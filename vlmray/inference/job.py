@@ -70,7 +70,7 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
 
 def _plan_replicas(run: InferenceRun) -> cluster.ReplicaPlan:
     cluster.connect(run.config.log_level)
-    return cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica)
+    return cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica, run.config.cards)
 
 
 def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:

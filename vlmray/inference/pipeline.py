@@ -25,11 +25,10 @@ from ray.data.datasource import Datasource, ReadTask
 from vlmray import cluster
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
-from vlmray.engines import calls_at_once
 from vlmray.inference import stages
 from vlmray.inference.chunks import Chunk, Finished, pack, unpack
 from vlmray.inference.plan import InferenceRun
-from vlmray.inference.replica import Replica, start_claims
+from vlmray.inference.replica import Replica, chunks_at_once, start_claims
 from vlmray.inference.result_folder import ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Watch
@@ -64,7 +63,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     context.print_on_execution_start = False
     chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
     num_chunks = count_chunks(run, replicas)
-    num_calls = calls_at_once(run.config.engine)
+    num_calls = chunks_at_once(run.config.engine)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}

@@ -18,6 +18,7 @@ from vlmray.dataset.rows import read_image
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
+from vlmray.engines import check_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
@@ -50,6 +51,8 @@ def plan_inference(
     """
     check_apart(config.output_dir, config.dataset_name, config.model_id, config.adapter)
     model = _open_model(config, endpoint)
+    if endpoint is None:
+        check_engine(config, [config.adapter] if config.adapter else [])
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected

@@ -1,12 +1,15 @@
 """What an actor of the generating stage does: hold the model, answer chunks, and outlive those that kill it.
 
 Several threads call a replica: one readies its chunk while the others have the model. A chunk is claimed
-while one is at work on it, and answered row by row once a replica died over it (see `claims.py`).
+while one is at work on it, and answered row by row once a replica died over it (see `claims.py`). Where an
+engine answers several chunks at a time, each of them is first asked again alone: another may have killed it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,6 +20,7 @@ import ray
 from vlmray import cluster
 from vlmray.config import InferConfig
 from vlmray.engines import calls_at_once, load_engine
+from vlmray.engines.base import DeadEngineError
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
@@ -25,11 +29,42 @@ from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row
 
+logger = logging.getLogger(__name__)
+
+_MOST_CHUNKS = 4
+"""At a time in an engine that mixes them: enough that the end of one, or a slow row, does not idle it."""
+
+
+def chunks_at_once(engine: str) -> int:
+    """Return how many chunks a replica answers at a time."""
+    return min(_MOST_CHUNKS, calls_at_once(engine))
+
 
 def start_claims() -> Any:
     """Start the actor that keeps the claims of a run, on this machine: its loss is the run's anyway."""
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Claims)
     return actor.options(label_selector=cluster.driver_node()).remote(cluster.is_alive)
+
+
+class Turns:
+    """So many at a time, or one alone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._free = threading.Semaphore(number)
+        self._gate = threading.Lock()  # who waits to be alone is not overtaken
+
+    @contextlib.contextmanager
+    def take(self, *, alone: bool) -> Iterator[None]:
+        """Wait for a turn."""
+        taken = self.number if alone else 1
+        with self._gate:
+            for _ in range(taken):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release(taken)
 
 
 class Replica:
@@ -55,7 +90,7 @@ class Replica:
         self._task, self._claims, self._folder = task, claims, folder
         self._id = context.get_actor_id()
         self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
-        self._turns = threading.Semaphore(calls_at_once(config.engine))
+        self._turns = Turns(chunks_at_once(config.engine))
         watch = Watch()
         with self._loading():
             self._engine = load_engine(
@@ -69,18 +104,26 @@ class Replica:
         self._spans = [watch.span("load", replica=self._id)]
 
     def answer(self, rows: Sequence[Row], spans: list[Span]) -> list[Row]:
-        """Answer a chunk, and add to `spans` when the model worked."""
+        """Answer a chunk, and add to `spans` when the model worked; without its engine, end this process."""
+        try:
+            return self._answer(rows, spans)
+        except DeadEngineError as error:
+            # An actor that dies is started again, and its chunks go to whoever holds a model.
+            logger.error("%s; the replica ends and is replaced", error)
+            os._exit(1)
+
+    def _answer(self, rows: Sequence[Row], spans: list[Span]) -> list[Row]:
         chunk = rows[0]["sample_id"]
         num_deaths, answers, was_answered = self._ask("claim", chunk, self._holder)
         if was_answered:
             written = self._folder.answered([row["sample_id"] for row in rows])
             rows = [row | written.get(row["sample_id"], {}) for row in rows]
-        if num_deaths == 0:
-            turn = self._claimed_turn(chunk, spans)
+        if num_deaths == 0 or (num_deaths == 1 and self._turns.number > 1):
+            turn = self._claimed_turn(chunk, spans, alone=num_deaths > 0)
             rows = stages.generate_rows(rows, self._engine, self._task, turn)
         else:
             self._claims.pause.remote(chunk)
-            with self._turn(spans):
+            with self._turn(spans, alone=True):
                 rows = [self._answer_alone(row, chunk, answers) for row in rows]
         self._claims.release.remote(chunk)
         return list(rows)
@@ -100,17 +143,17 @@ class Replica:
         return row
 
     @contextlib.contextmanager
-    def _claimed_turn(self, chunk: str, spans: list[Span]) -> Iterator[None]:
+    def _claimed_turn(self, chunk: str, spans: list[Span], *, alone: bool) -> Iterator[None]:
         """Hold the model; a chunk that waits for it is not what others die of."""
         self._claims.pause.remote(chunk)
-        with self._turn(spans):
+        with self._turn(spans, alone=alone):
             self._ask("claim", chunk, self._holder)
             yield
 
     @contextlib.contextmanager
-    def _turn(self, spans: list[Span]) -> Iterator[None]:
+    def _turn(self, spans: list[Span], *, alone: bool) -> Iterator[None]:
         """Hold the model, and note when."""
-        with self._turns:
+        with self._turns.take(alone=alone):
             watch, waited_s = Watch(), self._engine.waited_s
             yield
             waited_s = self._engine.waited_s - waited_s

@@ -102,7 +102,7 @@ def attach_adapter(model: Any, adapter: str) -> Any:
         ValueError: Weights that are not finite, or that the model has no place for, places left without
             weights (both happen when layer names changed between versions), or other shapes.
     """
-    _check_finite(adapter)
+    check_finite(adapter)
     if getattr(model, "is_loaded_in_8bit", False) and _read_config(adapter).get("use_dora"):
         problem = f"{adapter} is a DoRA, whose lengths of columns PEFT cannot tell from 8-bit weights"
         raise OptionError("adapter", problem, "pass --quantization 4bit or none")
@@ -128,6 +128,22 @@ def attach_adapter(model: Any, adapter: str) -> Any:
             "train it again with the installed versions",
         )
     return model.eval()
+
+
+def check_finite(adapter: str) -> None:
+    """Refuse an adapter with weights that are no numbers.
+
+    Raises:
+        ValueError: It has some.
+    """
+    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  it is no mapping
+            if not torch.isfinite(weights.get_tensor(name).float()).all():
+                raise OptionError(
+                    "adapter",
+                    f"{adapter}: {name} holds values that are not finite (NaN or infinity)",
+                    "train it again with a lower --learning_rate, or take an earlier checkpoint",
+                )
 
 
 def is_peft_model(model: Any) -> bool:
@@ -194,17 +210,6 @@ def _check_base(model: Any) -> None:
             "needs all of the model on GPUs, and some of its weights wait elsewhere for lack of memory",
             "pass --quantization 4bit or take more GPUs",
         )
-
-
-def _check_finite(adapter: str) -> None:
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118  it is no mapping
-            if not torch.isfinite(weights.get_tensor(name).float()).all():
-                raise OptionError(
-                    "adapter",
-                    f"{adapter}: {name} holds values that are not finite (NaN or infinity)",
-                    "train it again with a lower --learning_rate, or take an earlier checkpoint",
-                )
 
 
 def _members(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -65,14 +65,24 @@ class AdapterCatalog:
             ValueError: It was made for another base.
             OSError: It cannot be copied.
         """
-        path = self.adapters.get(name)
-        if path is None:
-            if self.adapter_dir is None or not NAME.fullmatch(name):
-                raise FileNotFoundError(f"no adapter named {name!r}")
-            path = f"{self.adapter_dir.rstrip('/')}/{name}"
+        if name not in self.adapters and (self.adapter_dir is None or not NAME.fullmatch(name)):
+            raise FileNotFoundError(f"no adapter named {name!r}")
+        path = self.path(name)
         folder = _copy(path) if "://" in path else Path(path).expanduser()
         check_adapter_folder(str(folder), self.model_id)
         return folder
+
+    def path(self, name: str) -> str:
+        """Return where an adapter lies: a folder or a URI."""
+        return self.adapters.get(name) or f"{(self.adapter_dir or '').rstrip('/')}/{name}"
+
+    def local_folders(self) -> list[str]:
+        """Return the folders of those adapters that lie on this machine."""
+        try:
+            paths = map(self.path, self.names())
+            return [path for path in paths if (Path(path).expanduser() / _CONFIG).is_file()]
+        except OSError:  # whoever asks one of them is told
+            return []
 
     def _listed(self) -> list[str]:
         if self.adapter_dir is None:

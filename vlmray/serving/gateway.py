@@ -107,8 +107,8 @@ class Gateway:
         about: dict[str, Any] = {
             "created": self.created, "max_model_len": await self.backend.max_model_len()
         }  # fmt: skip
-        cards = [ModelCard(id=name, parent=base, **about) for name in names]
-        return ModelList(data=[ModelCard(id=base, **about), *cards])
+        cards = [ModelCard(id=name, root=self.catalog.path(name), parent=base, **about) for name in names]
+        return ModelList(data=[ModelCard(id=base, root=self.config.model_id, **about), *cards])
 
     async def model(self, name: str) -> ModelCard:
         """Describe one model; slashes at the ends of its name do not count, as paths come without.
@@ -139,6 +139,7 @@ class Gateway:
     async def _find_adapter(self, name: str) -> str | None:
         if name == self.config.base_name:
             return None
+        name = name.removeprefix(f"{self.config.base_name}:")
         if name not in self._adapters:  # listing may ask an object store: only for new names
             self._adapters = await to_thread.run_sync(self.catalog.names)
         if name not in self._adapters:

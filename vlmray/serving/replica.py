@@ -1,10 +1,16 @@
-"""A model on Ray Serve: requests that wait, batches, adapters."""
+"""A model on Ray Serve: requests that wait, batches, adapters.
+
+An engine that mixes calls gets each request at once, in a thread of its own; the others get batches.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +19,14 @@ from typing import Any
 from ray import serve
 
 from vlmray.config import ServeConfig
-from vlmray.engines import load_engine
-from vlmray.engines.base import failed_completion
+from vlmray.engines import calls_at_once, load_engine
+from vlmray.engines.base import DeadEngineError, failed_completion
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Reply
+
+logger = logging.getLogger(__name__)
 
 _SHARE_OF_WAITING = 0.05
 """Of the time of a batch, for clients who had an answer of the last one and ask again."""
@@ -68,6 +76,11 @@ class _Adapter:
             self._replica = None
 
 
+def _pass_on_failure(item: _Item, call: asyncio.Future[None]) -> None:
+    if not call.cancelled() and (error := call.exception()) is not None:
+        item.pieces.put_nowait(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
+
 class ModelReplica:
     """Holds an engine and gives it batches of the requests that wait.
 
@@ -80,17 +93,23 @@ class ModelReplica:
     def __init__(
         self, config: ServeConfig, num_threads: int | None = None, memory_fraction: float = 1.0
     ) -> None:
+        self._catalog = AdapterCatalog(
+            resolve_model_id(config.model_id), config.adapter_paths(), config.adapter_dir
+        )
+        has_adapters = config.adapters is not None or config.adapter_dir is not None
         self._engine: Any = load_engine(
             config.model_id,
             config,
             batch_size=config.max_batch_size,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
+            adapters=self._catalog.local_folders(),
+            # One that was dropped stays while it is used, and may have been asked for again.
+            max_adapters=config.max_adapters + 1 if has_adapters else 0,
         )
-        self._catalog = AdapterCatalog(
-            resolve_model_id(config.model_id), config.adapter_paths(), config.adapter_dir
-        )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # engines are for one thread
+        num_calls = calls_at_once(config.engine)
+        self._mixes_calls = num_calls > 1
+        self._threads = ThreadPoolExecutor(num_calls, thread_name_prefix="engine")
         self._checks = ThreadPoolExecutor(_NUM_CHECKS, thread_name_prefix="check")
         self._num_adapters = 0
         self._failure: Exception | None = None
@@ -122,10 +141,8 @@ class ModelReplica:
                     yield Reply(failed_completion(error), 1)
                     return
                 request = dataclasses.replace(request, adapter=adapter.engine_name)
-            if self._batches is None:  # here, as the constructor may run outside the event loop
-                self._batches = asyncio.create_task(self._answer_batches())
             item = _Item(request, stream)
-            self._waiting.put_nowait(item)
+            self._begin(item)
             piece: str | Reply | Exception = ""
             try:
                 while not isinstance(piece, Reply):
@@ -135,6 +152,17 @@ class ModelReplica:
                     yield piece
             finally:
                 item.left = True
+
+    def _begin(self, item: _Item) -> None:
+        """Give a request to the engine, or put it in line for its next batch."""
+        if self._mixes_calls:
+            loop = asyncio.get_running_loop()
+            call = loop.run_in_executor(self._threads, self._run_batch, [item], loop)
+            call.add_done_callback(functools.partial(_pass_on_failure, item))
+            return
+        if self._batches is None:  # here, as the constructor may run outside the event loop
+            self._batches = asyncio.create_task(self._answer_batches())
+        self._waiting.put_nowait(item)
 
     async def _check(self, request: GenerationRequest) -> Completion | None:
         """Refuse beside the engine's thread what can be refused: it would wait for others in vain."""
@@ -154,7 +182,7 @@ class ModelReplica:
     def unload(self, engine_name: str) -> None:
         """Take an adapter out of the engine, after what it does now."""
         with contextlib.suppress(RuntimeError):  # the replica is being stopped
-            self._thread.submit(self._engine.unload_adapter, engine_name)
+            self._threads.submit(self._engine.unload_adapter, engine_name)
 
     async def _answer_batches(self) -> None:
         """Answer what waits, batch after batch.
@@ -168,7 +196,7 @@ class ModelReplica:
             items = await self._gather(last_size, max(self._batch_wait_s, _SHARE_OF_WAITING * last_s))
             last_size, started = len(items), time.monotonic()
             try:
-                await loop.run_in_executor(self._thread, self._run_batch, items, loop)
+                await loop.run_in_executor(self._threads, self._run_batch, items, loop)
             except Exception as error:
                 for item in items:
                     item.pieces.put_nowait(error)
@@ -223,6 +251,10 @@ class ModelReplica:
                 on_end=on_end,
                 cancelled=lambda index: items[index].left,
             )
+        except DeadEngineError as error:
+            # Serve starts another, and whoever has no piece of an answer yet is asked there.
+            logger.error("%s; the replica ends and is replaced", error)
+            os._exit(1)
         except Exception as error:  # only a broken engine raises
             self._failure = error
             raise
@@ -237,5 +269,5 @@ class ModelReplica:
 
         adapter = _Adapter(self, engine_name)
         # A load that has begun goes on when nobody waits for it: the adapter is dropped and taken out behind.
-        await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        await asyncio.get_running_loop().run_in_executor(self._threads, load)
         return adapter

@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from vlmray import cluster
 from vlmray.config import ServeConfig
 from vlmray.config.parsing import build_config
+from vlmray.engines import calls_at_once, check_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
@@ -211,7 +212,9 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
 
 
 def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve.Application:
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
+    most_calls = calls_at_once(config.engine)
+    batch = most_calls // 4 if most_calls > 1 else config.max_batch_size
     scaling: dict[str, Any] = {"num_replicas": plan.max_replicas}
     if plan.min_replicas != plan.max_replicas:
         look_back_s = max(1.0, min(30.0, config.upscale_delay_s))
@@ -219,7 +222,7 @@ def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve
             "autoscaling_config": {
                 "min_replicas": plan.min_replicas,
                 "max_replicas": plan.max_replicas,
-                "target_ongoing_requests": config.target_ongoing_requests or config.max_batch_size,
+                "target_ongoing_requests": config.target_ongoing_requests or batch,
                 "upscale_delay_s": config.upscale_delay_s,
                 "downscale_delay_s": config.downscale_delay_s,
                 "look_back_period_s": look_back_s,
@@ -228,7 +231,7 @@ def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve
         }
     logs = {"log_level": config.log_level, "enable_access_log": False}
     model = _MODEL.options(
-        max_ongoing_requests=2 * config.max_batch_size,  # a batch in the model, and one that waits for it
+        max_ongoing_requests=max(most_calls, 2 * batch),  # a batch in the model, and one that waits for it
         max_queued_requests=config.max_queued_requests,
         ray_actor_options={
             "num_gpus": plan.num_gpus,
@@ -267,6 +270,7 @@ def _check_model(config: ServeConfig) -> ServeConfig:
     model = ModelSource.open(config.model_id)
     adapters = config.adapter_paths()
     AdapterCatalog(model.path, adapters, config.adapter_dir).check()
+    check_engine(config, [path for path in adapters.values() if "://" not in path])
     return dataclasses.replace(
         config,
         model_id=model.address,
@@ -371,5 +375,5 @@ def _start(config: ServeConfig, application: serve.Application) -> DeploymentHan
 
 
 def _asked(config: ServeConfig) -> cluster.Asked:
-    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
+    plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
     return plan.asked(f"ServeReplica:{APP_NAME}:{_MODEL_NAME}", is_served=True)

@@ -27,10 +27,11 @@ from PIL.Image import Image
 
 from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
+from vlmray.engines.rows import Listener
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.batching import Batcher, count_visual_tokens
 from vlmray.engines.transformers.forward import Forward
-from vlmray.engines.transformers.in_flight import Heads, InFlight, Listener, Prepared
+from vlmray.engines.transformers.in_flight import Heads, InFlight, Prepared
 from vlmray.engines.transformers.linear import use_faster_kernels
 from vlmray.engines.transformers.memory import (
     cached_share,

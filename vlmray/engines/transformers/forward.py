@@ -17,10 +17,11 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
+from vlmray.engines.rows import Listener, end_ids, read_token
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
-from vlmray.engines.transformers.in_flight import InFlight, Listener, end_ids, read_token
+from vlmray.engines.transformers.in_flight import InFlight
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.engines.transformers.settings import least_new_tokens, own_processors, plain_config
 from vlmray.models.adapters import base_of, use_adapters

@@ -1,4 +1,4 @@
-"""Requests on their way through the engine, and whoever listens to them."""
+"""Requests on their way through the engine: what is encoded of them, and with whom they go."""
 
 from __future__ import annotations
 
@@ -11,26 +11,15 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText, failed_completion
-from vlmray.engines.streamed_text import Answer
+from vlmray.engines.rows import Row
 from vlmray.models.adapters import Adapter
 from vlmray.models.inputs import chain_segments
-from vlmray.schema import Completion, FinishReason, GenerationRequest
-
-_NOT_FINITE = (
-    "the model's scores for the next token are not finite (NaN or infinity); look for such values in the "
-    "weights of model and adapter, or try --dtype float32"
-)
+from vlmray.schema import GenerationRequest
 
 
 @dataclass(slots=True)
-class InFlight:
+class InFlight(Row):
     """A request on its way through the engine."""
-
-    index: int
-    request: GenerationRequest
-    prompt: str = ""
-    """As people read it."""
 
     num_tokens: int = 0
     """Prompt and visual tokens; an estimate from the image sizes, good enough to order rows."""
@@ -49,17 +38,8 @@ class InFlight:
     encoded: Future[dict[str, torch.Tensor]] | None = None
     """The rest of the row; all of it, where there is no head."""
 
-    answer: Answer | None = None
     processors: Sequence[LogitsProcessor] = ()
     """What its scores go through, without its neighbours."""
-
-    completion: Completion | None = None
-    num_prompt_tokens: int = 0
-    max_new_tokens: int = 0
-    """Most tokens of its answer: what was asked for, or less where the model's positions end."""
-
-    num_sent: int = 0
-    """Characters that were streamed; a batch that is tried again does not send them twice."""
 
     @property
     def group(self) -> int:
@@ -88,15 +68,9 @@ class InFlight:
         assert self.encoded is not None
         return self.encoded.result()
 
-    def complete(self, reason: FinishReason) -> Completion:
-        """Return the completion of a row that ends with what it has."""
-        return Completion(
-            text=self.answer.settled if self.answer is not None else "",
-            prompt=self.prompt,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_completion_tokens=self.answer.num_tokens if self.answer is not None else 0,
-            finish_reason=reason,
-        )
+    def free(self) -> None:
+        """Let go of the pixels, which are large."""
+        self.encoded = self.encoded_head = None
 
 
 Heads = dict[Any, Future[dict[str, torch.Tensor]]]
@@ -111,56 +85,3 @@ class Prepared(list[GenerationRequest]):
         self.rows = [InFlight(index, request) for index, request in enumerate(requests)]
         self.queue: deque[InFlight] = deque()
         self.heads: Heads = {}
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """Whoever wants to hear of answers before all are there."""
-
-    on_text: OnText | None
-    on_end: OnEnd | None
-    cancelled: Cancelled | None
-
-    def text(self, row: InFlight, text: str) -> None:
-        """Send what is new in a row's text."""
-        if self.on_text is not None and len(text) > row.num_sent:
-            self.on_text(row.index, text[row.num_sent :])
-            row.num_sent = len(text)
-
-    def end(self, row: InFlight, completion: Completion) -> None:
-        """Close a row."""
-        row.encoded = row.encoded_head = None  # pixels are large and needed no more
-        row.completion = completion
-        if self.on_end is not None:
-            self.on_end(row.index, completion)
-
-    def end_if_cancelled(self, row: InFlight) -> bool:
-        """Close a row that nobody wants any more; tell whether it was one."""
-        unwanted = self.cancelled is not None and self.cancelled(row.index)
-        if unwanted:
-            self.end(row, row.complete("cancelled"))
-        return unwanted
-
-
-def read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int | None) -> bool:
-    """Add a row's next token to its answer and tell whether it ends there; None is a failure of the model."""
-    row = rows[index]
-    if listener.end_if_cancelled(row):
-        return True
-    if token_id is None:
-        listener.end(row, failed_completion(FloatingPointError(_NOT_FINITE), prompt=row.prompt))
-        return True
-    answer = row.answer
-    assert answer is not None
-    ended = answer.push(token_id)
-    if listener.on_text is not None:
-        listener.text(row, answer.settled)
-    if ended:
-        listener.end(row, row.complete(answer.finish_reason or "stop"))
-    return ended
-
-
-def end_ids(config: Any) -> set[int]:
-    """Return the tokens that end an answer."""
-    ids = config.eos_token_id
-    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}

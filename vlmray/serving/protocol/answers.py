@@ -60,6 +60,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "vlmray"
+    root: str | None = Field(default=None, description="what it was loaded from")
     parent: str | None = Field(default=None, description="of an adapter, its base")
     max_model_len: int | None = Field(
         default=None, description="most tokens of a prompt and its answer; null: not known, or not yet"
