@@ -12,11 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vlmray.config.marks import option
+from vlmray.config.marks import option, refuse_foreign_options
 from vlmray.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
+
+
+_LOADING = ("transformers", "fake")
+"""Engines that load a model; the stand-in takes what any of them does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +48,15 @@ class ModelConfig(Options):
 class LoadingConfig(Options):
     """How a model and its processor are loaded."""
 
-    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result")
+    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result", engines=_LOADING)
     """Load the weights quantized by bitsandbytes."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", affects="result")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", affects="result", engines=_LOADING
+    )
     """Precision; auto: the checkpoint's on a GPU, float32 without one."""
 
-    attn_implementation: str | None = option(None, affects="speed")
+    attn_implementation: str | None = option(None, affects="speed", engines=_LOADING)
     """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
 
     min_pixels: int | None = option(None, affects="result")
@@ -59,7 +65,7 @@ class LoadingConfig(Options):
     max_pixels: int | None = option(None, affects="result")
     """Scale larger images down to this many pixels; default: the model's processor."""
 
-    trust_remote_code: bool = option(False, affects="run")
+    trust_remote_code: bool = option(False, affects="run", engines=_LOADING)
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 
     def __post_init__(self) -> None:
@@ -76,13 +82,19 @@ class EngineConfig(LoadingConfig):
     engine: Literal["transformers", "fake"] = option("transformers", affects="result")
     """What generates: transformers, or a scripted stand-in for tests."""
 
-    max_batch_tokens: int | None = option(None, affects="speed")
+    max_batch_tokens: int | None = option(None, affects="speed", engines=_LOADING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
     16384 on a CPU. Halved and remembered when memory runs out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "max_batch_tokens")
+        refuse_foreign_options(self, self.answering_engine)
+
+    @property
+    def answering_engine(self) -> str:
+        """The engine that answers; an option that it does not know is refused."""
+        return self.engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,7 @@ class ReplicaConfig(EngineConfig):
     """Model replicas: N, or MIN,MAX to scale with the load (MIN of a server may be 0); default: one per GPU,
     or one without GPUs."""
 
-    gpus_per_replica: float | None = option(None, affects="speed")
+    gpus_per_replica: float | None = option(None, affects="speed", engines=_LOADING)
     """GPUs of each replica (0.5: half of one, memory too); default: 1 where the cluster has GPUs, else 0."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from vlmray.config.sampling import SamplingConfig
 class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
-    adapter: str | None = option(None, affects="result")
+    adapter: str | None = option(None, affects="result", engines=("transformers", "fake"))
     """PEFT adapter folder to put on the model."""
 
     dataset_split: str = option("test", affects="result")
