@@ -79,8 +79,8 @@ class LoadingConfig(Options):
 class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
-    engine: Literal["transformers", "fake"] = option("transformers", affects="result")
-    """What generates: transformers, or a scripted stand-in for tests."""
+    engine: Literal["transformers", "openai", "fake"] = option("transformers", affects="result")
+    """What generates: transformers; openai, a server that is asked; or a scripted stand-in for tests."""
 
     max_batch_tokens: int | None = option(None, affects="speed", engines=_LOADING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,

@@ -20,6 +20,7 @@ from vlmray.engines import calls_at_once, load_engine
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
+from vlmray.inference.endpoint.keeping import Key, shared_keeper
 from vlmray.inference.result_folder import RESULT_SCHEMA, pick
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
@@ -40,9 +41,12 @@ class Replica:
         plan: What it may use.
         task: How questions are asked.
         claims: Handle of the run's `Claims`.
+        key: Key of the server that answers, where one does.
     """
 
-    def __init__(self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task, claims: Any) -> None:
+    def __init__(
+        self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task, claims: Any, key: Key | None = None
+    ) -> None:
         context = ray.get_runtime_context()
         self._task, self._claims = task, claims
         self._id = context.get_actor_id()
@@ -57,6 +61,8 @@ class Replica:
                 batch_size=config.batch_size,
                 num_threads=plan.num_threads,
                 memory_fraction=plan.memory_fraction,
+                keeper=shared_keeper(config),
+                key=None if key is None else key.value,
             )
         self._spans = [watch.span("load", replica=self._id)]
 
