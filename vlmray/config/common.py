@@ -19,6 +19,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
 
 
+API_KEY = "VLMRAY_API_KEY"
+"""Environment variable of the key that servers want of their clients, ours and others."""
+
 _LOADING = ("transformers", "fake")
 """Engines that load a model; the stand-in takes what any of them does."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable
@@ -10,13 +11,17 @@ from typing import Any
 
 from vlmray.engines.base import failed_completion
 from vlmray.engines.openai.client import Endpoint, EndpointError, UnansweredError
-from vlmray.engines.openai.gate import Gate, Place
+from vlmray.engines.openai.gate import Gate, OpenGate, Place
 from vlmray.engines.openai.shares import State
 from vlmray.engines.openai.waiting import Waiting
 from vlmray.errors import RunError
 from vlmray.schema import Completion
 
+LOST_S = 2.0
+"""How long to wait before a run for a server that says nothing: it may be a mistake."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
+_MAX_DOUBLINGS = 10
 _MAX_FAILURES = 5
 """Times that a server may have an accident (500) with one request before it is the request's fault."""
 
@@ -53,7 +58,7 @@ async def list_models(endpoint: Endpoint, *, lost_s: float) -> dict[str, int | N
 
 def _pause_s(num_tries: int) -> float:
     """Return how long to leave a request be; not as long as others that failed at the same time."""
-    longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**num_tries)
+    longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(num_tries, _MAX_DOUBLINGS))
     return random.uniform(longest_s / 2, longest_s)
 
 
@@ -64,12 +69,16 @@ class Asker:
         endpoint: The server.
         gate: Lets requests in.
         timeout_s: How long the server may be silent, and take for one answer.
+        max_tries: Times that a request is asked before the server is given up.
     """
 
-    def __init__(self, endpoint: Endpoint, gate: Gate, timeout_s: float) -> None:
+    def __init__(
+        self, endpoint: Endpoint, gate: Gate | OpenGate, timeout_s: float, max_tries: float = math.inf
+    ) -> None:
         self._endpoint = endpoint
         self._gate = gate
         self._timeout_s = timeout_s
+        self._max_tries = max_tries
 
     async def ask(self, body: dict[str, Any], on_text: Callable[[str], None] | None = None) -> Completion:
         """Ask as often as it takes.
@@ -81,7 +90,10 @@ class Asker:
         Raises:
             EndpointError: The server says nothing at all any more, or will not answer any request.
         """
-        told = Told(on_text) if on_text else None
+        with self._gate.wanted():
+            return await self._ask_patiently(body, Told(on_text) if on_text else None)
+
+    async def _ask_patiently(self, body: dict[str, Any], told: Told | None) -> Completion:
         num_tries = num_failures = 0
         while True:
             async with self._gate.place(again=num_tries > 0) as place:
@@ -90,9 +102,9 @@ class Asker:
                 except UnansweredError as error:
                     place.end(error.kind, retry_after_s=error.retry_after_s)
                     num_failures += error.kind == "failed"
-                    self._check(error)
                     reason = error
             num_tries += 1
+            self._check(reason, num_tries)
             if num_failures >= _MAX_FAILURES:
                 return failed_completion(RunError(f"asked {num_failures} times: {reason}"))
             await asyncio.sleep(_pause_s(num_tries))
@@ -101,7 +113,9 @@ class Asker:
         self, place: Place, body: dict[str, Any], told: Told | None, num_tries: int
     ) -> Completion:
         # What takes much longer than all others may be stuck; in case it is not it gets longer each time.
-        limit_s = min(self._gate.allowance.state.patience_s * 2**num_tries, self._timeout_s)
+        limit_s = min(
+            self._gate.allowance.state.patience_s * 2 ** min(num_tries, _MAX_DOUBLINGS), self._timeout_s
+        )
         try:
             async with asyncio.timeout(limit_s):
                 completion = await self._endpoint.ask(body, told.begin() if told else None)
@@ -113,8 +127,10 @@ class Asker:
             place.end("failed")
         return completion
 
-    def _check(self, error: UnansweredError) -> None:
-        """Give up on a server that has been silent for as long as it may be."""
+    def _check(self, error: UnansweredError, num_tries: int) -> None:
+        """Give up on a server that has been silent for as long as it may be, or was asked often enough."""
+        if num_tries >= self._max_tries:
+            raise EndpointError(f"{self._endpoint.url} does not answer: {error}") from error
         silent_s = self._gate.allowance.state.silent_s
         if error.kind == "lost" and silent_s >= self._timeout_s:
             raise EndpointError(

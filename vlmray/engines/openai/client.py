@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import openai
 
+from vlmray.config.common import API_KEY
 from vlmray.engines.base import failed_completion
 from vlmray.engines.openai.wire import retry_after_s, to_completion
 from vlmray.errors import RunError, one_line
@@ -18,9 +19,6 @@ from vlmray.schema import Completion
 
 for _name in ("httpx", "httpx2"):  # which the client is made of: a line for every request
     logging.getLogger(_name).setLevel(logging.WARNING)
-
-API_KEY = "VLMRAY_API_KEY"
-"""Environment variable of the key that servers are sent."""
 
 _OPENAI_HOST, _OPENAI_KEY = "api.openai.com", "OPENAI_API_KEY"
 _CONNECT_S = 10.0
@@ -101,7 +99,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 raise _unanswered(error) from error
             raise EndpointError(f"{self.url} does not list its models: {_say(error)}") from error
         except openai.APIConnectionError as error:
-            raise UnansweredError(f"{self.url} does not answer: {_say(error)}", "lost") from error
+            raise UnansweredError(f"{self.url} does not list its models: {_say(error)}", "lost") from error
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
             raise EndpointError(
                 f"{self.url} does not list its models as OpenAI's protocol has it: {one_line(error)}"

@@ -12,6 +12,7 @@ reached again for minutes. The clock is the caller's, and nothing here waits.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,13 +31,14 @@ _SLOW = 4.0
 them are answered by sending more."""
 
 _RECENT_S = 30.0
-_TENTATIVE_S = 5.0
+_TENTATIVE = 2.0
 _CERTAIN_S = 120.0
 _LONGEST_S = 1920.0
 _REFUTED, _CONFIRMED = 3, -2
 _LEAST_PATIENCE_S, _PATIENCE = 10.0, 8.0
 _NUM_LATENCIES = 200
 _NUM_WATCHED = 8
+_UNKNOWN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +111,26 @@ class Flow:
     def note(self, outcome: Outcome) -> None:
         """Learn from what became of a request."""
         now = self._clock()
+        sent_at = now - outcome.latency_s
         if outcome.kind != "lost":
             self._heard_at = now
         if outcome.kind == "answered":
             self._answered_at = now
             self._latencies.append(outcome.latency_s)
-            self.refused.answered(outcome.level, sent_at=now - outcome.latency_s)
+            if self.refused.answered(outcome.level, sent_at):
+                self._steep_below = math.inf
             self._answered(outcome)
         elif outcome.kind != "failed":
-            self._paused_until = max(self._paused_until, now + outcome.retry_after_s)
-            says_little = self.refused.refused(outcome.level, sent_at=now - outcome.latency_s)
+            if outcome.retry_after_s:
+                self._paused_until = max(self._paused_until, now + outcome.retry_after_s)
+            says_little = self.refused.refused(outcome.level, sent_at, self._usual_s())
             self._shrink(outcome, regain=says_little)
+            if outcome.level <= 1:  # it takes nothing now; once it does, it may be as much as ever
+                self._steep_below = math.inf
         self.limit = max(1.0, min(self.limit, self._most, self.refused.most))
+
+    def _usual_s(self) -> float:
+        return statistics.median(self._latencies) if self._latencies else _UNKNOWN_S
 
     def _answered(self, outcome: Outcome) -> None:
         slowness = self.slowness.note(outcome, is_alone=self.limit < 2)
@@ -149,52 +159,61 @@ class Refused:
     """What is known of the number in flight that a server refuses.
 
     Servers also refuse at random, or for others' sake. So a number counts as too many where more requests
-    were refused than answered at it, for a few seconds; and for minutes once it was tried and refused again.
+    were refused than answered at it, but at first only until those in flight have told more; for minutes once
+    it was tried again and refused again; and no more once requests were answered at it.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._recent: deque[tuple[float, int, int]] = deque()
         self._too_many = math.inf
-        self._until = -math.inf
-        self._hold_s = _CERTAIN_S
+        self._known_at = self._until = -math.inf
         self._evidence = 0
+        self._hold_s = _CERTAIN_S
 
     @property
     def most(self) -> float:
         """What the limit may be; when it is time, one more than what is known to be taken."""
         return self._too_many if self._clock() >= self._until else self._too_many - 1
 
-    def answered(self, level: int, sent_at: float) -> None:
-        """Note that a request was answered."""
+    def answered(self, level: int, sent_at: float) -> bool:
+        """Note that a request was answered, and tell whether that refutes what was thought."""
         self._note(level, 1)
-        if level >= self._too_many and sent_at >= self._until:
-            self._evidence += 1
-            if self._evidence >= _REFUTED:
-                self._forget()
+        self._evidence += level >= self._too_many and sent_at > self._known_at
+        is_refuted = self._evidence >= _REFUTED
+        if is_refuted:
+            self._think(math.inf)
+        return is_refuted
 
-    def refused(self, level: int, sent_at: float) -> bool:
-        """Note that one was not, and tell whether that says little of the limit."""
+    def refused(self, level: int, sent_at: float, usual_s: float) -> bool:
+        """Note that one was not, and tell whether that says little of the limit.
+
+        Args:
+            level: As in `Outcome`.
+            sent_at: When it was sent.
+            usual_s: How long answers take.
+        """
         self._note(level, -1)
         if level <= 1:  # it takes nothing at all now, whatever it takes at other times
-            self._forget()
+            self._think(math.inf)
             return False
-        if level == self._too_many and sent_at >= self._until:  # it was only tried again
+        if level == self._too_many and sent_at > self._known_at:  # it was only tried again
             self._evidence -= 1
-            self._hold()
+            self._hold(usual_s)
             return True
         is_exception = sum(sign for _, at, sign in self._recent if at >= level) > 0
         if level < self._too_many and not is_exception:
-            self._too_many, self._evidence, self._hold_s = level, 0, _CERTAIN_S
-            self._hold()
+            self._think(level)
+            self._hold(usual_s)
         return is_exception
 
-    def _forget(self) -> None:
-        self._too_many = math.inf
+    def _think(self, too_many: float) -> None:
+        self._too_many, self._known_at = too_many, self._clock()
+        self._evidence, self._hold_s = 0, _CERTAIN_S
 
-    def _hold(self) -> None:
+    def _hold(self, usual_s: float) -> None:
         is_certain = self._evidence <= _CONFIRMED
-        self._until = self._clock() + (self._hold_s if is_certain else _TENTATIVE_S)
+        self._until = self._clock() + (self._hold_s if is_certain else _TENTATIVE * usual_s)
         if is_certain:
             self._hold_s, self._evidence = min(2 * self._hold_s, _LONGEST_S), 0
 

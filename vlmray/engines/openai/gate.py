@@ -7,7 +7,8 @@ import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from vlmray.engines.openai.flow import Outcome
@@ -43,16 +44,33 @@ class Place:
         )
 
 
+class OpenGate:
+    """Lets everybody in: what is measured is how a server takes a load that was said."""
+
+    allowance = Allowance(places=0, state=State())
+
+    @contextlib.asynccontextmanager
+    async def place(self, *, again: bool = False) -> AsyncIterator[Place]:
+        """Have a place at once."""
+        yield Place(1)
+
+    def wanted(self) -> AbstractContextManager[None]:
+        """Nobody needs to know."""
+        return contextlib.nullcontext()
+
+
 class Gate:
     """Lets requests of this process in.
 
     Args:
         keeper: Has the limit.
+        watch: Told how it goes, again and again.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, watch: Callable[[State], None] = lambda state: None) -> None:
+        self._watch = watch
         self.allowance = Allowance(places=0, state=State())
-        self.num_in_flight = 0
+        self.num_in_flight = self.num_wanted = 0
         self._keeper = keeper
         self._name = uuid.uuid4().hex
         self._waiting: deque[asyncio.Future[int]] = deque()
@@ -80,6 +98,15 @@ class Gate:
             yield place
         finally:
             self._leave(place.outcome)
+
+    @contextlib.contextmanager
+    def wanted(self) -> Iterator[None]:
+        """Want an answer, between two tries too."""
+        self.num_wanted += 1
+        try:
+            yield
+        finally:
+            self.num_wanted -= 1
 
     async def close(self) -> None:
         """Report no more."""
@@ -114,17 +141,18 @@ class Gate:
                 Report(
                     holder=self._name,
                     num_in_flight=self.num_in_flight,
-                    num_wanted=self.num_in_flight + len(self._waiting),
+                    num_wanted=self.num_wanted,
                     outcomes=outcomes,
                 )
             )
             self._opens_at = time.monotonic() + self.allowance.state.pause_s
             self._let_in()
+            self._watch(self.allowance.state)
             await asyncio.sleep(self._keeper.pace_s)
 
     def _rest_s(self) -> float | None:
         """Return how long to wait before a report of no news; None: until there are some."""
-        if not self.num_in_flight and not self._waiting:
+        if not self.num_wanted:
             return None
         pause_s = self._opens_at - time.monotonic()
         return min(_PERIOD_S, pause_s) if pause_s > 0 else _PERIOD_S

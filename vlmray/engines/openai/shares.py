@@ -28,7 +28,7 @@ class Report:
     holder: str
     num_in_flight: int
     num_wanted: int
-    """In flight, or waiting to be."""
+    """In flight, or waiting for a place or for another try."""
 
     outcomes: Sequence[Outcome] = ()
     """What became of requests since its last report, as it saw them."""
@@ -40,7 +40,7 @@ class State:
 
     limit: float = 0.0
     num_wanted: int = 0
-    """Requests of all holders in flight, or waiting to be."""
+    """Of all holders."""
 
     pause_s: float = 0.0
     silent_s: float = 0.0

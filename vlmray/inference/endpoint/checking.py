@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from vlmray.config import InferConfig
-from vlmray.engines.openai.asking import list_models
+from vlmray.engines.openai.asking import LOST_S, list_models
 from vlmray.engines.openai.client import Endpoint, EndpointError, api_key, find_model
 from vlmray.errors import OptionError
-
-_LOST_S = 2.0
-"""A server that is not there is a mistake; one that has too much to do is waited for."""
 
 
 def check_server(config: InferConfig) -> None:
@@ -32,4 +29,4 @@ def check_server(config: InferConfig) -> None:
 
 async def _list(url: str) -> dict[str, int | None]:
     async with Endpoint(url, api_key(url)) as endpoint:
-        return await list_models(endpoint, lost_s=_LOST_S)
+        return await list_models(endpoint, lost_s=LOST_S)

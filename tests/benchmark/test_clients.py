@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from helpers.gateways import KEY, Backend, serving
-from vlmray.benchmark.endpoint import Endpoint
+from vlmray.benchmark.clients import Clients
 from vlmray.schema import GenerationRequest
 
 PLAIN = GenerationRequest(
@@ -30,8 +30,8 @@ def test_a_request_arrives_as_it_was(request_: GenerationRequest) -> None:
     backend = Backend()
 
     async def ask(url: str) -> None:
-        async with Endpoint(url, KEY) as endpoint:
-            assert (await endpoint.ask("fake", request_)).completion.error is None
+        async with Clients(url, KEY) as clients:
+            assert (await clients.ask("fake", request_)).completion.error is None
 
     with serving(backend) as (url, _):
         asyncio.run(ask(url))
