@@ -113,9 +113,8 @@ class Asker:
         self, place: Place, body: dict[str, Any], told: Told | None, num_tries: int
     ) -> Completion:
         # What takes much longer than all others may be stuck; in case it is not it gets longer each time.
-        limit_s = min(
-            self._gate.allowance.state.patience_s * 2 ** min(num_tries, _MAX_DOUBLINGS), self._timeout_s
-        )
+        patience_s = self._gate.allowance.state.patience_s * 2 ** min(num_tries, _MAX_DOUBLINGS)
+        limit_s = min(patience_s, self._timeout_s)
         try:
             async with asyncio.timeout(limit_s):
                 completion = await self._endpoint.ask(body, told.begin() if told else None)
