@@ -20,7 +20,7 @@ from vlmray.engines import calls_at_once, load_engine
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
-from vlmray.inference.endpoint.keeping import Key, shared_keeper
+from vlmray.inference.endpoint.keeping import Key, engine_options
 from vlmray.inference.result_folder import RESULT_SCHEMA, pick
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
@@ -61,8 +61,7 @@ class Replica:
                 batch_size=config.batch_size,
                 num_threads=plan.num_threads,
                 memory_fraction=plan.memory_fraction,
-                keeper=shared_keeper(config),
-                key=None if key is None else key.value,
+                **engine_options(config, key),
             )
         self._spans = [watch.span("load", replica=self._id)]
 

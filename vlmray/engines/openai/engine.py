@@ -60,8 +60,8 @@ class OpenAIEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="endpoint")
         self._thread.start()
+        self._endpoint, self._gate, self._asker = self._run(self._open(url, key, keeper, timeout_s))
         try:
-            self._endpoint, self._gate, self._asker = self._run(self._open(url, key, keeper, timeout_s))
             self.max_model_len = find_model(
                 model, self._run(list_models(self._endpoint, lost_s=timeout_s)), url
             )
@@ -150,8 +150,7 @@ class OpenAIEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if hasattr(self, "_endpoint"):
-            await self._endpoint.close()
+        await self._endpoint.close()
 
     def _to_body(self, request: GenerationRequest) -> dict[str, Any]:
         _check(request)

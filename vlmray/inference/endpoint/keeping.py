@@ -38,11 +38,12 @@ def api_key(config: InferConfig) -> Key | None:
     return Key(client.api_key(config.endpoint)) if config.endpoint else None
 
 
-def shared_keeper(config: InferConfig) -> SharedKeeper | None:
-    """Return the keeper of a run's server; None where it has none."""
-    if config.engine != "openai":
-        return None
-    return SharedKeeper(str(config.endpoint), config.max_in_flight or MOST_IN_FLIGHT)
+def engine_options(config: InferConfig, key: Key | None) -> dict[str, Any]:
+    """Return what `load_engine` is told of a run's server; nothing where it has none."""
+    if config.engine != "openai" or key is None:
+        return {}
+    keeper = SharedKeeper(str(config.endpoint), config.max_in_flight or MOST_IN_FLIGHT)
+    return {"keeper": keeper, "key": key.value}
 
 
 class _Actor(Shares):
