@@ -133,8 +133,11 @@ class Gate:
 
     async def _keep_reporting(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._rest_s())
+            with contextlib.suppress(
+                TimeoutError
+            ):  # `wait_for` loses a cancellation that comes with an event
+                async with asyncio.timeout(self._rest_s()):
+                    await self._changed.wait()
             self._changed.clear()
             outcomes, self._outcomes = self._outcomes, []
             self.allowance = await self._keeper.report(

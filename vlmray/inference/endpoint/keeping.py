@@ -90,7 +90,8 @@ class SharedKeeper:
                 self._actor = await asyncio.to_thread(
                     find_actor, self._url, self._most, self._last.state.limit
                 )
-            found = await asyncio.wait_for(self._ask(report), _PATIENCE_S)
+            async with asyncio.timeout(_PATIENCE_S):
+                found: Allowance = await self._actor.report.remote(report)
         except TimeoutError:  # its machine may be lost, which Ray will notice
             return self._last
         except (ray.exceptions.RayError, ValueError):  # lost, or just about to end
@@ -98,6 +99,3 @@ class SharedKeeper:
             return self._last
         self._last = replace(found, places=min(found.places, self._most))
         return self._last
-
-    async def _ask(self, report: Report) -> Allowance:
-        return await self._actor.report.remote(report)
