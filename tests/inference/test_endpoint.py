@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +188,47 @@ def test_a_server_that_says_nothing_ends_the_run_with_one_line(tmp_path: Path) -
     assert "has not answered for" in message
     assert "0 of 40 rows are answered" in message
     assert "\n" not in message
+
+
+OTHER_DRIVER = """
+import asyncio, sys, time, ray
+from vlmray.engines.openai.shares import Report
+from vlmray.inference.endpoint.keeping import SharedKeeper
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+async def ask():
+    keeper, deadline, places = SharedKeeper(sys.argv[2], 64), time.monotonic() + 60, 0
+    while places < 2 and time.monotonic() < deadline:
+        told = await keeper.report(Report(holder="other", num_in_flight=0, num_wanted=50))
+        places = told.places
+        await asyncio.sleep(0.1)
+    print(told.state.num_wanted, places)
+
+asyncio.run(ask())
+"""
+
+
+def _other_driver(url: str, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+    """What another driver of the cluster hears: what is wanted of the server in all, and its own places."""
+    address = ray.get_runtime_context().gcs_address
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER_DRIVER, address, url], stdout=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: [meanwhile(), other.poll()][1] is not None, timeout_s=120)
+    return [int(word) for word in other.communicate()[0].split()]
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_drivers_share_a_limit_and_none_needs_the_other_to_stay() -> None:
+    keeper = SharedKeeper("http://both", 64)
+
+    def places() -> int:
+        return asyncio.run(keeper.report(report("one"))).places
+
+    wait_until(lambda: places() == 4, timeout_s=60)
+    assert _other_driver("http://both", places) == [100, 2]
+    assert places() == 2
+    assert _other_driver("http://left") == [50, 4]  # this driver began, and is gone now
+    keeper = SharedKeeper("http://left", 64)
+    wait_until(lambda: places() == 4, timeout_s=60)
