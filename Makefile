@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Tests of one file stay in one process, because they share what starts slowly.
+# Tests of one file stay in one process, because they share what starts slowly. A process that dies ends the
+# run: in the place of one that was replaced, nobody would ever run the rest of its file.
 WORKERS ?= 2
-TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 SCALE ?= full
 PACK := .gpu

@@ -62,6 +62,15 @@ def names_in(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Jobs end their process, so they leave its signals as they like; the next SIGINT would end the tests."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen2.5-VL checkpoint folder, built once."""

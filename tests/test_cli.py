@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,15 +9,6 @@ import ray
 
 from vlmray import cli
 from vlmray.errors import OptionError, RunError
-
-
-@pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    """Jobs end their process, so they leave its signals as they like."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def _end(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:

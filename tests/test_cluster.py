@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -217,7 +218,7 @@ def test_actors_that_have_their_place_are_not_waited_for(caplog: Any) -> None:
     """Nor are those whose model is loading, however long that takes."""
     loading = [ray.remote(num_cpus=1)(_Holder).remote(load_s=3) for _ in range(2)]
     waits = waiting.Waiting(asked(CPU=1), limit_s=0)
-    wait_until(lambda: waits._num_placed() == 2)
+    wait_until(lambda: waits._count_actors() == (2, 0))
     caplog.clear()
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
@@ -225,6 +226,23 @@ def test_actors_that_have_their_place_are_not_waited_for(caplog: Any) -> None:
     assert not caplog.messages
     for holder in loading:
         ray.kill(holder)
+
+
+@pytest.mark.usefixtures("two_cpus", "soon")
+def test_members_of_a_pool_that_have_done_their_work_are_not_waited_for(caplog: Any) -> None:
+    pool = dataclasses.replace(asked(CPU=1.5), is_pool=True)
+    holders = [ray.remote(num_cpus=1.5)(_Holder).remote() for _ in range(2)]
+    waits = waiting.Waiting(pool, limit_s=1000)
+    one = "waiting for 1 worker with 1.5 CPU: "
+    wait_until(lambda: waits.look() or (caplog.messages and caplog.messages[-1].startswith(one)))
+    for holder in holders:
+        ray.kill(holder)
+    wait_until(lambda: waits._count_actors() == (0, 0))
+    caplog.clear()
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        waits.look()
+    assert not caplog.messages
 
 
 class _Other:

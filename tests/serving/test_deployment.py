@@ -107,7 +107,7 @@ def test_the_model_is_free_within_a_token_of_the_client(tmp_path: Path) -> None:
     log = tmp_path / "tokens"
     log.touch()
     config = ServeConfig(
-        model_id=f"fake?answer={'+'.join('x' * 1000)}&token_s=0.05&token_log={log}", served_model_name="fake",
+        model_id=f"fake?answer={'+'.join('x' * 1000)}&token_s=0.2&token_log={log}", served_model_name="fake",
         engine="fake", max_batch_size=1, max_queued_requests=4, stream_interval_s=0, port=free_port(),
     )  # fmt: skip
 

@@ -64,6 +64,7 @@ class ReplicaPlan:
             actors=actors,
             option="num_replicas",
             is_served=is_served,
+            is_pool=not is_served,
         )
 
     @property

@@ -48,6 +48,9 @@ class Asked:
     is_served: bool = False
     """They belong to Ray Serve, which goes on when the job that started it has ended."""
 
+    is_pool: bool = False
+    """All that are wanted are there as actors, with a place or without; others have done their work."""
+
     @property
     def each(self) -> str:
         """What each takes, in words."""
@@ -83,8 +86,10 @@ class Waiting:
         if now - self._looked < _PERIOD_S:
             return
         self._looked = now
-        num_placed = self._num_placed() if self._asked.each else self._asked.count
+        num_placed, num_waiting = self._count_actors() if self._asked.each else (self._asked.count, 0)
         missing, waited_s = self._asked.count - num_placed, now - self._since
+        if self._asked.is_pool:
+            missing = min(missing, num_waiting)
         if missing <= 0:
             self._since, self._line = now, ""
             return
@@ -112,16 +117,17 @@ class Waiting:
             f"the cluster has {', '.join(there)}"
         )
 
-    def _num_placed(self) -> int:
-        """Count the actors that have a place on some node, whether they have begun there or not."""
+    def _count_actors(self) -> tuple[int, int]:
+        """Count the actors that have a place on some node, begun there or not, and those that have none."""
         job = ray.get_runtime_context().get_job_id()
-        return sum(
-            self._asked.actors in actor["ActorClassName"]
-            and (self._asked.is_served or actor["JobID"] == job)
-            and actor["State"] in ("ALIVE", "PENDING_CREATION")
-            and actor["Pid"] > 0
+        are_placed = [
+            actor["State"] in ("ALIVE", "PENDING_CREATION") and actor["Pid"] > 0
             for actor in state.actors().values()
-        )
+            if self._asked.actors in actor["ActorClassName"]
+            and (self._asked.is_served or actor["JobID"] == job)
+            and actor["State"] != "DEAD"
+        ]
+        return sum(are_placed), len(are_placed) - sum(are_placed)
 
     def _is_short(self, missing: int) -> bool:
         """Tell whether it is not there; else it may be on its way, or on several nodes in parts."""
