@@ -16,6 +16,8 @@ from benchmarks.common.faulty_server import MODEL, Faults, FaultyServer
 from helpers.processes import parquet_rows, wait_until
 from helpers.rows import TASK
 from vlmray import cluster
+from vlmray.cluster import plans, resources
+from vlmray.cluster.resources import Node
 from vlmray.config import InferConfig
 from vlmray.engines.openai.shares import Report, State
 from vlmray.engines.openai.waiting import Waiting
@@ -112,10 +114,14 @@ def test_what_is_awaited_is_said_once_and_again_when_it_changes() -> None:
 # On a cluster
 
 
-@pytest.mark.usefixtures("two_cpus")
-def test_clients_ask_for_no_gpu_and_there_is_one() -> None:
+def test_clients_ask_for_no_gpu_and_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node(name=name, resources={"GPU": 4, "CPU": 4}) for name in "ab"]
+    for module in (plans, resources):
+        monkeypatch.setattr(module, "present_nodes", lambda: nodes)
+    monkeypatch.setattr(plans, "node_cpus", lambda: 4.0)
     plan = cluster.plan_clients(None)
     assert (plan.min_replicas, plan.max_replicas, plan.num_gpus, plan.runtime_env) == (1, 1, 0, {})
+    assert 0 < plan.num_cpus <= 1
     assert cluster.plan_clients((2, 3)).max_replicas == 3
 
 
