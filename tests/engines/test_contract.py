@@ -288,7 +288,7 @@ def test_waiting_is_what_the_model_cannot_work_in(
 
 
 def test_unknown_engine_and_options_name_what_is_known() -> None:
-    with pytest.raises(ValueError, match=r"unknown engine 'vlm'.*transformers, fake"):
+    with pytest.raises(ValueError, match=r"unknown engine 'vlm'.*transformers, openai, fake"):
         build_engine(engine="vlm", model_id="tiny-random")
     with pytest.raises(ValueError, match="--batch_size must be at least 1, got 0"):
         TransformersEngine(None, None, batch_size=0)
@@ -299,6 +299,7 @@ def test_unknown_engine_and_options_name_what_is_known() -> None:
     [
         ("vlmray.engines", {"torch", "transformers", "ray", "peft"}),
         ("vlmray.engines.fake", {"torch", "transformers", "ray", "peft"}),
+        ("vlmray.engines.openai.engine", {"torch", "transformers", "ray", "peft"}),
         ("vlmray.models.checks", {"torch", "transformers", "ray", "peft", "PIL", "numpy"}),
         ("vlmray.engines.transformers.engine", {"ray", "peft", "bitsandbytes"}),
     ],
