@@ -16,6 +16,8 @@ from benchmarks.faults.arena import Arena
 
 _POLL_S = 0.1
 _MOST_FAILURES = 3
+_INTERRUPTED = 130
+"""Exit code of a driver that is stopped while it starts."""
 
 
 class Job(Protocol):
@@ -110,7 +112,7 @@ def run_round(arena: Arena, job: Job, fire: Fire) -> dict[str, float]:
             failed += code != -signal.SIGKILL
             num_starts += 1
             driver = arena.start(job.name, job.options(num_starts), job.log)
-    failed += _stop(driver, fire.hang_s) != 0 and not hung
+    failed += _stop(driver, fire.hang_s) not in (0, _INTERRUPTED) and not hung
     return {
         "failed": failed, "hung": hung, "starts": num_starts + 1, "longest_pause_s": round(longest_s, 1),
         **job.findings(), "stayed": len(arena.staying([*job.titles.values()])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -93,9 +94,11 @@ def is_free(port: int) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else has the file in memory; others may have made it, where memory is shared."""
+    """Whether nobody else has the file in memory, or gave it his number; others share that memory."""
     if path.parent != _SHARED_MEMORY:
         return True
+    if any(psutil.pid_exists(int(number)) for number in re.findall(r"\d{2,9}", path.name)):
+        return False
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):  # gone by now
             if str(path) in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8"):

@@ -60,9 +60,9 @@ def test_rows_are_blamed_one_by_one_and_answers_kept(claims: Claims) -> None:
     assert answers == {"good": {"sample_id": "good", "prediction": "yes"}}
 
 
-def test_a_chunk_that_is_done_is_forgotten(claims: Claims) -> None:
+def test_of_a_chunk_that_is_done_nothing_else_is_kept(claims: Claims) -> None:
     claims.claim("chunk", Holder("a", "here"))
     claims.claim_row("chunk", "row", Holder("a", "here"))
     claims.release("chunk")
-    assert claims.claim("chunk", Holder("b", "here")) == (0, {})
+    assert claims.claim("chunk", Holder("b", "here")) == (0, {}, True)
     assert claims.claim_row("chunk", "row", Holder("b", "here")) == 0

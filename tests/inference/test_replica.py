@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helpers.results import open_folder
 from helpers.rows import TASK, make_image
 from vlmray import cluster
 from vlmray.cluster import ReplicaPlan, plans, resources
@@ -14,9 +16,10 @@ from vlmray.cluster.resources import Node
 from vlmray.config import InferConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
-from vlmray.inference import replica
+from vlmray.inference import replica, stages
 from vlmray.inference.claims import Claims, Holder
 from vlmray.inference.replica import Replica
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.inference.stages import prepare_rows
 from vlmray.inference.timeline import Span
 from vlmray.schema import Row
@@ -28,8 +31,9 @@ DEAD = Holder("died", "node")
 class Handle:
     """Claims as an actor's handle: called at once, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: ResultFolder) -> None:
         self.claims = Claims(lambda node: True)
+        self.folder = folder
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
@@ -41,15 +45,16 @@ class Handle:
 
 
 @pytest.fixture
-def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
+def handle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Handle:
     context = SimpleNamespace(get_actor_id=lambda: "actor", get_node_id=lambda: "node")
     monkeypatch.setattr(replica.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(replica.ray, "get", lambda result: result)
-    return Handle()
+    return Handle(open_folder(tmp_path))
 
 
 def load(handle: Handle, model_id: str = "fake") -> Replica:
-    return Replica(InferConfig(engine="fake", model_id=model_id, sample_slices="[:]"), PLAN, TASK, handle)
+    config = InferConfig(engine="fake", model_id=model_id, sample_slices="[:]")
+    return Replica(config, PLAN, TASK, handle, handle.folder)
 
 
 def chunk() -> list[Row]:
@@ -84,7 +89,7 @@ def test_replicas_that_share_a_card_share_its_memory(
     config = InferConfig(sample_slices="[:]", adapter="folder", batch_size=3)
     given: dict[str, Any] = {}
     monkeypatch.setattr(replica, "load_engine", lambda *_, **options: given.update(options))
-    Replica(config, plan, TASK, handle)
+    Replica(config, plan, TASK, handle, handle.folder)
     assert given == {
         "adapter": "folder", "batch_size": 3, "num_threads": plan.num_threads, "memory_fraction": fraction,
     }  # fmt: skip
@@ -121,6 +126,27 @@ def test_the_third_death_over_a_row_is_the_last(handle: Handle) -> None:
     assert rows[0] == ("kept", None)
     assert rows[1] == (None, "the replica died 3 times while answering it")
     assert rows[2:] == together[2:]
+
+
+def test_what_is_written_is_not_generated_again(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that were lost after a part of them was written: their chunk is asked for once more."""
+    found, spans = load(handle), list[Span]()
+    rows = [stages.score_row(row, TASK) for row in found.answer(chunk(), spans)]
+    stages.save_rows(rows[:2], handle.folder)
+    asked: list[str] = []
+    generate = FakeEngine.generate
+    monkeypatch.setattr(
+        FakeEngine,
+        "generate",
+        lambda self, requests, **kwargs: (
+            asked.extend(each.request_id for each in requests) or generate(self, requests)
+        ),
+    )
+    again = [stages.score_row(row, TASK) for row in found.answer(chunk(), spans)]
+    assert asked == ["test-000003"]
+    assert [pick(row, RESULT_SCHEMA.names) for row in again] == [
+        pick(row, RESULT_SCHEMA.names) for row in rows
+    ]
 
 
 def test_a_model_that_kills_whoever_loads_it_is_named(handle: Handle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import random
@@ -47,6 +48,25 @@ def test_what_is_saved_is_read_back(output_format: str, tmp_path: Path) -> None:
     assert folder.read_results(["sample_id", "error"]).column_names == ["sample_id", "error"]
     assert folder.read_image("test-000000") == (None if output_format == "parquet" else JPEG)
     assert folder.read_image("test-000009") is None
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_answers_of_a_chunk_that_is_written_are_found(
+    output_format: str, is_grouped: bool, tmp_path: Path
+) -> None:
+    folder = dataclasses.replace(open_folder(tmp_path, output_format), is_grouped=is_grouped)
+    names = [f"test-{index:06d}" for index in range(4)]
+    assert folder.answered(names) == {}
+    save(folder, row_of(0), row_of(1, error="image has 0 bytes"), row_of(2))
+    save(folder, row_of(7))
+    assert folder.answered(names) == {names[0]: row_of(0), names[2]: row_of(2)}
+
+
+def test_of_a_chunk_of_which_only_files_are_written_answers_are_found(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path, "both")
+    save_sample_outputs(folder, row_of(1), {})
+    assert [*folder.answered(["test-000000", "test-000001"])] == ["test-000001"]
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

@@ -32,6 +32,7 @@ from vlmray.cluster.resources import Node
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
+from vlmray.serving import address
 from vlmray.serving import server as serving
 from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
@@ -313,6 +314,7 @@ def test_mistakes_are_named_before_anything_starts(
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(ValueError, match=f"--host 0.0.0.0 lets others in; set {API_KEY}"):
         serve_app(ServeConfig(model_id="fake", engine="fake", host="0.0.0.0"))
+    monkeypatch.setattr(address, "_PATIENCE_S", 0.1)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(ValueError, match="Address already in use; pass another port"),

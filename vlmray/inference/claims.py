@@ -3,6 +3,7 @@
     claim -> release                        a chunk, as long as all goes well
     claim, and its last holder is gone      replicas died over it: its rows are answered one by one
       claim_row -> keep                     for each of them, so that the next death names the row
+    claim after release                     its answers were lost, or the word that they are written
 
 A holder that is gone died of what it held, unless its machine is gone as well. No Ray here.
 """
@@ -38,6 +39,9 @@ class Claim(NamedTuple):
     answers: dict[str, Row]
     """What was answered before that, by sample id."""
 
+    was_answered: bool
+    """Whether somebody was done with it already."""
+
 
 @dataclass(slots=True)
 class _Work:
@@ -68,12 +72,13 @@ class Claims:
     def __init__(self, is_alive: Callable[[str], bool]) -> None:
         self._is_alive = is_alive
         self._chunks: defaultdict[str, _Chunk] = defaultdict(_Chunk)
+        self._answered: set[str] = set()
 
     def claim(self, chunk: str, holder: Holder) -> Claim:
         """Begin to work on a chunk; where the claim of another process is open, that one died over it."""
         work = self._chunks[chunk]
         work.change_hands(holder)
-        return Claim(self._count(work), work.answers)
+        return Claim(self._count(work), work.answers, chunk in self._answered)
 
     def pause(self, chunk: str) -> None:
         """Go on holding a chunk, without doing anything with it that may kill."""
@@ -91,8 +96,9 @@ class Claims:
         self._chunks[chunk].rows[row["sample_id"]].holder = None
 
     def release(self, chunk: str) -> None:
-        """Be done with a chunk, and forget it."""
+        """Be done with a chunk, and forget all but that."""
         self._chunks.pop(chunk, None)
+        self._answered.add(chunk)
 
     def _count(self, work: _Work) -> int:
         return sum(map(self._is_alive, work.nodes))

@@ -83,7 +83,14 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     rows = _map(
         rows,
         _Replica,
-        fn_constructor_args=(run.worker_config, replicas, run.task, start_claims(), api_key(run.config)),
+        fn_constructor_args=(
+            run.worker_config,
+            replicas,
+            run.task,
+            start_claims(),
+            run.folder,
+            api_key(run.config),
+        ),  # fmt: skip
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),

@@ -21,7 +21,7 @@ from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
 from vlmray.inference.endpoint.keeping import Key, engine_options
-from vlmray.inference.result_folder import RESULT_SCHEMA, pick
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row
@@ -41,14 +41,21 @@ class Replica:
         plan: What it may use.
         task: How questions are asked.
         claims: Handle of the run's `Claims`.
+        folder: Where answers are written, later.
         key: Key of the server that answers, where one does.
     """
 
     def __init__(
-        self, config: InferConfig, plan: cluster.ReplicaPlan, task: Task, claims: Any, key: Key | None = None
+        self,
+        config: InferConfig,
+        plan: cluster.ReplicaPlan,
+        task: Task,
+        claims: Any,
+        folder: ResultFolder,
+        key: Key | None = None,
     ) -> None:
         context = ray.get_runtime_context()
-        self._task, self._claims = task, claims
+        self._task, self._claims, self._folder = task, claims, folder
         self._id = context.get_actor_id()
         self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
         self._turns = threading.Semaphore(calls_at_once(config.engine))
@@ -68,7 +75,10 @@ class Replica:
     def answer(self, rows: Sequence[Row], spans: list[Span]) -> list[Row]:
         """Answer a chunk, and add to `spans` when the model worked."""
         chunk = rows[0]["sample_id"]
-        num_deaths, answers = self._ask("claim", chunk, self._holder)
+        num_deaths, answers, was_answered = self._ask("claim", chunk, self._holder)
+        if was_answered:
+            written = self._folder.answered([row["sample_id"] for row in rows])
+            rows = [row | written.get(row["sample_id"], {}) for row in rows]
         if num_deaths == 0:
             turn = self._claimed_turn(chunk, spans)
             rows = stages.generate_rows(rows, self._engine, self._task, turn)
@@ -81,7 +91,7 @@ class Replica:
 
     def _answer_alone(self, row: Row, chunk: str, answers: dict[str, Row]) -> Row:
         name = row["sample_id"]
-        if row["error"] is not None:
+        if not stages.is_pending(row):
             return row
         if name in answers:
             return row | answers[name]
@@ -114,7 +124,7 @@ class Replica:
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
         """See that a model that kills whoever loads it does not do so for ever."""
-        num_deaths, _ = self._ask("claim", self._id, self._holder)
+        num_deaths = self._ask("claim", self._id, self._holder).num_deaths
         if num_deaths >= MAX_DEATHS:
             raise RunError(f"the replica died {num_deaths} times while loading the model")
         yield

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +27,9 @@ from numpy.typing import NDArray
 
 from vlmray.dataset.slices import row_indices
 from vlmray.schema import Row
-from vlmray.storage.run_folder import NUM_THREADS, RunFolder
+from vlmray.storage.run_folder import RunFolder
 from vlmray.storage.run_options import Earlier
-
-T = TypeVar("T")
-R = TypeVar("R")
+from vlmray.storage.threads import NUM_THREADS, map_ahead
 
 ABSENT, FAILED, ANSWERED = range(3)
 """What a folder holds of a row."""
@@ -171,9 +168,8 @@ class ResultFolder(RunFolder):
     def discard(self, rows: NDArray[np.bool_]) -> None:
         """Take rows of the split that will be generated again out of the Parquet parts, by a mask."""
         if rows.any():
-            with ThreadPoolExecutor(NUM_THREADS) as pool:
-                for _ in _in_turn(pool, lambda name: self._take_out(name, rows), self._parts()):
-                    pass
+            for _ in map_ahead(lambda name: self._take_out(name, rows), self._parts()):
+                pass
             if self.is_grouped:  # what was written before there were groups is not written over
                 for path in self._list():
                     if path.endswith(_OUT) and _select(rows, pa.array([_sample_id(path)])).any():
@@ -218,6 +214,16 @@ class ResultFolder(RunFolder):
         """Read result rows; the arguments are those of `scan`."""
         return self.read_results(columns, sample_ids=sample_ids).to_pylist()
 
+    def answered(self, sample_ids: Sequence[str]) -> dict[str, Row]:
+        """Read the answers of a few samples that are here, of a chunk that is written; failed ones not."""
+        if self.output_format == "parquet":
+            rows = self.rows(sample_ids=sample_ids)
+        else:
+            paths = (f"{self.place(name)}{name}{_OUT}" for name in sample_ids)
+            there = [path for path in paths if self.has(path)]
+            rows = [row for part in self._read_out_files(there) for row in part]
+        return {row["sample_id"]: row for row in rows if row["error"] is None}
+
     def read_results(
         self, columns: Sequence[str] | None = None, *, sample_ids: Collection[str] | None = None
     ) -> pa.Table:
@@ -242,8 +248,7 @@ class ResultFolder(RunFolder):
                     yield pa.Table.from_pylist(rows, wanted)
             return
         names = None if sample_ids is None else pa.array(sorted(sample_ids), pa.string())
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            yield from _in_turn(pool, lambda part: self._read_rows(part, wanted.names, names), self._parts())
+        yield from map_ahead(lambda part: self._read_rows(part, wanted.names, names), self._parts())
 
     def _read_rows(self, part: str, columns: list[str], sample_ids: pa.Array | None) -> pa.Table:
         if sample_ids is None:
@@ -380,14 +385,3 @@ def _select(mask: NDArray[np.bool_], sample_ids: pa.Array) -> NDArray[np.bool_]:
     rows = row_indices(sample_ids)
     known = (rows >= 0) & (rows < len(mask))
     return known & mask[np.where(known, rows, 0)]
-
-
-def _in_turn(pool: ThreadPoolExecutor, fn: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Map in threads that are only a little ahead of the reader."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(fn, item))
-        if len(waiting) > 2 * NUM_THREADS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

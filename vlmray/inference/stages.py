@@ -90,7 +90,7 @@ def _check_image(data: bytes, *, keep: bool) -> bytes | None:
 def generate_rows(
     rows: Sequence[Row], engine: Engine, task: Task, turn: AbstractContextManager[None] | None = None
 ) -> list[Row]:
-    """Answer the rows that have no error with one call of the engine.
+    """Answer the rows that have neither an error nor an answer with one call of the engine.
 
     Args:
         rows: Rows as `prepare_rows` gives them.
@@ -98,7 +98,7 @@ def generate_rows(
         task: How questions are asked.
         turn: Entered while the model works, for threads that share an engine.
     """
-    pending = [row for row in rows if row["error"] is None]
+    pending = [row for row in rows if is_pending(row)]
     completions: list[Completion] = []
     if pending:
         requests = engine.prepare(make_requests(pending, task))
@@ -107,6 +107,11 @@ def generate_rows(
     for row, completion in zip(pending, completions, strict=True):
         row |= answered(completion)
     return list(rows)
+
+
+def is_pending(row: Row) -> bool:
+    """Tell whether a prepared row is still to be asked."""
+    return row["error"] is None and "finish_reason" not in row
 
 
 def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:

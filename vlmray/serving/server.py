@@ -12,10 +12,8 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import ipaddress
 import logging
 import os
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from types import TracebackType
@@ -36,6 +34,7 @@ from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
 from vlmray.schema import GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
+from vlmray.serving.address import check_port, is_loopback
 from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
@@ -328,13 +327,13 @@ def serve_app(config: ServeConfig) -> Server:
         RunError: The replicas do not start.
     """
     api_key = os.environ.get(API_KEY)
-    if not api_key and not _is_loopback(config.host):
+    if not api_key and not is_loopback(config.host):
         raise OptionError(
             "host",
             f"{config.host} lets others in",
             f"set {API_KEY} to a key that they have to send, or listen on 127.0.0.1",
         )
-    _check_port(config)
+    check_port(config.host, config.port)
     config = _check_model(config)  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
@@ -372,23 +371,3 @@ def _start(config: ServeConfig, application: serve.Application) -> DeploymentHan
 def _asked(config: ServeConfig) -> cluster.Asked:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica)
     return plan.asked(f"ServeReplica:{APP_NAME}:{_MODEL_NAME}", is_served=True)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_port(config: ServeConfig) -> None:
-    """Refuse a port that is taken: Serve would retry it for a while and say so in a log file only."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise OptionError(
-                "host", f"{config.host} --port {config.port}: {error.strerror}", "pass another port"
-            ) from error

@@ -27,10 +27,9 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSy
 from vlmray.errors import RunError, one_line
 from vlmray.storage.filesystem import absolute_uri, open_filesystem, writes_whole_files
 from vlmray.storage.run_options import Earlier, find_objection
+from vlmray.storage.threads import NUM_THREADS
 
 _OPTIONS, _RUN, _REPORT = "options.json", "run.json", "report.html"
-NUM_THREADS = 16
-"""Requests to a file system at a time."""
 
 
 @dataclass(frozen=True, slots=True)
