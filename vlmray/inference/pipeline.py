@@ -90,7 +90,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
             start_claims(),
             run.folder,
             api_key(run.config),
-        ),  # fmt: skip
+        ),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
