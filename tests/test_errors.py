@@ -35,7 +35,7 @@ def test_what_a_value_is_refused_for_becomes_a_mistake_in_its_option() -> None:
 
 def test_every_job_fails_by_the_same_error() -> None:
     from vlmray.benchmark import BenchmarkError
-    from vlmray.benchmark.endpoint import EndpointError
+    from vlmray.engines.openai.client import EndpointError
     from vlmray.finetune import FinetuneError
     from vlmray.inference import InferenceError
 

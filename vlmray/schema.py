@@ -85,7 +85,7 @@ class GenerationRequest(Sampling):
 
     images: list[Image | bytes] = field(default_factory=list)
     """RGB images or encoded bytes, one for each placeholder, in order. An engine decodes bytes itself,
-    ahead of the model."""
+    ahead of the model; one that asks a server takes URLs too, which the server fetches."""
 
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""

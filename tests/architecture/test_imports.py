@@ -56,7 +56,8 @@ a line here; wings that stand side by side (inference, training, serving) do not
 WITH_RAY = {
     "cluster", "cluster.connection", "cluster.resources", "cluster.placement", "cluster.plans",
     "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes",
-    "inference.job", "inference.pipeline", "inference.replica",
+    "inference.job", "inference.pipeline", "inference.replica", "inference.endpoint.keeping",
+    "inference.endpoint.watching",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
     "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking", "demo.job",
 }  # fmt: skip

@@ -20,7 +20,7 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.processes import descendants, free_port, wait_until
-from vlmray.benchmark.endpoint import Endpoint, EndpointError, Timed
+from vlmray.benchmark.clients import Clients, Timed
 from vlmray.benchmark.job import run_benchmark
 from vlmray.benchmark.plan import plan_benchmark
 from vlmray.benchmark.verdicts import Results
@@ -28,6 +28,7 @@ from vlmray.builtin.models import BUILTIN, BUILTIN_FOLDER
 from vlmray.cli import run_job
 from vlmray.config import BenchmarkConfig, ServeConfig
 from vlmray.engines.fake import build_tiny_random_adapter
+from vlmray.engines.openai.client import EndpointError
 from vlmray.schema import GenerationRequest
 from vlmray.serving.server import Server, serve_app
 
@@ -252,8 +253,8 @@ def test_requests_are_sent_when_they_are_due_whether_answered_or_not(server: Ser
     requests = [GenerationRequest(request_id=str(i), messages=[message]) for i in range(100)]
 
     async def ask() -> list[Timed]:
-        async with Endpoint(server.url) as endpoint:
-            found = endpoint.ask_at_rate("fake?latency_s=0.01", requests, 100.0, seed=2)
+        async with Clients(server.url) as clients:
+            found = clients.ask_at_rate("fake?latency_s=0.01", requests, 100.0, seed=2)
             return [timed async for timed in found]
 
     timed = sorted(asyncio.run(ask()), key=lambda answer: answer.index)
@@ -265,9 +266,9 @@ def test_requests_are_sent_when_they_are_due_whether_answered_or_not(server: Ser
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    async def ask() -> list[str]:
-        async with Endpoint("http://127.0.0.1:9") as endpoint:
-            return await endpoint.models()
+    async def ask() -> None:
+        async with Clients("http://127.0.0.1:9") as clients:
+            await clients.check_served([FAKE])
 
     with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9 does not list its models"):
         asyncio.run(ask())

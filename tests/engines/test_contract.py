@@ -299,6 +299,7 @@ def test_unknown_engine_and_options_name_what_is_known() -> None:
     [
         ("vlmray.engines", {"torch", "transformers", "ray", "peft"}),
         ("vlmray.engines.fake", {"torch", "transformers", "ray", "peft"}),
+        ("vlmray.engines.openai.engine", {"torch", "transformers", "ray", "peft"}),
         ("vlmray.models.checks", {"torch", "transformers", "ray", "peft", "PIL", "numpy"}),
         ("vlmray.engines.transformers.engine", {"ray", "peft", "bitsandbytes"}),
     ],

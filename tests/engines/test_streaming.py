@@ -17,8 +17,10 @@ from helpers.engines import (
     make_request,
     texts,
 )
+from helpers.gateways import Backend, serving
 from vlmray.engines import build_engine
 from vlmray.engines.base import Engine
+from vlmray.engines.fake import FakeEngine
 
 
 def test_streamed_pieces_are_the_text_and_come_while_others_go_on(make_engine: Any) -> None:
@@ -57,13 +59,23 @@ def test_a_batch_that_is_tried_again_streams_nothing_twice(
     assert texts(engine.generate(requests, on_text=collect)) == list(found.values()) == expected
 
 
-@pytest.fixture(params=["transformers", "transformers, rows unshared", "LLaVA", "fake"])
+EIGHT_WORDS = "one+two+three+four+five+six+seven+eight"
+
+
+@pytest.fixture(params=["transformers", "transformers, rows unshared", "LLaVA", "fake", "openai"])
 def any_engine(
     request: pytest.FixtureRequest, make_engine: Any, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Engine]:
     """Every engine, and every way that one of them takes."""
     if request.param == "fake":
-        yield build_engine(engine="fake", model_id="fake?answer=one+two+three+four+five+six+seven+eight")
+        yield build_engine(engine="fake", model_id=f"fake?answer={EIGHT_WORDS}")
+    elif request.param == "openai":
+        backend = Backend()
+        backend.engine = FakeEngine(answer=EIGHT_WORDS.replace("+", " "))
+        with serving(backend, key=None) as (url, _):
+            engine = build_engine(engine="openai", model_id="fake", endpoint=url)
+            yield engine
+            engine.close()
     elif request.param == "LLaVA":
         engine = build_engine(engine="transformers", model_id=str(tiny_llava), batch_size=4)
         yield engine

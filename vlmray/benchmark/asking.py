@@ -6,11 +6,12 @@ import contextlib
 import socket
 from collections.abc import Iterator, Sequence
 
-from vlmray.benchmark.endpoint import Endpoint
+from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
 from vlmray.config import ServeConfig, shared_options
 from vlmray.inference import stages
+from vlmray.reports.bar import write_above_bar
 from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
 
@@ -58,7 +59,7 @@ def served_name(benchmark: Benchmark, name: str) -> str:
     return name if asked.adapter else next(each.name for each in same if not each.adapter)
 
 
-async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, served: str) -> None:
+async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, served: str) -> None:
     """Ask one model what it was not asked yet, and write the answers as they come."""
     run = benchmark.runs[name]
     finished: list[Row] = []
@@ -85,7 +86,8 @@ async def answer_pending(benchmark: Benchmark, endpoint: Endpoint, name: str, se
 
     with run.open_bar(name) as bar:
         try:
-            async for timed in endpoint.keep_asking(served, requests(), benchmark.config.most_in_flight):
+            most = benchmark.config.max_in_flight or benchmark.config.most_in_flight
+            async for timed in clients.answer_all(served, requests(), most, write_above_bar):
                 row = flying[timed.index]
                 assert row is not None
                 flying[timed.index] = None  # its image is needed no more

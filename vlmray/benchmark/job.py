@@ -10,19 +10,19 @@ again, and a run that was killed goes on.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 
 from vlmray.benchmark.asking import answer_pending, served_name, started_server
-from vlmray.benchmark.endpoint import Endpoint, EndpointError
+from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.gathering import conclude
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
 from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure
 from vlmray.benchmark.verdicts import Results
+from vlmray.engines.openai.client import EndpointError, api_key
+from vlmray.engines.openai.images import PixelBounds
 from vlmray.errors import OptionError
 from vlmray.inference.job import run_inference
-from vlmray.serving.server import API_KEY
 
 
 def run_benchmark(benchmark: Benchmark) -> Results:
@@ -63,22 +63,19 @@ def _by_base(benchmark: Benchmark) -> dict[str, list[str]]:
 
 async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], speed: list[SpeedPoint]) -> None:
     """Ask a server all that is left, then measure its speed."""
-    key = os.environ.get(API_KEY)
+    config = benchmark.config
+    bounds = PixelBounds(least=config.min_pixels, most=config.max_pixels) if config.endpoint else None
     try:
-        async with Endpoint(url, key) as endpoint:
+        async with Clients(url, api_key(url), timeout_s=config.endpoint_timeout_s, bounds=bounds) as clients:
+            served_as = {name: served_name(benchmark, name) for name in names}
             try:
-                served = await endpoint.models()
+                await clients.check_served(served_as.values())
             except EndpointError as error:
                 raise OptionError("endpoint", f": {error}") from error
-            served_as = {name: served_name(benchmark, name) for name in names}
-            for name in served_as.values():
-                if name not in served:
-                    known = ", ".join(served)
-                    raise OptionError("endpoint", f"{url} does not serve {name!r}", f"it serves {known}")
             for name in names:
                 if benchmark.metrics:
-                    await answer_pending(benchmark, endpoint, name, served_as[name])
-            await measure_speed(benchmark, endpoint, served_as, speed)
+                    await answer_pending(benchmark, clients, name, served_as[name])
+            await measure_speed(benchmark, clients, served_as, speed)
     except EndpointError as error:
         raise BenchmarkError(str(error)) from error
 

@@ -58,10 +58,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     folder = RunFolder.find(config.output_dir, "benchmark")
     asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
     questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
-    runs = {
-        name: plan_inference(each, endpoint=config.endpoint, questions=questions)
-        for name, each in asked.items()
-    }
+    runs = {name: plan_inference(each, questions=questions) for name, each in asked.items()}
     first = runs[candidates[0].name]
     names = _metric_names(config, questions.spec.metric)
     samples = tuple(read_facts(first))
@@ -94,6 +91,7 @@ def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
     options |= {
         "model_id": candidate.model_id,
         "adapter": candidate.adapter,
+        "engine": config.answering_engine,
         "output_dir": f"{config.output_dir}/{candidate.name}",
         "output_format": "parquet",
         "metric": primary[0] if primary else None,

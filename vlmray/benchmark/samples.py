@@ -48,7 +48,7 @@ def read_requests(
     for start in range(0, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]
         rows = read_rows(run.source, run.spec, run.config.dataset_split, chunk)
-        for row in stages.prepare_rows(rows, run.task, keep_images=False):
+        for row in stages.prepare_rows(rows, run.task, keep_images=False, fetches_images=run.fetches_images):
             asked = row["error"] is None
             yield row, stages.make_requests([row], run.task)[0] if asked else None
 

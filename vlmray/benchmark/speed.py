@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmray.benchmark.endpoint import Endpoint, Timed
+from vlmray.benchmark.clients import Clients, Timed
 from vlmray.benchmark.plan import SPEED, Benchmark, BenchmarkError
 from vlmray.benchmark.samples import read_requests
 from vlmray.config import BenchmarkConfig, options_that_affect
@@ -18,20 +18,20 @@ from vlmray.storage.run_options import changed_options
 
 
 async def measure_speed(
-    benchmark: Benchmark, endpoint: Endpoint, served_as: Mapping[str, str], speed: list[SpeedPoint]
+    benchmark: Benchmark, clients: Clients, served_as: Mapping[str, str], speed: list[SpeedPoint]
 ) -> None:
     """Measure what was not measured yet, all with the same requests; each point is written at once.
 
     Args:
         benchmark: The run.
-        endpoint: The server.
+        clients: Ask the server.
         served_as: Names by which the server knows the models that it has, by their names in the run.
         speed: What was measured; gets what is measured.
     """
     left = to_measure(benchmark, list(served_as), speed)
     requests = _make_requests(benchmark) if left else []
     for load, name in left:
-        speed.append(await _measure(benchmark.config, endpoint, name, served_as[name], requests, load))
+        speed.append(await _measure(benchmark.config, clients, name, served_as[name], requests, load))
         write_speed(benchmark, speed)
 
 
@@ -47,7 +47,7 @@ def _make_requests(benchmark: Benchmark) -> list[GenerationRequest]:
 
 async def _measure(
     config: BenchmarkConfig,
-    endpoint: Endpoint,
+    clients: Clients,
     name: str,
     served: str,
     requests: list[GenerationRequest],
@@ -58,11 +58,11 @@ async def _measure(
 
     def ask() -> AsyncIterator[Timed]:
         if is_rate:
-            return endpoint.ask_at_rate(served, requests, load, seed=config.seed)
-        return endpoint.keep_asking(served, requests, int(load), stream=True)
+            return clients.ask_at_rate(served, requests, load, seed=config.seed)
+        return clients.keep_asking(served, requests, int(load), stream=True)
 
     warm_up = config.most_in_flight if is_rate else int(load)
-    async for _ in endpoint.keep_asking(served, (requests * warm_up)[:warm_up], warm_up, stream=True):
+    async for _ in clients.keep_asking(served, (requests * warm_up)[:warm_up], warm_up, stream=True):
         pass
     timed = [answer async for answer in ask()]
     answers = [answer for answer in timed if answer.completion.error is None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmray.cluster.placement import Bundle, largest_share, place, rooms, share_cpus
@@ -151,6 +151,12 @@ def plan_replicas(
         num_threads=max(1, int(node_cpus() // high)),
         runtime_env=_MODEL_ON_CPU,
     )
+
+
+def plan_clients(replica_range: tuple[int, int] | None) -> ReplicaPlan:
+    """Place replicas that only ask a server: one unless more are asked for, and no GPUs."""
+    replicas = plan_replicas(replica_range or (1, 1), gpus_per_replica=0)
+    return replace(replicas, num_threads=None, runtime_env={})
 
 
 def plan_workers(worker_range: tuple[int, int] | None) -> WorkerPlan:

@@ -13,6 +13,7 @@ from vlmray.config.common import (
     shared_options,
 )
 from vlmray.config.demo import DemoConfig
+from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.finetune import FinetuneConfig
 from vlmray.config.infer import InferConfig
 from vlmray.config.marks import options_that_affect
@@ -25,6 +26,7 @@ __all__ = [
     "Candidate",
     "DatasetConfig",
     "DemoConfig",
+    "EndpointConfig",
     "EngineConfig",
     "FinetuneConfig",
     "InferConfig",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.sampling import SamplingConfig
 from vlmray.errors import OptionError
@@ -21,7 +22,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(RunConfig, SamplingConfig, ReplicaConfig, DatasetConfig):
+class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, DatasetConfig):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
     models: str = field(metadata=mark("result"))
@@ -43,9 +44,6 @@ class BenchmarkConfig(RunConfig, SamplingConfig, ReplicaConfig, DatasetConfig):
 
     output_dir: str = option("outputs/benchmark", affects="run")
     """Where answers and report go: a local folder. The same command with the same folder goes on."""
-
-    endpoint: str | None = option(None, affects="result")
-    """Ask the OpenAI-compatible server at this URL instead of starting one. Its key: VLMRAY_API_KEY."""
 
     offline: bool = option(False, affects="run")
     """Answer by the batch pipeline instead of a server; speed under load is then not measured."""
@@ -111,6 +109,11 @@ class BenchmarkConfig(RunConfig, SamplingConfig, ReplicaConfig, DatasetConfig):
         if self.request_rate is not None:
             return _numbers("request_rate", self.request_rate, float)
         return _numbers("concurrency", self.concurrency, int)
+
+    @property
+    def answering_engine(self) -> str:
+        """The engine that answers; an option that it does not know is refused."""
+        return "openai" if self.endpoint else self.engine
 
     @property
     def most_in_flight(self) -> int:

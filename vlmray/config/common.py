@@ -19,6 +19,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 """What a model or adapter may be called: it becomes a folder and a part of URLs."""
 
 
+API_KEY = "VLMRAY_API_KEY"
+"""Environment variable of the key that servers want of their clients, ours and others."""
+
 _BATCHING = ("transformers", "fake")
 _LOADING = ("transformers", "vllm", "fake")
 """Engines that load a model; the stand-in takes what any of them does."""
@@ -81,8 +84,8 @@ class LoadingConfig(Options):
 class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
-    engine: Literal["transformers", "vllm", "fake"] = option("transformers", affects="result")
-    """What generates: transformers, vLLM, or a scripted stand-in for tests."""
+    engine: Literal["transformers", "vllm", "openai", "fake"] = option("transformers", affects="result")
+    """What generates: transformers, vllm, openai (a server that is asked), or a scripted stand-in for tests."""
 
     max_batch_tokens: int | None = option(None, affects="speed", engines=_BATCHING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlmray.config.common import DryRunConfig, QuestionsConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(DryRunConfig, RunConfig, SamplingConfig, ReplicaConfig, QuestionsConfig):
+class InferConfig(DryRunConfig, RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, QuestionsConfig):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
     adapter: str | None = option(None, affects="result", engines=("transformers", "vllm", "fake"))

@@ -109,6 +109,8 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
             "batch_wait_timeout_s", "stream_interval_s", "max_queued_requests", "max_images",
             "startup_timeout_s", "image_timeout_s", "drain_timeout_s",
         )  # fmt: skip
+        if self.engine == "openai":
+            raise OptionError("engine", "openai asks a server, and is none", "let clients ask that one")
         if self.max_new_tokens > self.max_new_tokens_limit:
             raise OptionError(
                 "max_new_tokens",

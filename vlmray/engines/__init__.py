@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmray.config import EngineConfig
+from vlmray.config import EndpointConfig, EngineConfig
 from vlmray.engines.base import Engine
 from vlmray.errors import OptionError
 from vlmray.models.source import resolve_model_id
 
+if TYPE_CHECKING:
+    from vlmray.engines.openai.shares import Keeper
+
 __all__ = ["ENGINES", "Engine", "build_engine", "calls_at_once", "check_engine", "load_engine"]
 
-ENGINES = ("transformers", "vllm", "fake")
+ENGINES = ("transformers", "vllm", "openai", "fake")
 """Known values of `--engine`."""
 
-_CALLS_AT_ONCE: dict[str, int] = {"vllm": 256}
+_CALLS_AT_ONCE = {"vllm": 256, "openai": 6}
 """Of engines that mix the requests of several calls, so that the end of one does not idle the model."""
 
 
@@ -56,7 +59,8 @@ def build_engine(
     Args:
         engine: One of `ENGINES`.
         model_id: `builtin`, a local checkpoint folder or a hub id (`vlmray.builtin` has the names); for the
-            fake engine a `fake?name=value&...` id, see `vlmray.engines.fake.FakeEngine`.
+            fake engine a `fake?name=value&...` id, see `vlmray.engines.fake.FakeEngine`; for a server the
+            name by which it knows the model.
         adapter: Folder of a LoRA adapter. It answers every request that names no adapter, so the bare
             base cannot be asked through this engine; to ask both, build the engine without `adapter`
             and call `TransformersEngine.load_adapter`.
@@ -66,9 +70,10 @@ def build_engine(
         adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known: vLLM
             makes room for the largest of them when it starts.
         max_adapters: The most that will be loaded at a time, for vLLM again.
-        **options: The other options of `vlmray.config.EngineConfig`, with its defaults: `quantization`,
+        **options: The other options of `vlmray.config.EndpointConfig`, with its defaults: `quantization`,
             `dtype`, `attn_implementation`, `max_batch_tokens`, `min_pixels`, `max_pixels`,
-            `trust_remote_code`, and those of vLLM.
+            `trust_remote_code`, those of vLLM, and of a server `endpoint`, `max_in_flight`,
+            `endpoint_timeout_s`.
 
     Raises:
         ValueError: Unknown engine, unusable model or adapter.
@@ -77,7 +82,7 @@ def build_engine(
     config: Any = {"engine": engine, **options}
     return load_engine(
         model_id,
-        EngineConfig(**config),
+        EndpointConfig(**config),
         adapter=adapter,
         batch_size=batch_size,
         num_threads=num_threads,
@@ -97,12 +102,31 @@ def load_engine(
     memory_fraction: float = 1.0,
     adapters: Sequence[str] = (),
     max_adapters: int = 0,
+    keeper: Keeper | None = None,
+    key: str | None = None,
 ) -> Engine:
-    """Load a model and make the engine that answers with it; `build_engine` says more of the arguments."""
+    """Load a model and make the engine that answers with it; `build_engine` says more of the arguments.
+
+    Args:
+        model_id: As there.
+        config: As there.
+        adapter: As there.
+        batch_size: As there.
+        num_threads: As there.
+        memory_fraction: As there.
+        adapters: As there.
+        max_adapters: As there.
+        keeper: Has the limit of what may be in flight at a server; None: this engine alone.
+        key: Key to send to a server; None: that of the environment.
+    """
     if config.engine == "fake":
         from vlmray.engines.fake import FakeEngine
 
         return FakeEngine.from_model_id(model_id)
+    if isinstance(config, EndpointConfig) and config.engine == "openai":
+        from vlmray.engines.openai.engine import OpenAIEngine
+
+        return OpenAIEngine.of(model_id, config, keeper, key)
     if config.engine == "transformers":
         from vlmray.engines.transformers.engine import TransformersEngine
 

@@ -88,6 +88,25 @@ def is_plain_jpeg(data: bytes, *, max_pixels: int = MAX_PIXELS) -> bool:
         return _is_plain_jpeg(image)
 
 
+def plain_type(data: bytes) -> str | None:
+    """Return the media type of a JPEG or PNG that any reader shows alike; None of all other images.
+
+    Raises:
+        ImageError: The bytes are no image.
+    """
+    with _open_header(data, MAX_PIXELS) as image:
+        if _is_plain_jpeg(image):
+            return "image/jpeg"
+        return "image/png" if _is_plain_png(image) else None
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as it is seen here: upright RGB, without loss."""
+    buffer = io.BytesIO()
+    to_upright_rgb(image, MAX_PIXELS).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def image_size(image: Image.Image | bytes) -> tuple[int, int]:
     """Return width and height in pixels as stored, from the header alone.
 
@@ -268,5 +287,15 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
         image.format == "JPEG"
         and image.mode in ("RGB", "L")
         and not image.info.get("progressive")
+        and _orientation(image) == 1
+    )
+
+
+def _is_plain_png(image: Image.Image) -> bool:
+    return (
+        image.format == "PNG"
+        and image.mode in ("RGB", "L", "P")
+        and not image.has_transparency_data
+        and not getattr(image, "is_animated", False)
         and _orientation(image) == 1
     )

@@ -22,6 +22,8 @@ from vlmray import __version__, cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
+from vlmray.inference.endpoint.checking import check_server
+from vlmray.inference.endpoint.watching import saying_how_the_server_is
 from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
@@ -69,6 +71,10 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
 
 
 def _plan_replicas(run: InferenceRun) -> cluster.ReplicaPlan:
+    if run.config.engine == "openai":
+        check_server(run.config)
+        cluster.connect(run.config.log_level)
+        return cluster.plan_clients(run.config.replica_range())
     cluster.connect(run.config.log_level)
     return cluster.plan_replicas(run.config.replica_range(), run.config.gpus_per_replica, run.config.cards)
 
@@ -87,6 +93,7 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
             cluster.saying_what_is_awaited(
                 _asked(run, replicas), run.config.wait_for_resources_s, say=write_above_bar
             ),
+            saying_how_the_server_is(run.config, say=write_above_bar),
         ):
             for chunk in iter_finished(run, replicas):
                 timeline.add(chunk.spans)

@@ -27,6 +27,7 @@ from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
 from vlmray.inference import stages
 from vlmray.inference.chunks import Chunk, Finished, pack, unpack
+from vlmray.inference.endpoint.keeping import api_key
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.replica import Replica, chunks_at_once, start_claims
 from vlmray.inference.result_folder import ResultFolder
@@ -68,7 +69,10 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     few = TaskPoolStrategy(min(_NUM_LOCAL_TASKS, num_chunks))
     here: dict[str, Any] = {"label_selector": cluster.driver_node(), "num_cpus": 0, "compute": few}
     anywhere = {"num_cpus": cluster.cpus_per_task()}
-    prepare = functools.partial(_prepare, task=run.task, keep_images=run.folder.output_format != "parquet")
+    prepare = functools.partial(
+        _prepare, task=run.task, keep_images=run.folder.output_format != "parquet",
+        fetches_images=run.fetches_images,
+    )  # fmt: skip
     if run.source.on_driver:
         read = ray.data.read_datasource(_RowSource(run, chunk_size), override_num_blocks=num_chunks, **here)
         rows = _map(read, prepare, **anywhere)
@@ -78,7 +82,14 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     rows = _map(
         rows,
         _Replica,
-        fn_constructor_args=(run.worker_config, replicas, run.task, start_claims(), run.folder),
+        fn_constructor_args=(
+            run.worker_config,
+            replicas,
+            run.task,
+            start_claims(),
+            run.folder,
+            api_key(run.config),
+        ),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
             max_size=min(replicas.max_replicas, num_chunks),
@@ -158,10 +169,10 @@ def _read(
         yield then(block) if then else block
 
 
-def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool) -> pa.Table:
+def _prepare(chunk: pa.Table, *, task: Task, keep_images: bool, fetches_images: bool) -> pa.Table:
     rows, spans = unpack(chunk)
     watch = Watch()
-    rows = stages.prepare_rows(rows, task, keep_images=keep_images)
+    rows = stages.prepare_rows(rows, task, keep_images=keep_images, fetches_images=fetches_images)
     return pack(Chunk(rows, [*spans, watch.span("prepare")]))
 
 

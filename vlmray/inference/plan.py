@@ -35,14 +35,11 @@ class InferenceError(RunError):
     """A run that could not go on; everything finished is in the output folder."""
 
 
-def plan_inference(
-    config: InferConfig, *, endpoint: str | None = None, questions: Selection | None = None
-) -> InferenceRun:
+def plan_inference(config: InferConfig, *, questions: Selection | None = None) -> InferenceRun:
     """Open dataset and output folder, find what is left to do, and check all options against them.
 
     Args:
         config: The run's options.
-        endpoint: A server that will answer, where `model_id` is a name it knows; nothing here can check it.
         questions: What the options ask about, where it is open already.
 
     Raises:
@@ -50,9 +47,8 @@ def plan_inference(
         FileNotFoundError: the model or adapter is not there.
     """
     check_apart(config.output_dir, config.dataset_name, config.model_id, config.adapter)
-    model = _open_model(config, endpoint)
-    if endpoint is None:
-        check_engine(config, [config.adapter] if config.adapter else [])
+    model = _open_model(config)
+    check_engine(config, [config.adapter] if config.adapter else [])
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
@@ -65,7 +61,6 @@ def plan_inference(
             **model.fingerprints,
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),
-            "endpoint": endpoint,
         },
         earlier="delete" if config.overwrite else "resume",
         output_format=config.output_format,
@@ -112,10 +107,10 @@ def _find_pending(
     return pending
 
 
-def _open_model(config: InferConfig, endpoint: str | None) -> ModelSource:
-    if endpoint is None and config.engine == "fake":
+def _open_model(config: InferConfig) -> ModelSource:
+    if config.engine == "fake":
         FakeEngine.parse_model_id(config.model_id)
-    elif endpoint is None:
+    elif config.engine != "openai":
         return ModelSource.open(config.model_id, config.adapter)
     return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name
 
@@ -145,6 +140,11 @@ class InferenceRun:
 
     pending: Sequence[int]
     """Row indices still to answer."""
+
+    @property
+    def fetches_images(self) -> bool:
+        """Whether images that are URLs are fetched here, and not by the server that answers."""
+        return self.config.image_transport == "data"
 
     @property
     def worker_config(self) -> InferConfig:

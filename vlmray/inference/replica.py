@@ -24,6 +24,7 @@ from vlmray.engines.base import DeadEngineError
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
+from vlmray.inference.endpoint.keeping import Key, engine_options
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
@@ -76,6 +77,7 @@ class Replica:
         task: How questions are asked.
         claims: Handle of the run's `Claims`.
         folder: Where answers are written, later.
+        key: Key of the server that answers, where one does.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Replica:
         task: Task,
         claims: Any,
         folder: ResultFolder,
+        key: Key | None = None,
     ) -> None:
         context = ray.get_runtime_context()
         self._task, self._claims, self._folder = task, claims, folder
@@ -100,6 +103,7 @@ class Replica:
                 batch_size=config.batch_size,
                 num_threads=plan.num_threads,
                 memory_fraction=plan.memory_fraction,
+                **engine_options(config, key),
             )
         self._spans = [watch.span("load", replica=self._id)]
 

@@ -39,15 +39,19 @@ class Task(Sampling):
     metric: str
 
 
-def prepare_rows(rows: Sequence[Row], task: Task, *, keep_images: bool = True) -> list[Row]:
+def prepare_rows(
+    rows: Sequence[Row], task: Task, *, keep_images: bool = True, fetches_images: bool = True
+) -> list[Row]:
     """Fetch images that are URLs, see that all images decode, and build the messages.
 
     Args:
         rows: Rows as `read_chunk` gives them.
         task: How questions are asked.
         keep_images: Encode what `_img.jpg` will hold, here where the image is decoded anyway.
+        fetches_images: Fetch images that are URLs; else whoever answers does.
     """
-    fetch_images(rows)
+    if fetches_images:
+        fetch_images(rows)
     check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
     for row in rows:
         if row["error"] is None:
@@ -61,7 +65,7 @@ def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | No
         sample_id=row["sample_id"],
         question=row["question"],
         choices=tuple(row["choices"]),
-        image=image,
+        image=row.get("image_url") if image is None else image,
     )
     try:
         messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
@@ -116,12 +120,12 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
 
 
 def _make_request(row: Row, task: Task) -> GenerationRequest:
-    messages, image = row["messages"], row.get("image")
+    messages, image = row["messages"], row.get("image") or row.get("image_url")
     assert messages is not None
     return GenerationRequest(
         request_id=row["sample_id"],
         messages=json.loads(messages),
-        images=[] if image is None else [image],
+        images=[] if image is None else [cast(bytes, image)],  # or a URL, where one is passed on
         **shared_options(task, Sampling),
     )
 

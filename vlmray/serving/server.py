@@ -27,6 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 from vlmray import cluster
 from vlmray.config import ServeConfig
+from vlmray.config.common import API_KEY
 from vlmray.config.parsing import build_config
 from vlmray.engines import calls_at_once, check_engine
 from vlmray.engines.fake import FakeEngine
@@ -44,9 +45,6 @@ from vlmray.serving.monitoring import Figures
 from vlmray.serving.presence import is_over, one_per_node
 from vlmray.serving.replica import ModelReplica
 from vlmray.storage.filesystem import absolute_uri
-
-API_KEY = "VLMRAY_API_KEY"
-"""Environment variable of the key that clients have to send."""
 
 APP_NAME = "vlmray"
 
