@@ -26,7 +26,7 @@ MARKED = [
     for field in dataclasses.fields(config_class)
     if field.metadata.get("engines")
 ]
-OTHER_VALUES = {bool: True, int: 2, float: 0.5, str: "http://localhost:1"}
+OTHER_VALUES = {bool: True, int: 2, float: 1.0, str: "http://localhost:1"}
 
 
 def _other_value(config_class: type, field: dataclasses.Field[Any]) -> Any:

@@ -64,7 +64,7 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
     """A results.json of an earlier run on the same samples: each model is also compared with the one that
     had its name."""
 
-    batch_size: int = option(16, affects="speed", engines=("transformers", "fake"))
+    batch_size: int = option(16, affects="speed", engines=("transformers", "openai", "fake"))
     """Requests that share a forward pass, at most."""
 
     def __post_init__(self) -> None:

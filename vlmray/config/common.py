@@ -85,7 +85,7 @@ class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
     engine: Literal["transformers", "vllm", "openai", "fake"] = option("transformers", affects="result")
-    """What generates: transformers, vllm, openai (a server that is asked), or a scripted stand-in for tests."""
+    """What generates: transformers; vllm; openai, a server that is asked; or a stand-in for tests."""
 
     max_batch_tokens: int | None = option(None, affects="speed", engines=_BATCHING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,

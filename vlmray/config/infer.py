@@ -35,7 +35,7 @@ class InferConfig(DryRunConfig, RunConfig, SamplingConfig, EndpointConfig, Repli
     max_new_tokens: int = option(512, affects="result")
     """Tokens to generate per answer, at most."""
 
-    batch_size: int = option(64, affects="speed", engines=("transformers", "fake"))
+    batch_size: int = option(64, affects="speed", engines=("transformers", "openai", "fake"))
     """Rows per forward pass, at most; that of vLLM is max_num_seqs of --engine_options."""
 
     price_per_hour: float | None = option(None, affects="run")
