@@ -123,7 +123,7 @@ def plan_replicas(
     low, high = replica_range or (max(1, min(fitting, int(present("GPU") / (num_gpus or 1)))), fitting)
     if num_gpus and low and not _have_room([{"GPU": num_gpus}] * low):
         most = max(node.has("GPU") for node in (*present_nodes(), *startable_nodes()))
-        if cards > most:
+        if cards > max(1, most):
             raise OptionError(
                 "tensor_parallel_size",
                 f"and --pipeline_parallel_size need {cards} GPUs on one node, and the largest has {most:g}",
