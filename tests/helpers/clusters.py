@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -18,9 +19,13 @@ NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 def cluster_of(*nodes: dict[str, Any], head: dict[str, Any] | None = None) -> Iterator[Cluster]:
     """A cluster of a head, without CPUs unless told, and nodes such as `{"num_cpus": 2, "num_gpus": 1}`.
 
-    GPUs are nominal. `cluster.add_node(num_cpus=2)` starts one more, and `lose(cluster, node)` kills one.
+    GPUs are nominal. `cluster.add_node(num_cpus=2)` starts one more, and `lose(cluster, node)` kills one. It
+    lies in a folder of its own, or jobs of other tests would find and join it as this machine's.
     """
-    with mock.patch.dict(os.environ, NO_TOKEN):
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
+        mock.patch.dict(os.environ, {**NO_TOKEN, "RAY_TMPDIR": folder}),
+    ):
         cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **(head or {})}
         )
