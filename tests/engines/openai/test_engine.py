@@ -278,7 +278,7 @@ def test_the_key_of_openai_goes_to_openai_alone(monkeypatch: pytest.MonkeyPatch)
 def test_closing_ends_the_thread_twice_is_harmless(ours: tuple[Engine, Backend]) -> None:
     engine, _ = ours
     assert isinstance(engine, OpenAIEngine)
-    thread = engine._thread
+    thread = engine._loop._thread
     engine.close()
     engine.close()
     assert not thread.is_alive()
@@ -318,7 +318,7 @@ def test_the_loop_is_not_held_up_by_images(ours: tuple[Engine, Backend]) -> None
             await asyncio.sleep(0.01)
             lag.append(time.monotonic() - before)
 
-    watching = asyncio.run_coroutine_threadsafe(watch(), engine._loop)
+    watching = engine._loop.submit(watch())
     large = [encode_png(make_image(seed, (1600, 1200)).rotate(1)) for seed in range(3)]
     requests = [dataclasses.replace(make_request(1), images=[image]) for image in large]
     assert [completion.error for completion in engine.generate(requests)] == [None] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import queue
 import time
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from vlmray.engines.base import Cancelled, OnEnd, OnText
+from vlmray.engines.loop import BackgroundLoop
 from vlmray.schema import Completion
 
 Tell = Callable[[str], None]
@@ -47,7 +47,7 @@ class Call:
         self._done: dict[int, Completion] = {}
         self._looked_at = 0.0
 
-    def run(self, loop: asyncio.AbstractEventLoop, answers: Sequence[Answer]) -> list[Completion]:
+    def run(self, loop: BackgroundLoop, answers: Sequence[Answer]) -> list[Completion]:
         """Have rows answered in a loop; return the completions in order.
 
         Raises:
@@ -63,13 +63,13 @@ class Call:
                 future.cancel()
         return [self._done[place] for place in range(len(answers))]
 
-    def _start(self, loop: asyncio.AbstractEventLoop, place: int, answer: Answer) -> None:
+    def _start(self, loop: BackgroundLoop, place: int, answer: Answer) -> None:
         if self._is_unwanted(place):
             self._end(place, _UNWANTED)
             return
         listens = self._on_text is not None or self._cancelled is not None
         tell = (lambda piece: self._events.put((place, piece))) if listens else None
-        future = asyncio.run_coroutine_threadsafe(answer(tell), loop)
+        future = loop.submit(answer(tell))
         self._open[place] = future
         future.add_done_callback(lambda future: self._events.put((place, future)))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 from vlmray.config import EndpointConfig
 from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.openai.asking import Asker, list_models
 from vlmray.engines.openai.call import Call, Tell
 from vlmray.engines.openai.client import Endpoint, api_key, find_model
@@ -22,8 +22,6 @@ from vlmray.engines.openai.images import PixelBounds
 from vlmray.engines.openai.shares import Keeper, LocalKeeper
 from vlmray.engines.openai.wire import seed_of_row, to_body
 from vlmray.schema import Completion, GenerationRequest
-
-T = TypeVar("T")
 
 _NUM_ENCODERS = 2
 
@@ -57,13 +55,11 @@ class OpenAIEngine:
         self._model = model
         self._bounds = bounds or PixelBounds()
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="endpoint")
-        self._thread.start()
-        self._endpoint, self._gate, self._asker = self._run(self._open(url, key, keeper, timeout_s))
+        self._loop = BackgroundLoop("endpoint")
+        self._endpoint, self._gate, self._asker = self._loop.run(self._open(url, key, keeper, timeout_s))
         try:
             self.max_model_len = find_model(
-                model, self._run(list_models(self._endpoint, lost_s=timeout_s)), url
+                model, self._loop.run(list_models(self._endpoint, lost_s=timeout_s)), url
             )
         except BaseException:
             self.close()
@@ -90,9 +86,6 @@ class OpenAIEngine:
     ) -> tuple[Endpoint, Gate, Asker]:
         endpoint, gate = Endpoint(url, key), Gate(keeper)
         return endpoint, gate, Asker(endpoint, gate, timeout_s)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Begin to encode images."""
@@ -136,21 +129,12 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Cut off what is in flight and end the thread."""
-        if self._loop.is_closed():
+        if self._loop.is_closed:
             return
         self._encoders.shutdown(wait=False, cancel_futures=True)
-        self._run(self._leave())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.cancel()
+        self._loop.run(self._endpoint.close())
         self._loop.close()
-
-    async def _leave(self) -> None:
-        mine = asyncio.current_task()
-        tasks = [task for task in asyncio.all_tasks() if task is not mine]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._endpoint.close()
 
     def _to_body(self, request: GenerationRequest) -> dict[str, Any]:
         _check(request)

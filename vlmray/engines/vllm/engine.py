@@ -21,10 +21,10 @@ import torch
 
 from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
+from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.rows import Listener, read_token
 from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_room
 from vlmray.engines.vllm.guard import ProcessGuard
-from vlmray.engines.vllm.loop import BackgroundLoop
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
 from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
 from vlmray.engines.vllm.running import Event, RunningLLM, is_dead

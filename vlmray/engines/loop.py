@@ -32,11 +32,15 @@ class BackgroundLoop:
         """Whether it has ended."""
         return self._loop.is_closed()
 
+    def cancel(self) -> None:
+        """Cancel what runs, and wait for it."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """End the thread; what still runs is cancelled."""
         if self.is_closed:
             return
-        self.run(_cancel_others())
+        self.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
