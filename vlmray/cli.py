@@ -90,6 +90,8 @@ def serve(config: ServeConfig) -> int:
 
     server = serve_app(config)
     print(f"{config.base_name} is served at {server.url}/v1, a page to try it on at {server.url}/")
+    if server.choice.is_news:
+        print(server.choice)
     if not os.environ.get(API_KEY):
         print(f"without an API key, so on this machine only; {API_KEY} sets one")
     print("Ctrl-C stops it", flush=True)

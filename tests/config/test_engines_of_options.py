@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vlmray.config import BenchmarkConfig, EngineConfig, InferConfig, ServeConfig
+from vlmray.errors import OptionError
 
 NEEDED: dict[type, dict[str, Any]] = {
     InferConfig: {"sample_slices": "[:]"},
@@ -19,7 +20,7 @@ NEEDED: dict[type, dict[str, Any]] = {
 NEEDED_BY_ENGINE: dict[str, dict[str, Any]] = {"openai": {"endpoint": "http://127.0.0.1:9"}}
 """What each engine cannot do without."""
 
-ENGINES = typing.get_args(typing.get_type_hints(EngineConfig)["engine"])
+ENGINES = [each for each in typing.get_args(typing.get_type_hints(EngineConfig)["engine"]) if each != "auto"]
 MARKED = [
     (config_class, field)
     for config_class in NEEDED
@@ -52,6 +53,45 @@ def test_an_engine_refuses_what_it_would_ignore_and_takes_the_rest(engine: str) 
             continue
         with pytest.raises(ValueError, match=rf"^--{field.name} is for --engine .*; --engine {engine} would"):
             config_class(**given)
+
+
+def test_auto_leaves_the_engines_that_know_what_was_given() -> None:
+    for config_class, field in MARKED:
+        value = _other_value(config_class, field)
+        given = {**NEEDED[config_class], field.name: value}
+        known = field.metadata["engines"]
+        if known == ("openai",) and field.name != "endpoint":
+            with pytest.raises(ValueError, match=rf"^--{field.name} is for --engine openai; pass the"):
+                config_class(**given)
+            given["endpoint"] = "http://127.0.0.1:9"
+        possible, option = config_class(**given).possible_engines()
+        assert possible == tuple(each for each in ("transformers", "vllm") if each in known) or known
+        assert option in (field.name, "endpoint", None)
+    assert ServeConfig().possible_engines() == (("transformers", "vllm"), None)
+    assert InferConfig(sample_slices="[:]").possible_engines() == (("transformers", "vllm"), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"tensor_parallel_size": 2, "batch_size": 8},
+            "--batch_size is for --engine transformers or openai, "
+            "and --tensor_parallel_size for --engine vllm",
+        ),
+        (
+            {"endpoint": "http://127.0.0.1:9", "dtype": "float32"},
+            r"--endpoint is for --engine openai, and --dtype for --engine transformers or vllm",
+        ),
+        (
+            {"attn_implementation": "eager", "max_model_len": 99},
+            r"--max_model_len is for --engine vllm, and --attn_implementation for --engine transformers",
+        ),
+    ],
+)
+def test_options_of_two_engines_contradict_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=rf"^{message}; leave one of them out$"):
+        InferConfig(sample_slices="[:]", **options)
 
 
 def test_marks_name_engines_that_there_are() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
-from vlmray.config import ServeConfig, shared_options
+from vlmray.config import ServeConfig, known_options, shared_options
 from vlmray.inference import stages
 from vlmray.reports.bar import write_above_bar
 from vlmray.schema import GenerationRequest, Row
@@ -38,7 +38,7 @@ def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Ite
         "drain_timeout_s": 5,
         "log_level": "WARNING",
     }
-    server = serve_app(ServeConfig(**options))
+    server = serve_app(ServeConfig(**known_options(ServeConfig, options, config.engine)))
     with server:
         yield server.url
 

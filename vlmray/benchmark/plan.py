@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
-from vlmray.config import BenchmarkConfig, Candidate, InferConfig, shared_options
+from vlmray.config import BenchmarkConfig, Candidate, InferConfig, known_options, shared_options
 from vlmray.dataset.selection import describe_columns, open_selection
 from vlmray.errors import OptionError, RunError
-from vlmray.inference.plan import InferenceRun, plan_inference
+from vlmray.inference.plan import InferenceRun, choose_engine_of, plan_inference
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
 from vlmray.storage.run_folder import RunFolder
@@ -56,9 +56,15 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     candidates = config.candidates()
     check_apart(config.output_dir, config.dataset_name)
     folder = RunFolder.find(config.output_dir, "benchmark")
+    choice = choose_engine_of(
+        config,
+        [(candidate.model_id, candidate.adapter) for candidate in candidates],
+        [_output_dir(config, candidate) for candidate in candidates],
+    )
+    config = choice.settle(config)
     asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
     questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
-    runs = {name: plan_inference(each, questions=questions) for name, each in asked.items()}
+    runs = {name: plan_inference(each, questions=questions, choice=choice) for name, each in asked.items()}
     first = runs[candidates[0].name]
     names = _metric_names(config, questions.spec.metric)
     samples = tuple(read_facts(first))
@@ -92,11 +98,15 @@ def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
         "model_id": candidate.model_id,
         "adapter": candidate.adapter,
         "engine": config.answering_engine,
-        "output_dir": f"{config.output_dir}/{candidate.name}",
+        "output_dir": _output_dir(config, candidate),
         "output_format": "parquet",
         "metric": primary[0] if primary else None,
     }
-    return InferConfig(**options)
+    return InferConfig(**known_options(InferConfig, options, config.answering_engine))
+
+
+def _output_dir(config: BenchmarkConfig, candidate: Candidate) -> str:
+    return f"{config.output_dir}/{candidate.name}"
 
 
 def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from vlmray.config.demo import DemoConfig
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.finetune import FinetuneConfig
 from vlmray.config.infer import InferConfig
-from vlmray.config.marks import options_that_affect
+from vlmray.config.marks import known_options, options_that_affect
 from vlmray.config.sampling import SamplingConfig, sampling_of
 from vlmray.config.serve import ServeConfig
 
@@ -37,6 +37,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ServeConfig",
+    "known_options",
     "options_that_affect",
     "sampling_of",
     "shared_options",

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vlmray.config.marks import mark, option, refuse_foreign_options
+from vlmray.config.marks import mark, narrow_engines, option, refuse_foreign_options
 from vlmray.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -84,8 +84,10 @@ class LoadingConfig(Options):
 class EngineConfig(LoadingConfig):
     """What generates, beside the model."""
 
-    engine: Literal["transformers", "vllm", "openai", "fake"] = option("transformers", affects="result")
-    """What generates: transformers; vllm; openai, a server that is asked; or a stand-in for tests."""
+    engine: Literal["auto", "transformers", "vllm", "openai", "fake"] = option("auto", affects="result")
+    """What generates: transformers; vllm; openai, a server that is asked; fake, a stand-in for tests; auto:
+    openai with --endpoint, vllm where it is installed and GPUs, model, adapters and options allow it,
+    otherwise transformers."""
 
     max_batch_tokens: int | None = option(None, affects="speed", engines=_BATCHING)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
@@ -115,12 +117,23 @@ class EngineConfig(LoadingConfig):
         memory = self.gpu_memory_utilization
         if memory is not None and not 0 < memory <= 1:
             raise OptionError("gpu_memory_utilization", f"must be above 0 and at most 1, got {memory}")
-        refuse_foreign_options(self, self.answering_engine)
+        if self.engine == "auto":
+            self.possible_engines()
+        else:
+            refuse_foreign_options(self, self.answering_engine)
 
     @property
     def answering_engine(self) -> str:
         """The engine that answers; an option that it does not know is refused."""
         return self.engine
+
+    def possible_engines(self) -> tuple[tuple[str, ...], str | None]:
+        """Return what `auto` has to choose from by the options given, and the one of them that decided.
+
+        Raises:
+            OptionError: Two options leave nothing.
+        """
+        return narrow_engines(self, ("transformers", "vllm"))
 
 
 @dataclass(frozen=True, kw_only=True)

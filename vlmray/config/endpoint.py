@@ -7,7 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from vlmray.config.common import EngineConfig, check_at_least
-from vlmray.config.marks import option
+from vlmray.config.marks import narrow_engines, option
 from vlmray.errors import OptionError
 
 _OPENAI = ("openai",)
@@ -45,6 +45,17 @@ class EndpointConfig(EngineConfig):
                 "url leaves images as they are",
                 "leave out --min_pixels and --max_pixels",
             )
+
+    def possible_engines(self) -> tuple[tuple[str, ...], str | None]:
+        """Return what `auto` has to choose from: a server where one is named, and only there.
+
+        Raises:
+            OptionError: Two options leave nothing, or one is of a server that is not named.
+        """
+        left, decisive = narrow_engines(self, ("transformers", "vllm", "openai"))
+        if left == _OPENAI and self.endpoint is None:
+            raise OptionError(str(decisive), "is for --engine openai", "pass the server's URL as --endpoint")
+        return (left if self.endpoint else tuple(each for each in left if each != "openai")), decisive
 
 
 def _check_url(text: str) -> None:

@@ -7,6 +7,7 @@ a new option cannot be forgotten there; neither can one that an engine would ign
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from vlmray.errors import OptionError
@@ -52,10 +53,53 @@ def refuse_foreign_options(config: Any, engine: str) -> None:
     Raises:
         OptionError: There is one.
     """
-    for field in dataclasses.fields(config):
-        engines = field.metadata.get("engines")
-        if engines and engine not in engines and getattr(config, field.name) != field.default:
-            known = " and ".join(engines)
+    for name, engines in given_for_engines(config).items():
+        if engine not in engines:
             raise OptionError(
-                field.name, f"is for --engine {known}", f"--engine {engine} would ignore it; leave it out"
+                name,
+                f"is for --engine {' and '.join(engines)}",
+                f"--engine {engine} would ignore it; leave it out",
             )
+
+
+def known_options(config_class: Any, options: Mapping[str, Any], engine: str) -> dict[str, Any]:
+    """Return those options of a config that an engine knows: defaults of one job are no wish in another."""
+    foreign = {
+        field.name
+        for field in dataclasses.fields(config_class)
+        if (engines := field.metadata.get("engines")) and engine not in engines
+    }
+    return {name: value for name, value in options.items() if name not in foreign}
+
+
+def narrow_engines(config: Any, engines: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Return those of some engines that know all options that were given, and the option that decided.
+
+    Raises:
+        OptionError: Two options leave none.
+    """
+    given = {
+        name: left
+        for name, known in given_for_engines(config).items()
+        if (left := tuple(engine for engine in engines if engine in known))
+    }
+    left, decisive = tuple(engines), None
+    for name, known in given.items():
+        both = tuple(engine for engine in left if engine in known)
+        if not both:
+            other = next(each for each in given if each == decisive or not {*given[each]} & {*known})
+            theirs, mine = (" or ".join(given[each]) for each in (other, name))
+            problem = f"is for --engine {mine}, and --{other} for --engine {theirs}"
+            raise OptionError(name, problem, "leave one of them out")
+        if both != left:
+            left, decisive = both, name
+    return left, decisive
+
+
+def given_for_engines(config: Any) -> dict[str, tuple[str, ...]]:
+    """Return the options that were given and that not all engines know, with those that do."""
+    return {
+        field.name: field.metadata["engines"]
+        for field in dataclasses.fields(config)
+        if field.metadata.get("engines") and getattr(config, field.name) != field.default
+    }

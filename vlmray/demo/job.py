@@ -120,6 +120,7 @@ def _compare(config: DemoConfig) -> Results:
                 models=f"base={BUILTIN},tuned={BUILTIN}+{adapter}",
                 dataset_name=_charts(config.num_charts, FAMILIES),
                 metrics="exact_match",
+                engine="transformers",
                 offline=True,
                 max_new_tokens=_MAX_NEW_TOKENS,
                 batch_size=32,

@@ -62,6 +62,7 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
     done = len(run.selected) - len(run.pending)
     lines = [
         ("rows", f"{len(run.selected):,}: {done:,} answered already, {len(run.pending):,} to answer"),
+        ("engine", f"{run.choice.engine} ({run.choice.reason})"),
         ("outputs", f"{run.folder.uri} ({run.folder.output_format})"),
     ]
     if run.pending:
@@ -138,6 +139,7 @@ def _conclude(
         "vlmray": __version__,
         "versions": {name: metadata.version(name) for name in ("ray", "torch", "transformers", "pyarrow")},
         "options": options,
+        "engine": {"name": run.choice.engine, "because": run.choice.reason},
         "summary": dataclasses.asdict(summary),
         "stages_s": timeline.stage_seconds(),
         "overlap": overlap and dataclasses.asdict(overlap),

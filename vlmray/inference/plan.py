@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from vlmray.config import InferConfig, options_that_affect, sampling_of
+from vlmray.config import BenchmarkConfig, InferConfig, options_that_affect, sampling_of
 from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_image
@@ -19,6 +19,7 @@ from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
 from vlmray.engines import check_engine
+from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
@@ -35,18 +36,23 @@ class InferenceError(RunError):
     """A run that could not go on; everything finished is in the output folder."""
 
 
-def plan_inference(config: InferConfig, *, questions: Selection | None = None) -> InferenceRun:
+def plan_inference(
+    config: InferConfig, *, questions: Selection | None = None, choice: EngineChoice | None = None
+) -> InferenceRun:
     """Open dataset and output folder, find what is left to do, and check all options against them.
 
     Args:
         config: The run's options.
         questions: What the options ask about, where it is open already.
+        choice: Of the engine, where it is made already.
 
     Raises:
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
     check_apart(config.output_dir, config.dataset_name, config.model_id, config.adapter)
+    choice = choice or choose_engine_of(config, [(config.model_id, config.adapter)], [config.output_dir])
+    config = choice.settle(config)
     model = _open_model(config)
     check_engine(config, [config.adapter] if config.adapter else [])
     is_first = questions is None
@@ -75,9 +81,49 @@ def plan_inference(config: InferConfig, *, questions: Selection | None = None) -
     if is_first:
         logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
-        config=config, model=model, source=source, spec=spec, task=task, folder=folder, selected=selected,
-        pending=pending,
+        config=config, choice=choice, model=model, source=source, spec=spec, task=task, folder=folder,
+        selected=selected, pending=pending,
     )  # fmt: skip
+
+
+def choose_engine_of(
+    config: InferConfig | BenchmarkConfig,
+    models: Sequence[tuple[str, str | None]],
+    folders: Sequence[str],
+) -> EngineChoice:
+    """Choose the engine of runs that are compared, and say which.
+
+    Args:
+        config: What they have in common.
+        models: Model and adapter of each.
+        folders: Where the answers of each go.
+
+    Raises:
+        ValueError: An option is for an engine that is not installed, or a folder is another job's.
+    """
+    goes_on = config.engine == "auto" and not config.overwrite
+    choice = choose_engine(
+        config,
+        [model_id for model_id, _ in models],
+        [adapter for _, adapter in models if adapter],
+        find_cluster_objection=lambda: _find_cluster_objection(config.log_level),
+        begun_with=next(filter(None, map(_engine_before, folders)), None) if goes_on else None,
+    )
+    if choice.is_news:
+        logger.info("%s", choice)
+    return choice
+
+
+def _find_cluster_objection(log_level: str) -> str | None:
+    from vlmray import cluster  # with Ray, which is started only for this question
+
+    return cluster.find_gpu_objection("vllm", log_level)
+
+
+def _engine_before(output_dir: str) -> str | None:
+    """Return the engine of the results that a folder holds."""
+    folder = ResultFolder.find(output_dir, "infer")
+    return (folder.read_options() or {}).get("engine") if folder.has_results() else None
 
 
 def _find_pending(
@@ -129,6 +175,9 @@ class InferenceRun:
     """A run before it starts: everything checked, nothing loaded."""
 
     config: InferConfig
+    """The options, with the engine that was chosen."""
+
+    choice: EngineChoice
     model: ModelSource
     source: Source
     spec: DatasetSpec

