@@ -74,7 +74,7 @@ WITH_TORCH = {
     "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
     "engines.transformers.settings",
     "engines.vllm.engine", "engines.vllm.requests", "engines.vllm.running", "engines.vllm.sampling",
-    "engines.vllm.adapters",
+    "engines.vllm.adapters", "engines.verifying",
     "finetune.artifacts", "finetune.checks",
     "metrics.vqa_metrics.vqa_metrics",
 }  # fmt: skip

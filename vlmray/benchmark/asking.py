@@ -31,6 +31,7 @@ def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Ite
         "served_model_name": plain[0] if plain else None,
         "port": free_port(),
         "adapters": ",".join(adapters) or None,
+        "verify_adapter": config.verify_adapter and bool(adapters),
         "max_adapters": max(1, len(adapters)),
         "max_batch_size": config.batch_size,
         "max_queued_requests": 10 * max(config.most_in_flight, 64),

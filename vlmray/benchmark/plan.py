@@ -97,6 +97,7 @@ def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
     options |= {
         "model_id": candidate.model_id,
         "adapter": candidate.adapter,
+        "verify_adapter": config.verify_adapter and candidate.adapter is not None,
         "engine": config.answering_engine,
         "output_dir": _output_dir(config, candidate),
         "output_format": "parquet",

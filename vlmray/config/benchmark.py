@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least, check_verifies
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.sampling import SamplingConfig
@@ -79,7 +79,8 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
             raise OptionError("metrics", "none leaves nothing to do without a measurement of speed")
         if self.metrics == "none" and self.baseline:
             raise OptionError("baseline", "compares scores", "--metrics none has none")
-        self.candidates()
+        has_adapters = any(candidate.adapter for candidate in self.candidates())
+        check_verifies(self, has_adapters=has_adapters, hint="name one in --models as model+adapter")
         self.loads()
 
     def candidates(self) -> tuple[Candidate, ...]:

@@ -22,7 +22,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 API_KEY = "VLMRAY_API_KEY"
 """Environment variable of the key that servers want of their clients, ours and others."""
 
-_BATCHING = ("transformers", "fake")
+_TRANSFORMERS = ("transformers", "fake")
 _LOADING = ("transformers", "vllm", "fake")
 """Engines that load a model; the stand-in takes what any of them does."""
 _VLLM = ("vllm",)
@@ -53,7 +53,7 @@ class ModelConfig(Options):
 class LoadingConfig(Options):
     """How a model and its processor are loaded."""
 
-    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result", engines=_LOADING)
+    quantization: Literal["none", "8bit", "4bit"] = option("none", affects="result", engines=_TRANSFORMERS)
     """Load the weights quantized by bitsandbytes."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -61,7 +61,7 @@ class LoadingConfig(Options):
     )
     """Precision; auto: the checkpoint's on a GPU, float32 without one."""
 
-    attn_implementation: str | None = option(None, affects="speed", engines=_BATCHING)
+    attn_implementation: str | None = option(None, affects="speed", engines=_TRANSFORMERS)
     """Attention kernel: sdpa, flash_attention_2, eager, ...; default: transformers chooses."""
 
     min_pixels: int | None = option(None, affects="result")
@@ -89,7 +89,11 @@ class EngineConfig(LoadingConfig):
     openai with --endpoint, vllm where it is installed and GPUs, model, adapters and options allow it,
     otherwise transformers."""
 
-    max_batch_tokens: int | None = option(None, affects="speed", engines=_BATCHING)
+    verify_adapter: bool = option(False, affects="run", engines=("transformers", "vllm"))
+    """Before an adapter answers, compare the scores of two fixed questions with those of a plain pass of
+    PEFT, and refuse one that is answered otherwise. With vLLM each replica loads the model twice for it."""
+
+    max_batch_tokens: int | None = option(None, affects="speed", engines=_TRANSFORMERS)
     """Prompt tokens per forward pass, at most, padding included; default: what the memory of a GPU holds,
     16384 on a CPU. Halved and remembered when memory runs out."""
 
@@ -253,6 +257,12 @@ class RunConfig(WaitingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 0, "seed", "max_errors")
+
+
+def check_verifies(config: EngineConfig, *, has_adapters: bool, hint: str) -> None:
+    """Refuse to verify adapters where there are none."""
+    if config.verify_adapter and not has_adapters:
+        raise OptionError("verify_adapter", "has no adapter to compare", hint)
 
 
 def check_at_least(config: object, minimum: float, *names: str) -> None:

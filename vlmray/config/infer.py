@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlmray.config.common import DryRunConfig, QuestionsConfig, ReplicaConfig, RunConfig, check_at_least
+from vlmray.config.common import (
+    DryRunConfig,
+    QuestionsConfig,
+    ReplicaConfig,
+    RunConfig,
+    check_at_least,
+    check_verifies,
+)
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.sampling import SamplingConfig
@@ -45,3 +52,4 @@ class InferConfig(DryRunConfig, RunConfig, SamplingConfig, EndpointConfig, Repli
         super().__post_init__()
         check_at_least(self, 1, "max_new_tokens", "batch_size")
         check_at_least(self, 0, "price_per_hour")
+        check_verifies(self, has_adapters=self.adapter is not None, hint="pass one as --adapter")

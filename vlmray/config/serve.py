@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlmray.config.common import ModelConfig, ReplicaConfig, WaitingConfig, check_at_least
+from vlmray.config.common import ModelConfig, ReplicaConfig, WaitingConfig, check_at_least, check_verifies
 from vlmray.config.marks import option
 from vlmray.errors import OptionError
 
@@ -116,7 +116,8 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
                 "max_new_tokens",
                 f"{self.max_new_tokens} is above --max_new_tokens_limit {self.max_new_tokens_limit}",
             )
-        self.adapter_paths()
+        has_adapters = bool(self.adapter_paths() or self.adapter_dir)
+        check_verifies(self, has_adapters=has_adapters, hint="pass --adapters or --adapter_dir")
         self.origins()
 
     @property

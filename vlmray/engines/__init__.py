@@ -68,7 +68,7 @@ def build_engine(
         num_threads: CPU threads of torch in this process; None leaves torch's own choice.
         memory_fraction: Share of the GPU's memory that this process may take.
         adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known: vLLM
-            makes room for the largest of them when it starts.
+            makes room for the largest of them when it starts, and `verify_adapter` is about them.
         max_adapters: The most that will be loaded at a time, for vLLM again.
         **options: The other options of `vlmray.config.EndpointConfig`, with its defaults: `quantization`,
             `dtype`, `attn_implementation`, `max_batch_tokens`, `min_pixels`, `max_pixels`,
@@ -137,6 +137,7 @@ def load_engine(
             batch_size=batch_size,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
+            adapters=adapters,
         )
     if config.engine == "vllm":
         check_engine(config)  # first, as what follows imports vLLM

@@ -20,8 +20,7 @@ from vlmray.config import FinetuneConfig
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.finetune.results import ADAPTER, MODEL, Check
 from vlmray.images.decoding import decode_image
-from vlmray.models.loading import load_checkpoint
-from vlmray.models.prompts import ChatPrompts
+from vlmray.models.loading import first_logits, load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
 from vlmray.training.samples import first_question
@@ -147,12 +146,7 @@ def _compare_answers(
 def _first_logits(model: Any, processor: Any, row: Mapping[str, Any]) -> torch.Tensor:
     """Return the logits (V,) of the first answer token of a sample, in float32 on the CPU."""
     (request,) = _requests([row])
-    prompts = ChatPrompts(processor)
-    prompt = prompts.render(request.messages, add_generation_prompt=True)
-    encode = prompts.processor_for(prompt)
-    inputs = encode(text=[prompt], images=request.images or None, return_tensors="pt")
-    with torch.inference_mode():
-        return model(**inputs.to(model.device)).logits[0, -1].float().cpu()
+    return first_logits(model, processor, request)
 
 
 def _compare_logits(name: str, logits: torch.Tensor, before: torch.Tensor) -> Check:

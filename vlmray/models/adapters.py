@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from vlmray.errors import OptionError, one_line
-from vlmray.models.adapter_kinds import tell_kind
+from vlmray.models.adapter_kinds import AdapterKind, tell_kind
 
 Place = tuple[torch.nn.Module, str]
 """A module of the base, and the name of a child or parameter of it."""
@@ -54,21 +54,35 @@ def load_adapter(model: Any, adapter: str) -> Adapter:
         ValueError: As `attach_adapter`; or the model has an adapter of its own, or weights that wait on
             a CPU or disk for a GPU.
     """
+    before = _all_members(model)
+    with peft_model(model, adapter):
+        parts = {place: getattr(*place) for place, part in before.items() if _differs(getattr(*place), part)}
+    replaces = any(isinstance(part, torch.nn.Parameter) for part in parts.values())
+    return Adapter(parts, _kind_of(adapter).mixes and not replaces)
+
+
+@contextlib.contextmanager
+def peft_model(model: Any, adapter: str) -> Iterator[Any]:
+    """Give a `PeftModel` with an adapter around a model, which is as it was afterwards.
+
+    Args:
+        model: The bare base.
+        adapter: As `load_adapter` takes it.
+
+    Raises:
+        ValueError: As there.
+    """
     _check_base(model)
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as weights:
-        kind = tell_kind(adapter, _read_config(adapter), list(weights.keys()))
-    before = {(module, name): part for module in model.modules() for name, part in _members(module)}
+    before = _all_members(model)
     try:
         # PEFT writes whole weights into the parameters that it finds.
-        _put(_copy_parameters(before, [model.get_parameter(name) for name in _known(model, kind.replaced)]))
-        attach_adapter(model, adapter)
-        parts = {place: getattr(*place) for place, part in before.items() if _differs(getattr(*place), part)}
+        replaced = _known(model, _kind_of(adapter).replaced)
+        _put(_copy_parameters(before, [model.get_parameter(name) for name in replaced]))
+        yield attach_adapter(model, adapter)
     finally:
         _put(before)
         if hasattr(model, "peft_config"):
             del model.peft_config
-    replaces = any(isinstance(part, torch.nn.Parameter) for part in parts.values())
-    return Adapter(parts, kind.mixes and not replaces)
 
 
 @contextlib.contextmanager
@@ -210,6 +224,15 @@ def _check_base(model: Any) -> None:
             "needs all of the model on GPUs, and some of its weights wait elsewhere for lack of memory",
             "pass --quantization 4bit or take more GPUs",
         )
+
+
+def _kind_of(adapter: str) -> AdapterKind:
+    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as weights:
+        return tell_kind(adapter, _read_config(adapter), list(weights.keys()))
+
+
+def _all_members(model: Any) -> dict[Place, Any]:
+    return {(module, name): part for module in model.modules() for name, part in _members(module)}
 
 
 def _members(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

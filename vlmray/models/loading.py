@@ -208,6 +208,16 @@ def generate_text_from_sample(
     return processor.tokenizer.decode(new_tokens, skip_special_tokens=True), prompts.readable(prompt)
 
 
+def first_logits(model: Any, processor: Any, request: GenerationRequest) -> torch.Tensor:
+    """Return the logits (V,) of the first token of an answer, in float32 on the CPU, by a plain pass."""
+    prompts = ChatPrompts(processor)
+    prompt = prompts.render(request.messages, add_generation_prompt=True)
+    encode = prompts.processor_for(prompt)
+    inputs = encode(text=[prompt], images=request.images or None, return_tensors="pt")
+    with torch.inference_mode():
+        return model(**inputs.to(model.device)).logits[0, -1].float().cpu()
+
+
 def _images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     return [part["image"] for part in parts if part.get("type") == "image"]

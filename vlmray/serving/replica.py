@@ -103,7 +103,7 @@ class ModelReplica:
             batch_size=config.max_batch_size,
             num_threads=num_threads,
             memory_fraction=memory_fraction,
-            adapters=self._catalog.local_folders(),
+            adapters=self._known_adapters(config),
             # One that was dropped stays while it is used, and may have been asked for again.
             max_adapters=config.max_adapters + 1 if has_adapters else 0,
         )
@@ -123,6 +123,12 @@ class ModelReplica:
         self._stream_interval_s = config.stream_interval_s
         self._waiting: asyncio.Queue[_Item] = asyncio.Queue()
         self._batches: asyncio.Task[None] | None = None
+
+    def _known_adapters(self, config: ServeConfig) -> list[str]:
+        """Return the folders of adapters, those behind URIs too where they have to be verified."""
+        if not config.verify_adapter:
+            return self._catalog.local_folders()
+        return [str(self._catalog.fetch(name)) for name in self._catalog.names()]
 
     async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Reply]:
         """Yield pieces of the answer, if `stream`, and last a `Reply`.

@@ -41,6 +41,7 @@ from vlmray.engines.transformers.memory import (
     keep_freed_memory,
     limit_memory,
 )
+from vlmray.engines.verifying import Scores, TokenScores, check_agreement, likeliest, probes, score_by_peft
 from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import Adapter, load_adapter
@@ -67,7 +68,7 @@ class TransformersEngine:
         max_batch_tokens: Most prompt tokens in one forward pass, padding included; a longer row goes alone.
             A beginning that rows share counts once, and for each of the others what its copy takes.
             None: what the memory holds (see `vlmray.engines.transformers.memory`).
-        default_adapter: Answers the requests that name none, instead of the base.
+        verifies: Whether each adapter that is loaded is compared with what PEFT makes of it.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TransformersEngine:
         *,
         batch_size: int = 16,
         max_batch_tokens: int | None = None,
-        default_adapter: Adapter | None = None,
+        verifies: bool = False,
     ) -> None:
         if batch_size < 1:
             raise OptionError("batch_size", f"must be at least 1, got {batch_size}")
@@ -88,7 +89,8 @@ class TransformersEngine:
         self.max_model_len = find_max_model_len(model.config)
         share = cached_share(model.config) if self.forward.copies_rows else 1.0
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
-        self._adapters: dict[str | None, Adapter | None] = {None: default_adapter}
+        self._adapters: dict[str | None, Adapter | None] = {None: None}
+        self._verifies = verifies
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
         self._decode = functools.lru_cache(maxsize=8)(decode_image)
@@ -103,6 +105,7 @@ class TransformersEngine:
         batch_size: int = 16,
         num_threads: int | None = None,
         memory_fraction: float = 1.0,
+        adapters: Sequence[str] = (),
     ) -> TransformersEngine:
         """Load a model and wrap it; `adapter` answers the requests that name none, instead of the base.
 
@@ -115,6 +118,7 @@ class TransformersEngine:
             batch_size: Most rows in one forward pass.
             num_threads: CPU threads of torch in this process; None leaves torch's own choice.
             memory_fraction: Share of the GPU's memory that this process may take, from then on.
+            adapters: Folders of adapters that `load_adapter` will be asked for, as far as they are known.
 
         Raises:
             ValueError: Unusable option, model or adapter.
@@ -130,15 +134,19 @@ class TransformersEngine:
         if model.device.type == "cpu":
             keep_freed_memory()
             use_faster_kernels(model)
-        default = None if adapter is None else load_adapter(model, adapter)
         max_batch_tokens = config.max_batch_tokens or find_batch_tokens(model, memory_fraction)
-        return cls(
+        engine = cls(
             model,
             processor,
             batch_size=batch_size,
             max_batch_tokens=max_batch_tokens,
-            default_adapter=default,
+            verifies=config.verify_adapter,
         )
+        for path in adapters if config.verify_adapter else ():
+            engine._load(path)
+        if adapter is not None:
+            engine._adapters[None] = engine._load(adapter)
+        return engine
 
     @property
     def model(self) -> Any:
@@ -155,7 +163,7 @@ class TransformersEngine:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter_folder(path, self.model.config.name_or_path)
-        self._adapters[name] = load_adapter(self.model, path)
+        self._adapters[name] = self._load(path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that `load_adapter` loaded, and free its memory.
@@ -220,6 +228,29 @@ class TransformersEngine:
         self.forward.model = None
         empty_cache()
 
+    def _load(self, path: str) -> Adapter:
+        """Load an adapter; where adapters are verified, refuse one that answers otherwise than by PEFT."""
+        adapter = load_adapter(self.model, path)
+        if self._verifies:
+            pairs = [self._score(request, [None, adapter]) for request in probes()]
+            base, adapted = zip(*pairs, strict=True)
+            plain = score_by_peft(self.model, self.processor, path)
+            check_agreement(path, plain, Scores(base, adapted), self.model.dtype)
+        return adapter
+
+    def _score(self, request: GenerationRequest, adapters: Sequence[Adapter | None]) -> list[TokenScores]:
+        """Score a request with some adapters, which share a forward pass where they may."""
+        groups: dict[int, list[InFlight]] = {}
+        for adapter in adapters:
+            row = InFlight(0, request, adapter=adapter)
+            self._open(row)
+            groups.setdefault(row.group, []).append(row)
+        rows = [row for group in groups.values() for row in group]
+        self._start_encoding(rows, {})
+        for row in rows:
+            row.num_prompt_tokens, row.max_new_tokens = row.num_tokens, 1
+        return [likeliest(each) for group in groups.values() for each in self.forward.score(group)]
+
     def _open(self, row: InFlight) -> None:
         """Check a request and format its prompt; whatever is wrong with it is raised."""
         request = row.request
@@ -233,7 +264,7 @@ class TransformersEngine:
         row.num_tokens += sum(
             count_visual_tokens(self.processor.image_processor, image) for image in request.images
         )
-        row.adapter = self._adapters[request.adapter]
+        row.adapter = row.adapter or self._adapters[request.adapter]
         if self.forward.copies_rows and request.images:
             head, token, row.tail = prompt.rpartition(self.processor.image_token)
             images = (image if isinstance(image, bytes) else id(image) for image in request.images)

@@ -63,6 +63,18 @@ class Forward:
                 rows = [rows[place] for place in left]
                 self._select(inputs, left)
 
+    def score(self, rows: list[InFlight]) -> torch.Tensor:
+        """Return the scores (B, V) of the first token of rows that share a forward pass."""
+        with torch.inference_mode(), self._plain_generation() as config:
+            inputs = self._begin(rows)
+            config.max_new_tokens = 1
+            with use_adapters([row.adapter for row in rows]):
+                found = self.model.generate(
+                    **inputs, generation_config=config, return_dict_in_generate=True, output_logits=True
+                )
+        scores: torch.Tensor = found.logits[0].float().log_softmax(-1).cpu()
+        return scores
+
     def _start_answer(self, row: InFlight, own: GenerationConfig) -> None:
         """Give a row an answer without a token yet, and the processors of those to come."""
         request = row.request

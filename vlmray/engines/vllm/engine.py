@@ -12,7 +12,7 @@ import itertools
 import math
 import queue
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.rows import Listener, read_token
+from vlmray.engines.verifying import NUM_SCORES, Scores, TokenScores, check_agreement, probes, score_apart
 from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_room
 from vlmray.engines.vllm.guard import ProcessGuard
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
@@ -53,6 +54,7 @@ class VLLMEngine:
         running: What was started there.
         processor: As `vlmray.models.processors.load_processor` gives it.
         max_adapters: The most that are loaded at a time.
+        expected: What PEFT makes of each adapter that may be loaded; None: any may be, unverified.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class VLLMEngine:
         running: RunningLLM,
         processor: Any,
         max_adapters: int,
+        expected: Mapping[str, Scores] | None = None,
     ) -> None:
         self.processor = processor
         self.max_model_len: int | None = running.llm.model_config.max_model_len
@@ -69,6 +72,7 @@ class VLLMEngine:
         self._opener = Opener(processor)
         self._adapters: dict[str | None, LoRARequest | None] = {None: None}
         self._max_adapters = max_adapters
+        self._expected = expected
         self._numbers = itertools.count(1)  # threads may load beside each other
 
     @classmethod
@@ -112,24 +116,29 @@ class VLLMEngine:
             trust_remote_code=config.trust_remote_code,
         )
         max_adapters += len(own)
+        known = [*adapters, *own]
         args = engine_args(
             model_id,
             config,
             on_gpu=on_gpu,
             memory_fraction=memory_fraction,
             max_adapters=max_adapters,
-            max_rank=max(map(adapter_rank, (*adapters, *own)), default=0),
+            max_rank=max(map(adapter_rank, known), default=0),
         )
         guard, loop = ProcessGuard(), BackgroundLoop("vllm")
         try:
+            expected = score_apart(model_id, config, known) if config.verify_adapter else None
             running = loop.run(RunningLLM.start(args, processor, settings))
         except BaseException:
             loop.close()
             guard.close()
             raise
-        engine = cls(guard, loop, running, processor, max_adapters)
+        engine = cls(guard, loop, running, processor, max_adapters, expected)
         try:
             engine._check_scores()
+            for number, path in enumerate(adapters if expected is not None else ()):
+                engine.load_adapter(f"verified-{number}", path)
+                engine.unload_adapter(f"verified-{number}")
             if adapter is not None:
                 engine._use_as_default(adapter)
         except BaseException:
@@ -281,10 +290,30 @@ class VLLMEngine:
         number = next(self._numbers)
         adapter = LoRARequest(f"{name}-{number}", number, str(Path(path).expanduser().absolute()))
         self._run(self._running.add_adapter(adapter))
-        if changes_base(path) and self._score(None) == self._score(adapter):
+        try:
+            if changes_base(path) and self._score(None) == self._score(adapter):
+                raise OptionError("adapter", f"{path} changes nothing in vLLM", "use --engine transformers")
+            self._verify(path, adapter)
+        except BaseException:
             self._run(self._running.remove_adapter(adapter))
-            raise OptionError("adapter", f"{path} changes nothing in vLLM", "use --engine transformers")
+            raise
         return adapter
+
+    def _verify(self, path: str, adapter: LoRARequest) -> None:
+        """Refuse an adapter that is answered otherwise than by PEFT, or of which that is not known."""
+        if self._expected is None:
+            return
+        if path not in self._expected:
+            problem = f"compares adapters when vLLM starts, and {path} came later"
+            raise OptionError("verify_adapter", problem, "start again, or leave it out")
+        base, adapted = ([self._score_probe(each, with_) for each in probes()] for with_ in (None, adapter))
+        dtype = self._running.llm.model_config.dtype
+        check_agreement(path, self._expected[path], Scores(base, adapted), dtype)
+
+    def _score_probe(self, request: GenerationRequest, adapter: LoRARequest | None) -> TokenScores:
+        row = AsyncRow(0, request, adapter=adapter)
+        self._opener.open(row, self.max_model_len)
+        return self._run(self._running.score_first(row, NUM_SCORES))
 
     def _score(self, adapter: LoRARequest | None) -> list[dict[int, float]]:
         return self._run(self._running.score(_PROBE, adapter))

@@ -91,7 +91,6 @@ def check_options(config: EngineConfig) -> None:
         OptionError: vLLM is not installed, an option is not vLLM's or has one here.
     """
     check_installed()
-    check_quantization(config)
     if not config.engine_options:
         return
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -110,18 +109,6 @@ def check_options(config: EngineConfig) -> None:
                 f"did you mean {', '.join(near)}?" if near else "vllm serve --help=all lists vLLM's options"
             )
             raise OptionError("engine_options", f"has {name!r}, which is no option of vLLM", hint)
-
-
-def check_quantization(config: EngineConfig) -> None:
-    """Refuse a quantization that vLLM cannot make.
-
-    Raises:
-        OptionError: It is one.
-    """
-    if config.quantization == "8bit":
-        raise OptionError(
-            "quantization", "8bit is not possible with --engine vllm", "use 4bit, or a checkpoint in FP8"
-        )
 
 
 def engine_args(
@@ -163,8 +150,6 @@ def engine_args(
         args["kv_cache_memory_bytes"] = _CACHE_ON_CPU
     if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
         args["distributed_executor_backend"] = "mp"  # Ray has given this replica the cards of one node
-    if config.quantization == "4bit":
-        args["quantization"] = "bitsandbytes"
     if max_adapters:
         # On a CPU, rows of the base beside those of adapters meet what is in the last place: it stays empty.
         places = max_adapters if on_gpu else max_adapters + 1

@@ -97,6 +97,17 @@ class RunningLLM:
             places = output.prompt_logprobs
         return [{token: entry.logprob for token, entry in (place or {}).items()} for place in places]
 
+    async def score_first(self, row: AsyncRow, number: int) -> dict[int, float]:
+        """Return how likely the model holds so many tokens to begin the answer to a row."""
+        from vllm import SamplingParams
+
+        inputs = await self._encode(row, None)
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=number, detokenize=False)
+        found: Any = {}
+        async for output in self.llm.generate(inputs, params, uuid.uuid4().hex, lora_request=row.adapter):
+            (found,) = output.outputs[0].logprobs
+        return {token: entry.logprob for token, entry in found.items()}
+
     async def add_adapter(self, adapter: LoRARequest) -> None:
         """Load an adapter."""
         await self.llm.add_lora(adapter)

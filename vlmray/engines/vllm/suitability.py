@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmray.config import EngineConfig
 from vlmray.engines.vllm.adapters import adapter_rank, check_kind
-from vlmray.engines.vllm.options import MOST_RANK, check_quantization
+from vlmray.engines.vllm.options import MOST_RANK
 from vlmray.errors import OptionError, one_line
 from vlmray.models.source import resolve_model_id
 
@@ -26,7 +26,6 @@ def find_objection(config: EngineConfig, adapters: Sequence[str]) -> str | None:
     if getattr(config, "adapter_dir", None):
         return "--adapter_dir may get adapters of any kind and rank, and it has to know them at its start"
     try:
-        check_quantization(config)
         for adapter in adapters:
             _check_adapter(adapter)
     except OptionError as error:
