@@ -16,7 +16,14 @@ import pytest
 from helpers.adapters import APART, build_adapter
 from vlmray.config import EngineConfig
 from vlmray.engines import build_engine
-from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_kind, check_room
+from vlmray.engines.vllm.adapters import (
+    adapter_rank,
+    changes_base,
+    changes_vision,
+    check_adapter,
+    check_kind,
+    check_room,
+)
 from vlmray.engines.vllm.options import engine_args
 from vlmray.errors import OptionError
 
@@ -39,6 +46,8 @@ def test_options_are_passed_on_in_vllms_words() -> None:
     assert found["distributed_executor_backend"] == "mp"
     assert (found["dtype"], engine_args("model", config, **HERE)["dtype"]) == ("auto", "float32")
     assert "enable_lora" not in found
+    found = engine_args("model", config, **CARD | {"max_adapters": 1, "adapts_vision": True})
+    assert found["enable_tower_connector_lora"]
 
 
 def test_replicas_that_share_a_card_share_its_memory() -> None:
@@ -69,14 +78,23 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         EngineConfig(engine="vllm", **options)
 
 
-def test_adapters_that_vllm_would_not_answer_exactly_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+def test_adapters_that_vllm_would_not_answer_exactly_are_refused(
+    tmp_path: Path, tiny_model: Path, tiny_llava: Path
+) -> None:
     plain = str(build_adapter(tmp_path / "plain", tiny_model))
     check_adapter(plain, str(tiny_model))
     assert changes_base(plain)
-    for kind in ("dora", "vision", "merger-lora", "bias-lora_only", "saved-lm_head", "tokens", "parameters"):
+    assert not changes_vision(plain)
+    for kind in ("dora", "patch_embed-lora", "bias-lora_only", "saved-lm_head", "tokens", "parameters"):
         adapter = build_adapter(tmp_path / kind, tiny_model, **APART[kind])
         with pytest.raises(OptionError, match="all that vLLM answers exactly; use --engine transformers"):
-            check_kind(str(adapter))
+            check_kind(str(adapter), str(tiny_model))
+    for kind in ("vision", "merger-lora"):
+        adapter = build_adapter(tmp_path / kind, tiny_model, **APART[kind])
+        check_adapter(str(adapter), str(tiny_model))
+        assert changes_vision(str(adapter))
+        with pytest.raises(OptionError, match=r"and vLLM adapts that of LlavaFor.* not as PEFT does; use"):
+            check_kind(str(adapter), str(tiny_llava))
 
 
 def test_an_adapter_that_lacks_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -96,6 +114,10 @@ def test_an_adapter_above_the_room_is_refused_with_the_option_that_makes_it(
     adapter = str(build_adapter(tmp_path / "adapter", tiny_model, rank_pattern={"q_proj": 24}))
     assert adapter_rank(adapter) == 24
     check_room(adapter, 32)
+    vision = str(build_adapter(tmp_path / "vision", tiny_model, **APART["vision"]))
+    check_room(vision, 8, adapts_vision=True)
+    with pytest.raises(OptionError, match=r"changes the vision encoder, and no .*_lora\": true"):
+        check_room(vision, 8)
     with pytest.raises(OptionError, match=r"has rank 24, and vLLM was started for at most 16; .*lora_rank"):
         check_room(adapter, 16)
     with pytest.raises(ValueError, match="without room for adapters"):

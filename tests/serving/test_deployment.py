@@ -32,7 +32,7 @@ from vlmray.cluster.resources import Node
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
-from vlmray.serving import address
+from vlmray.serving import address, handles
 from vlmray.serving import server as serving
 from vlmray.serving.backend import Reply
 from vlmray.serving.errors import BusyError
@@ -222,6 +222,21 @@ def test_serve_itself_can_run_it() -> None:
         serve.shutdown()
 
 
+def test_a_server_takes_no_place_that_is_taken_unless_told_to() -> None:
+    def start(**options: Any) -> Any:
+        return serve_app(ServeConfig(model_id="fake", engine="fake", port=free_port(), **options))
+
+    with start(served_model_name="first") as first:
+        problem = rf"^this cluster serves first already, at {first.url}; .* \(vlmray serve --replace\)"
+        with pytest.raises(ValueError, match=problem):
+            start()
+        assert requests.get(f"{first.url}/v1/models").json()["data"][0]["id"] == "first"
+        start(served_model_name="second", replace=True)  # on the port that the cluster listens on already
+        assert requests.get(f"{first.url}/v1/models").json()["data"][0]["id"] == "second"
+    with start():
+        pass
+
+
 @pytest.mark.parametrize("num_read", [1, 2])
 def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None:
     completion = FakeEngine().generate([GenerationRequest(request_id="x", messages=[])])[0]
@@ -244,7 +259,7 @@ def test_a_call_that_nobody_reads_to_its_end_is_cancelled(num_read: int) -> None
 
     async def check() -> None:
         request = GenerationRequest(request_id="x", messages=[])
-        pieces = serving._Replicas(cast(Any, Handle()), 1, 60.0).answer(request, stream=True)
+        pieces = handles.Replicas(cast(Any, Handle()), 1, 60.0).answer(request, stream=True)
         for _ in range(num_read):
             await anext(pieces)
         await pieces.aclose()
@@ -282,12 +297,12 @@ def test_where_no_replica_runs_a_request_waits_a_while_and_else_as_long_as_it_ta
 
     async def check() -> None:
         request = GenerationRequest(request_id="x", messages=[])
-        pieces = serving._Replicas(cast(Any, Handle()), 0, startup_timeout_s=0.05).answer(
+        pieces = handles.Replicas(cast(Any, Handle()), 0, startup_timeout_s=0.05).answer(
             request, stream=False
         )
         assert [piece async for piece in pieces] == [Reply(completion, 1)]
 
-    monkeypatch.setattr(serving._Replicas, "_num_running", running)
+    monkeypatch.setattr(handles.Replicas, "_num_running", running)
     if num_running:
         asyncio.run(check())
     else:

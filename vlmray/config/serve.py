@@ -38,6 +38,9 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     port: int = option(8000, affects="run")
     """Port to listen on."""
 
+    replace: bool = option(False, affects="run")
+    """Take the place of the server that the cluster has already, if it has one."""
+
     allowed_origins: str | None = option(None, affects="run")
     """Pages that may ask from a browser: 'https://app.example.com,http://localhost:3000', or '*' for all;
     default: only the server's own."""

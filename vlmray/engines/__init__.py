@@ -27,8 +27,8 @@ def calls_at_once(engine: str) -> int:
     return _CALLS_AT_ONCE.get(engine, 1)
 
 
-def check_engine(config: EngineConfig, adapters: Sequence[str] = ()) -> None:
-    """Check on a job's driver that an engine is there, and takes its options and adapters.
+def check_engine(config: EngineConfig, model_id: str = "", adapters: Sequence[str] = ()) -> None:
+    """Check on a job's driver that an engine is there, and takes its options and a model's adapters.
 
     Raises:
         OptionError: It is not, or does not.
@@ -39,7 +39,7 @@ def check_engine(config: EngineConfig, adapters: Sequence[str] = ()) -> None:
 
         check_options(config)
         for adapter in adapters:
-            check_kind(adapter)
+            check_kind(adapter, model_id)
 
 
 def build_engine(

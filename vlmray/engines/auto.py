@@ -69,7 +69,7 @@ def choose_engine(
     choice = _choose_by_options(config, installed)
     if choice is not None or installed is None:
         return choice or EngineChoice("transformers", "vLLM is not installed", is_news=False)
-    objection = installed.objection or find_objection(config, adapters)
+    objection = installed.objection or find_objection(config, model_ids, adapters)
     goes_on = "what is in --output_dir was answered with it"
     if objection is None and begun_with == "transformers":
         return EngineChoice("transformers", goes_on)

@@ -54,7 +54,7 @@ def plan_inference(
     choice = choice or choose_engine_of(config, [(config.model_id, config.adapter)], [config.output_dir])
     config = choice.settle(config)
     model = _open_model(config)
-    check_engine(config, [config.adapter] if config.adapter else [])
+    check_engine(config, config.model_id, [config.adapter] if config.adapter else [])
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected

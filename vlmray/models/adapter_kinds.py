@@ -60,6 +60,12 @@ class AdapterKind:
     """Whether what it has beside `replaced` is only added to rows, so that rows of others and of the base may
     share a forward pass."""
 
+    layers: frozenset[str]
+    """Names of the layers of the base beside which it has plain LoRA matrices."""
+
+    is_plain: bool
+    """Whether it has nothing else, and nothing that is computed otherwise."""
+
     replaced: frozenset[str]
     """Names of parameters of the base in whose place it has others of its own."""
 
@@ -89,9 +95,12 @@ def tell_kind(adapter: str, config: Mapping[str, Any], names: Iterable[str]) -> 
             "train it without bias=all, or save it again with PEFT's save_pretrained",
         )
     plain = [_PLAIN.fullmatch(name.removeprefix(_PREFIX)) for name in added]
-    rows = all(match and _LAYER_OF_ROWS.fullmatch(match[1]) for match in plain)
+    layers = {match[1] for match in plain if match}
+    is_plain = all(plain) and not any(config.get(field) for field in _NEEDS_TURNS)
     return AdapterKind(
-        mixes=rows and not any(config.get(field) for field in _NEEDS_TURNS),
+        mixes=is_plain and all(map(_LAYER_OF_ROWS.fullmatch, layers)),
+        layers=frozenset(layers),
+        is_plain=is_plain and not replaced,
         replaced=frozenset(name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in replaced),
     )
 

@@ -9,20 +9,19 @@ a Serve config file with `import_path: vlmray.serving:app` and the options as `a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from vlmray import cluster
@@ -34,16 +33,14 @@ from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
-from vlmray.schema import GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.address import check_port, is_loopback
-from vlmray.serving.backend import Reply
-from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
+from vlmray.serving.handles import MAX_TRIES, MODEL_NAME, PATIENCE_S, Replicas
 from vlmray.serving.http.app import build_app
 from vlmray.serving.http.repeat import CALLBACK
 from vlmray.serving.monitoring import Figures
-from vlmray.serving.presence import is_over, one_per_node
+from vlmray.serving.presence import Owner, is_over, one_per_node, wait_until_free
 from vlmray.serving.replica import ModelReplica
 from vlmray.storage.filesystem import absolute_uri
 
@@ -52,78 +49,8 @@ APP_NAME = "vlmray"
 _LOG = logging.getLogger(__name__)
 # What glibc does by itself, with many threads and bodies of megabytes, is to keep gigabytes of freed memory.
 _GIVE_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
-_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
-_MAX_TRIES = 5
-_PATIENCE_S = 2.0
-_MODEL_NAME = "model"
 _GATEWAY_NAME = "gateway"
 _HEALTH_CHECK_PERIOD_S = 1.0  # what is lost is replaced that much later
-
-
-class _Replicas:
-    """The model replicas as a `vlmray.serving.gateway.Backend`."""
-
-    def __init__(self, handle: DeploymentHandle, min_replicas: int, startup_timeout_s: float) -> None:
-        self._handle = handle
-        self._min_replicas = min_replicas
-        self._startup_timeout_s = startup_timeout_s
-        self._max_model_len: int | None = None
-
-    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
-        """Pass a request on; if its replica dies before the answer began, to another one."""
-        handle = self._handle.options(stream=True, multiplexed_model_id=request.adapter or "")
-        for tries_left in reversed(range(_MAX_TRIES)):
-            piece: str | Reply | None = None
-            pieces: Any = handle.answer.remote(request, stream)
-            following = aiter(pieces)
-            try:
-                piece = await self._first(following)
-                yield piece
-                async for piece in following:
-                    yield piece
-                return
-            except (asyncio.CancelledError, GeneratorExit, BusyError):
-                if not isinstance(piece, Reply):
-                    pieces.cancel()
-                raise
-            except BackPressureError as error:
-                raise BusyError("too many requests are waiting") from error
-            except DeploymentUnavailableError as error:
-                raise BusyError("no replica can be started; the server's log says why") from error
-            except _LOST as error:
-                if piece is not None or not tries_left:
-                    raise
-                _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
-
-    async def _first(self, pieces: AsyncIterator[str | Reply]) -> str | Reply:
-        """Wait for the first piece, while there is a replica, and for a while where there is none."""
-        first = asyncio.ensure_future(anext(pieces))
-        try:
-            while not (await asyncio.wait([first], timeout=self._startup_timeout_s))[0]:
-                if not await self._num_running():
-                    raise BusyError(f"no replica has started within {self._startup_timeout_s:g} s")
-            return first.result()
-        finally:
-            first.cancel()
-
-    async def is_ready(self) -> bool:
-        """Tell whether a replica is running, or would be started for a request."""
-        return bool(not self._min_replicas or await self._num_running())
-
-    async def max_model_len(self) -> int | None:
-        """Ask a replica, once there is one; a busy one is not waited for."""
-        if self._max_model_len is None and await self._num_running():
-            with contextlib.suppress(TimeoutError, BackPressureError, *_LOST):
-                async with asyncio.timeout(_PATIENCE_S):
-                    self._max_model_len = await self._handle.max_model_len.remote()
-        return self._max_model_len
-
-    async def _num_running(self) -> int:
-        status = await asyncio.to_thread(serve.status)
-        application = status.applications.get(serve.get_replica_context().app_name)
-        model = application.deployments.get(_MODEL_NAME) if application else None
-        states: Mapping[Any, int] = model.replica_states if model else {}
-        return states.get("RUNNING", 0)
 
 
 @serve.ingress()
@@ -146,11 +73,12 @@ class GatewayReplica:
         context = serve.get_replica_context()
         self._gateways = serve.get_deployment_handle(_GATEWAY_NAME, context.app_name)
         self._gateway = Gateway(
-            config, _Replicas(model, least, config.startup_timeout_s), created=created,
+            config, Replicas(model, least, config.startup_timeout_s), created=created,
             name=context.replica_id.unique_id, all_figures=self._all_figures,
         )  # fmt: skip
         self._key_digest = key_digest
         self._job_id = job_id
+        self._owner = Owner(config.base_name, _url(config), job_id)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._gateway, self._key_digest)
@@ -165,17 +93,21 @@ class GatewayReplica:
         """Return what was counted here."""
         return self._gateway.figures()
 
+    async def owner(self) -> Owner:
+        """Tell whose server this is."""
+        return self._owner
+
     async def drain(self, timeout_s: float) -> int:
         """Take no more requests and wait for those in progress; return how many are left."""
         return await self._gateway.drain(timeout_s)
 
     async def drain_all(self, timeout_s: float) -> int:
         """Have all gateways do so."""
-        return sum(await self._ask_all("drain", timeout_s, timeout_s=timeout_s + _PATIENCE_S))
+        return sum(await self._ask_all("drain", timeout_s, timeout_s=timeout_s + PATIENCE_S))
 
     async def _all_figures(self) -> list[Figures]:
         try:
-            return await self._ask_all("figures", timeout_s=_PATIENCE_S)
+            return await self._ask_all("figures", timeout_s=PATIENCE_S)
         except TimeoutError:
             return [self._gateway.figures()]
 
@@ -191,7 +123,7 @@ class GatewayReplica:
                     await asyncio.sleep(0.05)
 
 
-_MODEL: Any = serve.deployment(name=_MODEL_NAME)(ModelReplica)
+_MODEL: Any = serve.deployment(name=MODEL_NAME)(ModelReplica)
 _GATEWAY: Any = serve.deployment(name=_GATEWAY_NAME, max_ongoing_requests=10_000)(GatewayReplica)
 
 
@@ -283,7 +215,7 @@ def _check_model(config: ServeConfig) -> ServeConfig:
     model = ModelSource.open(config.model_id)
     adapters = config.adapter_paths()
     AdapterCatalog(model.path, adapters, config.adapter_dir).check()
-    check_engine(config, [path for path in adapters.values() if "://" not in path])
+    check_engine(config, config.model_id, [path for path in adapters.values() if "://" not in path])
     return dataclasses.replace(
         config,
         model_id=model.address,
@@ -342,8 +274,8 @@ def serve_app(config: ServeConfig) -> Server:
     The API key is taken from the environment variable `VLMRAY_API_KEY`.
 
     Raises:
-        ValueError: An option does not fit, the hub does not answer, the port is taken, or an address that
-            others reach has no API key.
+        ValueError: An option does not fit, the hub does not answer, the port is taken, an address that
+            others reach has no API key, or the cluster has a server already.
         FileNotFoundError: A model or adapter is not there or lacks files.
         RunError: The replicas do not start.
     """
@@ -359,6 +291,8 @@ def serve_app(config: ServeConfig) -> Server:
     config = _check_model(choice.settle(config))  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
+    if not config.replace:
+        wait_until_free(APP_NAME)
     application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
     try:
         with cluster.saying_what_is_awaited(_asked(config), config.wait_for_resources_s):
@@ -369,13 +303,17 @@ def serve_app(config: ServeConfig) -> Server:
     except RuntimeError as error:
         serve.shutdown()
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
+    return Server(config, choice, handle, _url(config))
+
+
+def _url(config: ServeConfig) -> str:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return Server(config, choice, handle, f"http://{host}:{config.port}")
+    return f"http://{host}:{config.port}"
 
 
 def _start(config: ServeConfig, application: serve.Application) -> DeploymentHandle:
     """Start Serve and the application, again where a server that was about to end took Serve along."""
-    for tries_left in reversed(range(_MAX_TRIES)):
+    for tries_left in reversed(range(MAX_TRIES)):
         try:
             serve.start(
                 proxy_location="EveryNode",
@@ -392,4 +330,4 @@ def _start(config: ServeConfig, application: serve.Application) -> DeploymentHan
 
 def _asked(config: ServeConfig) -> cluster.Asked:
     plan = cluster.plan_replicas(config.replica_range(), config.gpus_per_replica, config.cards)
-    return plan.asked(f"ServeReplica:{APP_NAME}:{_MODEL_NAME}", is_served=True)
+    return plan.asked(f"ServeReplica:{APP_NAME}:{MODEL_NAME}", is_served=True)

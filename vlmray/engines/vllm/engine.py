@@ -23,8 +23,8 @@ from vlmray.config import EngineConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.rows import Listener, read_token
-from vlmray.engines.verifying import NUM_SCORES, Scores, TokenScores, check_agreement, probes, score_apart
-from vlmray.engines.vllm.adapters import adapter_rank, changes_base, check_adapter, check_room
+from vlmray.engines.verifying import NUM_SCORES, Scores, check_agreement, probes, score_apart
+from vlmray.engines.vllm.adapters import adapter_rank, changes_base, changes_vision, check_adapter, check_room
 from vlmray.engines.vllm.guard import ProcessGuard
 from vlmray.engines.vllm.options import check_options, engine_args, set_environment
 from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
@@ -124,6 +124,7 @@ class VLLMEngine:
             memory_fraction=memory_fraction,
             max_adapters=max_adapters,
             max_rank=max(map(adapter_rank, known), default=0),
+            adapts_vision=any(map(changes_vision, known)),
         )
         guard, loop = ProcessGuard(), BackgroundLoop("vllm")
         try:
@@ -282,7 +283,11 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         room = self._running.llm.vllm_config.lora_config
-        check_room(path, room.max_lora_rank if room is not None else None)
+        check_room(
+            path,
+            room.max_lora_rank if room is not None else None,
+            adapts_vision=room is not None and room.enable_tower_connector_lora,
+        )
         if sum(each is not None for each in self._adapters.values()) >= self._max_adapters:
             raise ValueError(
                 f"vLLM was started for at most {self._max_adapters} adapters at a time; drop one"
@@ -291,7 +296,7 @@ class VLLMEngine:
         adapter = LoRARequest(f"{name}-{number}", number, str(Path(path).expanduser().absolute()))
         self._run(self._running.add_adapter(adapter))
         try:
-            if changes_base(path) and self._score(None) == self._score(adapter):
+            if changes_base(path) and self._score(None, path) == self._score(adapter, path):
                 raise OptionError("adapter", f"{path} changes nothing in vLLM", "use --engine transformers")
             self._verify(path, adapter)
         except BaseException:
@@ -310,12 +315,15 @@ class VLLMEngine:
         dtype = self._running.llm.model_config.dtype
         check_agreement(path, self._expected[path], Scores(base, adapted), dtype)
 
-    def _score_probe(self, request: GenerationRequest, adapter: LoRARequest | None) -> TokenScores:
+    def _score_probe(self, request: GenerationRequest, adapter: LoRARequest | None) -> dict[int, float]:
         row = AsyncRow(0, request, adapter=adapter)
         self._opener.open(row, self.max_model_len)
         return self._run(self._running.score_first(row, NUM_SCORES))
 
-    def _score(self, adapter: LoRARequest | None) -> list[dict[int, float]]:
+    def _score(self, adapter: LoRARequest | None, path: str | None = None) -> list[dict[int, float]]:
+        """Score a text, or a picture where an adapter may change nothing else."""
+        if path is not None and changes_vision(path):
+            return [self._score_probe(request, adapter) for request in probes() if request.images]
         return self._run(self._running.score(_PROBE, adapter))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -119,6 +119,7 @@ def engine_args(
     memory_fraction: float,
     max_adapters: int,
     max_rank: int,
+    adapts_vision: bool = False,
 ) -> dict[str, Any]:
     """Return what vLLM's engine is made with.
 
@@ -129,6 +130,7 @@ def engine_args(
         memory_fraction: Share of the GPU's memory that this engine may take.
         max_adapters: Most adapters at a time.
         max_rank: Of the largest of them.
+        adapts_vision: Whether any changes the vision encoder, or what is behind it.
     """
     memory = config.gpu_memory_utilization or (_MEMORY_ON_GPU if on_gpu else None)
     args: dict[str, Any] = {
@@ -157,6 +159,7 @@ def engine_args(
             "enable_lora": True,
             "max_loras": places,
             "max_cpu_loras": places,
+            "enable_tower_connector_lora": adapts_vision,
             "max_lora_rank": next((rank for rank in _RANKS if rank >= max_rank), _RANKS[-1]),
         }
     return args | (config.engine_options or {})

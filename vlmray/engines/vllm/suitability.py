@@ -16,7 +16,7 @@ _HOTTEST = 2.0
 """Temperature above which vLLM fails a row."""
 
 
-def find_objection(config: EngineConfig, adapters: Sequence[str]) -> str | None:
+def find_objection(config: EngineConfig, model_ids: Sequence[str], adapters: Sequence[str]) -> str | None:
     """Tell why vLLM is not the engine for some options and adapters; None where it is."""
     gpus = getattr(config, "gpus_per_replica", None)
     if gpus is not None and (gpus == 0 or gpus > 1):
@@ -27,16 +27,17 @@ def find_objection(config: EngineConfig, adapters: Sequence[str]) -> str | None:
         return "--adapter_dir may get adapters of any kind and rank, and it has to know them at its start"
     try:
         for adapter in adapters:
-            _check_adapter(adapter)
+            for model_id in model_ids:
+                _check_adapter(adapter, model_id)
     except OptionError as error:
         return str(error)
     return None
 
 
-def _check_adapter(adapter: str) -> None:
+def _check_adapter(adapter: str, model_id: str) -> None:
     if "://" in adapter:
         raise OptionError("adapters", f"has {adapter}, of which it has to know the rank at its start")
-    check_kind(adapter)
+    check_kind(adapter, model_id)
     if (rank := adapter_rank(adapter)) > MOST_RANK:
         raise OptionError("adapter", f"{adapter} has rank {rank}, above {MOST_RANK}")
 
