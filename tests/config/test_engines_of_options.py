@@ -19,6 +19,11 @@ NEEDED: dict[type, dict[str, Any]] = {
 }
 NEEDED_BY_ENGINE: dict[str, dict[str, Any]] = {"openai": {"endpoint": "http://127.0.0.1:9"}}
 """What each engine cannot do without."""
+NEEDED_BY_OPTION: dict[tuple[type, str], dict[str, Any]] = {
+    (InferConfig, "verify_adapter"): {"adapter": "a"},
+    (ServeConfig, "verify_adapter"): {"adapters": "a=b"},
+    (BenchmarkConfig, "verify_adapter"): {"models": "a=b+c"},
+}
 
 ENGINES = [each for each in typing.get_args(typing.get_type_hints(EngineConfig)["engine"]) if each != "auto"]
 MARKED = [
@@ -49,6 +54,7 @@ def test_an_engine_refuses_what_it_would_ignore_and_takes_the_rest(engine: str) 
         if config_class is BenchmarkConfig and field.name == "endpoint":
             continue  # which says itself that a server answers
         if engine in field.metadata["engines"]:
+            given |= NEEDED_BY_OPTION.get((config_class, field.name), {})
             assert getattr(config_class(**given), field.name) == given[field.name]
             continue
         with pytest.raises(ValueError, match=rf"^--{field.name} is for --engine .*; --engine {engine} would"):
@@ -59,6 +65,7 @@ def test_auto_leaves_the_engines_that_know_what_was_given() -> None:
     for config_class, field in MARKED:
         value = _other_value(config_class, field)
         given = {**NEEDED[config_class], field.name: value}
+        given |= NEEDED_BY_OPTION.get((config_class, field.name), {})
         known = field.metadata["engines"]
         if known == ("openai",) and field.name != "endpoint":
             with pytest.raises(ValueError, match=rf"^--{field.name} is for --engine openai; pass the"):
@@ -66,7 +73,7 @@ def test_auto_leaves_the_engines_that_know_what_was_given() -> None:
             given["endpoint"] = "http://127.0.0.1:9"
         possible, option = config_class(**given).possible_engines()
         assert possible == tuple(each for each in ("transformers", "vllm") if each in known) or known
-        assert option in (field.name, "endpoint", None)
+        assert option in (*given, None)
     assert ServeConfig().possible_engines() == (("transformers", "vllm"), None)
     assert InferConfig(sample_slices="[:]").possible_engines() == (("transformers", "vllm"), None)
 

@@ -145,7 +145,7 @@ class TransformersEngine:
         for path in adapters if config.verify_adapter else ():
             engine._load(path)
         if adapter is not None:
-            engine._adapters[None] = engine._load(adapter)
+            engine._use_as_default(adapter)
         return engine
 
     @property
@@ -227,6 +227,10 @@ class TransformersEngine:
         self._encoders.shutdown(cancel_futures=True)
         self.forward.model = None
         empty_cache()
+
+    def _use_as_default(self, path: str) -> None:
+        """Let an adapter answer what names none."""
+        self._adapters[None] = self._load(path)
 
     def _load(self, path: str) -> Adapter:
         """Load an adapter; where adapters are verified, refuse one that answers otherwise than by PEFT."""
