@@ -330,3 +330,14 @@ def test_the_cause_is_kept_and_advice_is_not(place: Any, kinds: Iterable[str]) -
         assert found.removeprefix("pydantic_core._pydantic_core.").startswith(_CAUSES[kind])
         for advice in ("To change retry", "Failed to", "For further information", "ray::", "\n"):
             assert advice not in found
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_nodes_with_gpus_are_asked_for_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster.find_gpu_objection("json", "INFO") == "the cluster has no GPU"
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    nominal = {**node, "Resources": {**node["Resources"], "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [nominal])
+    assert cluster.find_gpu_objection("json", "INFO") is None
+    address = node["NodeManagerAddress"]
+    assert cluster.find_gpu_objection("no_such_package", "INFO") == f"{address} with GPUs lacks it"

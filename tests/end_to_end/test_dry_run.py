@@ -30,6 +30,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_nothing_is_made(tmp_path: Path) -> None:
     lines = dict(describe(plan_inference(infer_config(tmp_path / "out", dry_run=True))))
     assert lines["rows"] == "12: 0 answered already, 12 to answer"
+    assert lines["engine"] == "fake (as --engine says)"
     assert lines["replicas"] == "1 with 1 CPU"
     assert lines["nodes"].endswith(": 1")
     assert lines["outputs"] == f"{tmp_path}/out (both)"

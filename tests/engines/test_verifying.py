@@ -105,9 +105,22 @@ def test_a_process_apart_scores_as_this_one(engine: Any, tiny_model: Path, tiny_
         score_apart(str(tiny_model), config, ["./nowhere"])
 
 
+def test_a_wrong_scale_is_found_below_what_rounding_explains() -> None:
+    base = {token: -1.0 - token for token in range(20)}
+    noisy = {token: score + 0.01 * (-1) ** token for token, score in base.items()}
+
+    def after(scores: dict[int, float], scale: float) -> dict[int, float]:
+        return {token: score + scale * 0.2 * (token % 3 - 1) for token, score in scores.items()}
+
+    plain = Scores([base], [after(base, 1.0)])
+    check_agreement("a", plain, Scores([noisy], [after(noisy, 1.1)]), torch.bfloat16)
+    with pytest.raises(OptionError, match=r"has 50% of the effect that a plain pass of PEFT shows"):
+        check_agreement("a", plain, Scores([noisy], [after(noisy, 0.5)]), torch.bfloat16)
+
+
 def test_rounding_is_tolerated_as_the_precision_has_it() -> None:
     plain = Scores([{1: -1.0, 2: -2.0}], [{1: -1.5, 2: -1.25}])
-    served = Scores([{1: -1.01}], [{1: -1.51}])
+    served = Scores([{1: -1.01}], [{1: -1.51}])  # where nothing is far above rounding
     check_agreement("a", plain, served, torch.bfloat16)
     with pytest.raises(OptionError, match=r"differ by 0\.01, those of the base by 0\.01"):
         check_agreement("a", plain, served, torch.float32)

@@ -35,6 +35,10 @@ _ROUNDING = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """What scores, which are logarithms, may differ by in a precision: logits near 20 are an eighth apart in
 bfloat16, and every layer adds its own."""
 
+_CLEAR, _USUAL, _MOST_OFF = 4.0, 0.05, 0.2
+"""An effect that is, on average, so many times what the base's scores are off by, or this share of rounding,
+has to be PEFT's to a fifth."""
+
 TokenScores = Mapping[int, float]
 
 
@@ -124,6 +128,7 @@ def check_agreement(adapter: str, plain: Scores, served: Scores, dtype: torch.dt
         "%s changes the probes' scores by %.3g; the engine's are PEFT's to %.3g, of the base to %.3g",
         adapter, effect, deviation, noise,
     )  # fmt: skip
+    share = _find_share(plain, served, _USUAL * rounding)
     problem = None
     if effect > 0 and served.adapted == served.base:
         problem = f"changes no score here, and by {effect:.3g} in a plain pass of PEFT"
@@ -132,8 +137,23 @@ def check_agreement(adapter: str, plain: Scores, served: Scores, dtype: torch.dt
             f"is answered otherwise than by a plain pass of PEFT: the scores of a probe differ by "
             f"{deviation:.3g}, those of the base by {noise:.3g}, and rounding explains {rounding:g}"
         )
+    elif share is not None and abs(share - 1) > _MOST_OFF:
+        problem = f"has {share:.0%} of the effect that a plain pass of PEFT shows"
     if problem is not None:
         raise OptionError("verify_adapter", f": {adapter} {problem}", "merge it into its base")
+
+
+def _find_share(plain: Scores, served: Scores, usual: float) -> float | None:
+    """Return how much of PEFT's effect an engine shows, over all tokens; None where rounding hides it."""
+    effect = noise = product = 0.0
+    for place, (base, adapted) in enumerate(zip(served.base, served.adapted, strict=True)):
+        for token in base.keys() & adapted.keys():
+            before = plain.base[place][token]
+            change = plain.adapted[place][token] - before
+            effect += change**2
+            noise += max(abs(base[token] - before), usual) ** 2
+            product += change * (adapted[token] - base[token])
+    return product / effect if effect > _CLEAR**2 * noise else None
 
 
 def _distance(found: Sequence[TokenScores], expected: Sequence[TokenScores]) -> float:

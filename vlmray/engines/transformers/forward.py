@@ -67,11 +67,9 @@ class Forward:
         """Return the scores (B, V) of the first token of rows that share a forward pass."""
         with torch.inference_mode(), self._plain_generation() as config:
             inputs = self._begin(rows)
-            config.max_new_tokens = 1
+            config.update(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
             with use_adapters([row.adapter for row in rows]):
-                found = self.model.generate(
-                    **inputs, generation_config=config, return_dict_in_generate=True, output_logits=True
-                )
+                found = self.model.generate(**inputs, generation_config=config)
         scores: torch.Tensor = found.logits[0].float().log_softmax(-1).cpu()
         return scores
 

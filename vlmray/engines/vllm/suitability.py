@@ -30,7 +30,7 @@ def find_objection(config: EngineConfig, model_ids: Sequence[str], adapters: Seq
             for model_id in model_ids:
                 _check_adapter(adapter, model_id)
     except OptionError as error:
-        return str(error)
+        return f"--{error.option} {error.problem}"
     return None
 
 
@@ -52,7 +52,9 @@ def find_model_objection(config: EngineConfig, model_id: str) -> str | None:
     try:
         read_settings(path, trust_remote_code=config.trust_remote_code)
         found, _ = PreTrainedConfig.get_config_dict(path)
-    except (OptionError, OSError) as error:
+    except OptionError as error:
+        return error.problem
+    except OSError as error:
         return one_line(error)
     return _find_architecture_objection(found)
 
