@@ -16,6 +16,5 @@ from vlmray.cluster.waiting import Asked, Waiting, saying_what_is_awaited, tell_
 __all__ = [
     "Asked", "ReplicaPlan", "Waiting", "WorkerPlan", "connect", "cpus_per_task", "dead", "driver_node",
     "ending_actors", "find_gpu_objection", "gone", "is_alive", "place", "plan_clients", "plan_replicas",
-    "plan_workers",
-    "preview", "root_cause", "saying_what_is_awaited", "tell_if_taken",
+    "plan_workers", "preview", "root_cause", "saying_what_is_awaited", "tell_if_taken",
 ]  # fmt: skip
