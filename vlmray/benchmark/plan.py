@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmray import metrics
@@ -11,6 +11,7 @@ from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, known_options, shared_options
 from vlmray.dataset.selection import describe_columns, open_selection
+from vlmray.engines.auto import EngineChoice
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, choose_engine_of, plan_inference
 from vlmray.schema import Row
@@ -46,8 +47,12 @@ class Benchmark:
     """Rows of the earlier run by model and sample id."""
 
 
-def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
+def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) -> Benchmark:
     """Open the dataset, the folders and the earlier run, and check all options against them.
+
+    Args:
+        config: The options.
+        choice: Of the engine, where it is made already.
 
     Raises:
         ValueError: an option does not fit the dataset, the models, the folder or the earlier run.
@@ -56,11 +61,7 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
     candidates = config.candidates()
     check_apart(config.output_dir, config.dataset_name)
     folder = RunFolder.find(config.output_dir, "benchmark")
-    choice = choose_engine_of(
-        config,
-        [(candidate.model_id, candidate.adapter) for candidate in candidates],
-        [_output_dir(config, candidate) for candidate in candidates],
-    )
+    choice = choice or choose_engine_for([config])
     config = choice.settle(config)
     asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
     questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
@@ -89,6 +90,20 @@ def plan_benchmark(config: BenchmarkConfig) -> Benchmark:
 # ---------------------------------------------------------------------------------------------
 # What is asked
 # ---------------------------------------------------------------------------------------------
+
+
+def choose_engine_for(configs: Sequence[BenchmarkConfig]) -> EngineChoice:
+    """Choose one engine for benchmarks of the same models.
+
+    Raises:
+        ValueError: An option is for an engine that is not installed, or a folder is another job's.
+    """
+    candidates = configs[0].candidates()
+    return choose_engine_of(
+        configs[0],
+        [(candidate.model_id, candidate.adapter) for candidate in candidates],
+        [_output_dir(config, candidate) for config in configs for candidate in candidates],
+    )
 
 
 def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
