@@ -226,15 +226,19 @@ def test_a_server_takes_no_place_that_is_taken_unless_told_to() -> None:
     def start(**options: Any) -> Any:
         return serve_app(ServeConfig(model_id="fake", engine="fake", port=free_port(), **options))
 
-    with start(served_model_name="first") as first:
-        problem = rf"^this cluster serves first already, at {first.url}; .* \(vlmray serve --replace\)"
-        with pytest.raises(ValueError, match=problem):
-            start()
-        assert requests.get(f"{first.url}/v1/models").json()["data"][0]["id"] == "first"
-        start(served_model_name="second", replace=True)  # on the port that the cluster listens on already
-        assert requests.get(f"{first.url}/v1/models").json()["data"][0]["id"] == "second"
-    with start():
-        pass
+    def served(server: Any) -> str:
+        return str(requests.get(f"{server.url}/v1/models").json()["data"][0]["id"])
+
+    first = start(served_model_name="first")
+    problem = rf"^this cluster serves first already, at {first.url}; .* \(vlmray serve --replace\)"
+    with pytest.raises(ValueError, match=problem):
+        start()
+    assert served(first) == "first"
+    with start(served_model_name="second", replace=True) as second:
+        assert first.stop() == 0
+        assert served(second) == "second"
+    with start(served_model_name="third") as third:
+        assert served(third) == "third"
 
 
 @pytest.mark.parametrize("num_read", [1, 2])

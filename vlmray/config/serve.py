@@ -39,7 +39,7 @@ class ServeConfig(WaitingConfig, ReplicaConfig, ModelConfig):
     """Port to listen on."""
 
     replace: bool = option(False, affects="run")
-    """Take the place of the server that the cluster has already, if it has one."""
+    """Stop the server that the cluster has already, if it has one, and take its place."""
 
     allowed_origins: str | None = option(None, affects="run")
     """Pages that may ask from a browser: 'https://app.example.com,http://localhost:3000', or '*' for all;

@@ -58,7 +58,7 @@ def wait_until_free(app_name: str) -> None:
         ValueError: There is one, and it stays.
     """
     deadline = time.monotonic() + _PATIENCE_S
-    while (owner := _find_owner(app_name)) is not None:
+    while (owner := find_owner(app_name)) is not None:
         if time.monotonic() > deadline:
             raise ValueError(
                 f"this cluster serves {owner.name} already, at {owner.url}; stop that server, or take its "
@@ -67,7 +67,15 @@ def wait_until_free(app_name: str) -> None:
         time.sleep(_PERIOD_S)
 
 
-def _find_owner(app_name: str) -> Owner | None:
+def stop_running(app_name: str, timeout_s: float) -> None:
+    """Stop a server, if there is one, whoever runs it, once what is in progress is answered."""
+    if find_owner(app_name) is not None:
+        asked: Any = serve.get_app_handle(app_name).drain_all.remote(timeout_s)
+        asked.result(timeout_s=timeout_s + 2 * _PATIENCE_S)
+        serve.shutdown()
+
+
+def find_owner(app_name: str) -> Owner | None:
     """Return who runs a server; None where nobody does, any more."""
     try:
         if app_name not in serve.status().applications:

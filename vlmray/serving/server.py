@@ -40,7 +40,7 @@ from vlmray.serving.handles import MAX_TRIES, MODEL_NAME, PATIENCE_S, Replicas
 from vlmray.serving.http.app import build_app
 from vlmray.serving.http.repeat import CALLBACK
 from vlmray.serving.monitoring import Figures
-from vlmray.serving.presence import Owner, is_over, one_per_node, wait_until_free
+from vlmray.serving.presence import Owner, find_owner, is_over, one_per_node, stop_running, wait_until_free
 from vlmray.serving.replica import ModelReplica
 from vlmray.storage.filesystem import absolute_uri
 
@@ -78,7 +78,7 @@ class GatewayReplica:
         )  # fmt: skip
         self._key_digest = key_digest
         self._job_id = job_id
-        self._owner = Owner(config.base_name, _url(config), job_id)
+        self._owner = _owner(config, job_id)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._gateway, self._key_digest)
@@ -261,6 +261,9 @@ class Server:
         if self._stopped:
             return 0
         self._stopped = True
+        owner = find_owner(APP_NAME)
+        if owner is not None and owner != _owner(self.config, ray.get_runtime_context().get_job_id()):
+            return 0  # another has taken its place
         timeout_s = self.config.drain_timeout_s
         try:
             return int(self._handle.drain_all.remote(timeout_s).result(timeout_s=timeout_s + 10))
@@ -286,12 +289,16 @@ def serve_app(config: ServeConfig) -> Server:
             f"{config.host} lets others in",
             f"set {API_KEY} to a key that they have to send, or listen on 127.0.0.1",
         )
-    check_port(config.host, config.port)
+    if not config.replace:
+        check_port(config.host, config.port)
     choice = choose_server_engine(config)
     config = _check_model(choice.settle(config))  # before Ray, which takes seconds to start
     cluster.connect(config.log_level)
     logging.getLogger("ray.serve").setLevel(config.log_level)
-    if not config.replace:
+    if config.replace:
+        stop_running(APP_NAME, config.drain_timeout_s)
+        check_port(config.host, config.port)
+    else:
         wait_until_free(APP_NAME)
     application = _bind(config, api_key, ray.get_runtime_context().get_job_id())
     try:
@@ -304,6 +311,10 @@ def serve_app(config: ServeConfig) -> Server:
         serve.shutdown()
         raise RunError(f"the server does not start: {cluster.root_cause(error)}") from error
     return Server(config, choice, handle, _url(config))
+
+
+def _owner(config: ServeConfig, job_id: str | None) -> Owner:
+    return Owner(config.base_name, _url(config), job_id)
 
 
 def _url(config: ServeConfig) -> str:
