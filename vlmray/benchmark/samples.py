@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmray.config import BenchmarkConfig, sampling_of
-from vlmray.dataset.rows import read_rows
+from vlmray.dataset.rows import images_of, read_rows
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
@@ -23,20 +23,24 @@ def read_facts(run: InferenceRun) -> Iterator[SampleFacts]:
     split = run.config.dataset_split
     for start in range(0, len(run.selected), CHUNK):
         for row in read_rows(run.source, run.spec, split, run.selected[start : start + CHUNK]):
-            data = row.get("image")
+            keys = [_key(image) for image in images_of(row) if image is not None]
             yield SampleFacts(
                 sample_id=row["sample_id"],
                 question=row["question"],
                 answers=tuple(row["answers"]),
                 family=row["family"],
-                image=hashlib.sha256(data).hexdigest()[:16] if data else row.get("image_url"),
-                num_pixels=_num_pixels(data),
+                image="+".join(keys) or None,
+                num_pixels=_num_pixels(row["images"]),
             )
 
 
-def _num_pixels(image: bytes | None) -> int | None:
+def _key(image: bytes | str) -> str:
+    return image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:16]
+
+
+def _num_pixels(images: Sequence[bytes | None]) -> int | None:
     try:
-        return None if image is None else math.prod(image_size(image))
+        return sum(math.prod(image_size(image)) for image in images if image is not None) or None
     except ImageError:
         return None  # its row says why
 
@@ -87,7 +91,7 @@ class SampleFacts:
     answers: tuple[str, ...]
     family: str | None = None
     image: str | None = None
-    """What tells its image from others; None: it has none."""
+    """What tells its images from others; None: it has none."""
 
     num_pixels: int | None = None
 

@@ -2,8 +2,8 @@
 
 column names, first rows -> get_dataset_columns -> DatasetSpec
 
-What is not understood is refused: images in a column that was not recognised, several images, a question
-that is no text, choices that the prompt asks for and that are nowhere.
+What is not understood is refused: images in a column that was not recognised, a question that is no text,
+choices that the prompt asks for and that are nowhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.images import image_kind
-from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec
-from vlmray.dataset.samples import marker_in, split_columns
+from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec, split_columns
 from vlmray.dataset.text.values import name_kind
 from vlmray.errors import OptionError
 
@@ -64,7 +64,7 @@ def get_dataset_columns(
     known = known or _copied(column_names, rows)
     spec = dataclasses.replace(known or _guess(column_names, given), **given)
     for option, column in spec.columns().items():
-        names = split_columns(column) if option == "choices_column" else [column]
+        names = split_columns(column) if option in ("choices_column", "image_column") else [column]
         for name in [] if column in column_names else names:
             if name not in column_names:
                 hint = f"it has {', '.join(column_names)}"
@@ -132,8 +132,8 @@ def _check_images(spec: DatasetSpec, rows: Rows) -> None:
     if rivals:
         raise OptionError(
             "image_column",
-            f"is needed: {_enumerate([str(taken), *rivals])} hold images, and one a question is supported",
-            f"pass --image_column {taken} to use that alone",
+            f"is needed: {_enumerate([str(taken), *rivals])} hold images",
+            f"pass --image_column {','.join([str(taken), *rivals])} to show all of them, or {taken} alone",
         )
 
 
@@ -169,7 +169,7 @@ def check_questions(spec: DatasetSpec, rows: Rows, *, without_images: bool = Fal
     column = spec.question_column
     for row in rows:
         question = str(row[column]).strip()
-        mark = "" if spec.image_column or without_images else marker_in(question)
+        mark = "" if spec.image_column or without_images else find_mark(question)
         if mark and (question.startswith(mark) or question.endswith(mark)):
             raise OptionError(
                 "image_column",

@@ -6,7 +6,7 @@ To add a dataset, register its columns: `register_dataset("owner/name", DatasetS
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -19,6 +19,8 @@ class DatasetSpec:
 
     question_column: str
     image_column: str | None = None
+    """One column, of an image or a list of them, or several, with commas between their names."""
+
     answer_column: str | None = None
     family_column: str | None = None
     choices_column: str | None = None
@@ -32,6 +34,16 @@ class DatasetSpec:
 
     prompt_template: str = "{question}"
     metric: str = "exact_match"
+
+    @property
+    def image_columns(self) -> list[str]:
+        """The columns that images are in."""
+        return split_columns(self.image_column) if self.image_column else []
+
+    def in_order_of_prompt(self, question: str, choices: Sequence[str]) -> list[str]:
+        """Return the texts of a row as the prompt template has them."""
+        choices_first = 0 <= self.prompt_template.find("{choices}") < self.prompt_template.find("{question}")
+        return [*choices, question] if choices_first else [question, *choices]
 
     def columns(self) -> dict[str, str]:
         """Return the columns in use, by the option that names each."""
@@ -88,6 +100,11 @@ TELLTALES = {
     "derek-thomas/ScienceQA": ("lecture", "skill"),
 }
 """Columns of registered datasets that no other has: a table with them is a copy, whatever its name."""
+
+
+def split_columns(names: str) -> list[str]:
+    """Split names of columns at commas."""
+    return [name.strip() for name in names.split(",")]
 
 
 def register_dataset(name: str, spec: DatasetSpec) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ast
-import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.chat.marks import choose_images, count_marks, without_outer_mark
+from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.text.values import as_text, check_text, name_kind, parse_json
 from vlmray.schema import Sample
-
-_MARKER = re.compile(r"<\|?image(?:[ _-]?(?:\d+|placeholder|token))?\|?>|<ImageHere>", re.IGNORECASE)
-"""What rows of other tools have in a question where its image belongs."""
 
 
 def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Sample:
@@ -24,8 +21,8 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     An empty question or a broken image is not judged here: it becomes an error record later.
 
     Raises:
-        ValueError: the row holds several images, or none although its dataset is about images; or something
-            that is no text where one belongs.
+        ValueError: the row holds no image although its dataset is about images, or something that is no text
+            where one belongs.
     """
     choices = _choices(row, spec.choices_column) if spec.choices_column else ()
     answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
@@ -33,15 +30,18 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
         answers = tuple(name for answer in answers for name in _as_choice(answer, choices))
     family = row[spec.family_column] if spec.family_column else None
     family = ", ".join(read_texts(family)) if isinstance(family, list) else _text(family)
-    image = _image(row[spec.image_column]) if spec.image_column else None
-    if spec.image_column and image is None and not spec.image_optional:
+    images = [image for name in spec.image_columns for image in read_images(row[name])]
+    if spec.image_column and not images and not spec.image_optional:
         raise ValueError(f"no image in column {spec.image_column!r}")
     question = _question(row[spec.question_column])
+    texts = spec.in_order_of_prompt(question, choices)
+    if len(images) == 1 and count_marks("\n".join(texts)) == 1:
+        question = without_outer_mark(question)
     return Sample(
         sample_id=sample_id,
-        question=question if image is None else _without_marker(question, choices),
+        question=question,
         answers=answers,
-        image=image,
+        images=choose_images(texts, images),
         choices=choices,
         family=None if family is None else spec.family_names.get(family, family),
     )
@@ -64,32 +64,11 @@ def read_texts(value: Any) -> tuple[str, ...]:
     return () if text is None else (text,)
 
 
-def marker_in(question: str) -> str | None:
-    """Return what a question has in the place of its image, if it has such a mark."""
-    found = _MARKER.search(question)
-    return found and found[0]
-
-
 def _question(value: Any) -> str:
     try:
         return _text(value) or ""
     except ValueError as error:
         raise ValueError(f"the question is no text: {error}") from error
-
-
-def _without_marker(question: str, choices: Sequence[str]) -> str:
-    """Take away the marker before or after a question; its image comes first anyway."""
-    found = _MARKER.findall("\n".join([question, *choices]))
-    if not found:
-        return question
-    inner = question.strip()
-    rest = _MARKER.sub("", question).strip()
-    if len(found) == 1 and _MARKER.search(question) and (inner.startswith(rest) or inner.endswith(rest)):
-        return rest
-    raise ValueError(
-        f"the question has {found[0]!r} inside of its text or more than once; "
-        "it may stand before or after the text, for the one image that a question can have"
-    )
 
 
 def _text(value: Any) -> str | None:
@@ -107,11 +86,6 @@ def _choices(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     if "" in found:
         raise ValueError(f"no choice {string.ascii_uppercase[found.index('')]}, but one after it")
     return tuple(found)
-
-
-def split_columns(names: str) -> list[str]:
-    """Split names of columns at commas."""
-    return [name.strip() for name in names.split(",")]
 
 
 def _as_list(value: Any) -> Any:
@@ -141,13 +115,11 @@ def _as_choice(answer: str, choices: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _image(value: Any) -> bytes | str | None:
+def read_images(value: Any) -> list[bytes | str]:
+    """Flatten the shapes in which datasets keep images: a value, `{"bytes", "path"}`, a list of these."""
     if isinstance(value, list):
-        if len(value) > 1:
-            raise ValueError(f"the row has {len(value)} images; one a question is supported")
-        value = value[0] if value else None
+        return [image for item in value for image in read_images(item)]
     if isinstance(value, Mapping):
         # Empty bytes are a broken image, not a missing one: only None falls through to the path.
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    image: bytes | str | None = value
-    return image
+    return [] if value is None else [value]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
+from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.columns import NO_COLUMN, check_choices, check_questions, get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
-from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.samples import marker_in, split_columns
+from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
 from vlmray.dataset.text.values import printable
@@ -38,20 +38,22 @@ def describe_columns(source: Source, spec: DatasetSpec) -> str:
     """Say in one line which columns are taken for what, and how many rows have an image."""
     columns = {option.removesuffix("_column"): name for option, name in spec.columns().items()}
     taken = ", ".join(f"{what} from {name!r}" for what, name in columns.items())
-    used = {*columns.values(), *split_columns(columns.get("choices", ""))}
+    used = {*columns.values(), *split_columns(columns.get("choices", "")), *spec.image_columns}
     unused = [name for name in source.column_names if name not in used]
-    parts = [taken, f"metric {spec.metric}", _count_images(source, spec.image_column)]
-    if spec.image_column and any(map(marker_in, _first_questions(source, spec))):
-        parts.append("<image> before or after a question is left out, its image comes first")
+    parts = [taken, f"metric {spec.metric}", _count_images(source, spec)]
+    if spec.image_column and any(map(find_mark, _first_questions(source, spec))):
+        parts.append(
+            "an image stands where a question has <image>, and first where that is before or after it"
+        )
     if unused:
         parts.append(f"not used: {', '.join(unused)}")
     return "; ".join(parts)
 
 
-def _count_images(source: Source, column: str | None) -> str:
-    if column is None:
+def _count_images(source: Source, spec: DatasetSpec) -> str:
+    if spec.image_column is None:
         return "no images"
-    count = source.count_filled(column)
+    count = source.count_filled(spec.image_columns[0])
     return f"images in {'?' if count is None else f'{count:,}'} of the split's {len(source):,} rows"
 
 

@@ -180,4 +180,4 @@ def _title(config: InferConfig) -> str:
 
 def _gallery(run: InferenceRun, chosen: Sequence[str]) -> tuple[GalleryItem, ...]:
     found = {row["sample_id"]: row for row in run.folder.rows(sample_ids=chosen)}
-    return tuple(GalleryItem.from_row(found[name], run.read_image(found[name])) for name in chosen)
+    return tuple(GalleryItem.from_row(found[name], run.read_images(found[name])) for name in chosen)

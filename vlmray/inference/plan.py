@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vlmray.config import InferConfig, options_that_affect, sampling_of
 from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import read_image
+from vlmray.dataset.rows import read_images
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
@@ -167,9 +167,7 @@ class InferenceRun:
         if limit is not None and num_failed > limit:
             raise InferenceError(f"{num_failed} rows failed, --max_errors allows {limit}")
 
-    def read_image(self, row: Row) -> bytes | None:
-        """Read the image of a result: as it was written, or else from its source."""
-        written = self.folder.read_image(row["sample_id"])
-        if written is not None:
-            return written
-        return read_image(self.source, self.spec, self.config.dataset_split, row["row_index"])
+    def read_images(self, row: Row) -> list[bytes]:
+        """Read the images of a result: as they were written, or else from their source."""
+        written = self.folder.read_images(row["sample_id"])
+        return written or read_images(self.source, self.spec, self.config.dataset_split, row["row_index"])

@@ -5,8 +5,8 @@
     image bytes   checked image   token counts
 
 Rows are plain values under the names of `Row`; images travel encoded (about 40 KB) and are decoded beside the
-model. A row whose image is
-broken or whose question is empty gets an `error` here, and later stages pass it on untouched.
+model. A row with a broken image or an empty question gets an `error` here, and later stages pass it on
+untouched.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, cast
 from vlmray import metrics
 from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
-from vlmray.dataset.rows import fetch_images, sample_row
+from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
-from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
 
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
@@ -60,16 +60,10 @@ def prepare_rows(
 
 
 def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:
-    image = row.get("image")
-    sample = Sample(
-        sample_id=row["sample_id"],
-        question=row["question"],
-        choices=tuple(row["choices"]),
-        image=row.get("image_url") if image is None else image,
-    )
+    sample = to_question(row)
     try:
         messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
-        row["jpeg"] = None if image is None else check_image(image)
+        row["jpegs"] = [None if image is None else check_image(image) for image in row["images"]]
     except ValueError as error:
         row["error"] = str(error)
     else:
@@ -120,12 +114,12 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
 
 
 def _make_request(row: Row, task: Task) -> GenerationRequest:
-    messages, image = row["messages"], row.get("image") or row.get("image_url")
+    messages = row["messages"]
     assert messages is not None
     return GenerationRequest(
         request_id=row["sample_id"],
         messages=json.loads(messages),
-        images=[] if image is None else [cast(bytes, image)],  # or a URL, where one is passed on
+        images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
         **shared_options(task, Sampling),
     )
 
@@ -155,17 +149,19 @@ def score_row(row: Row, task: Task) -> Row:
 
 def asked(row: Row) -> dict[str, Any]:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
-    messages = row.get("messages")
+    messages, jpegs = row.get("messages"), row.get("jpegs") or []
+    names = [name for name, jpeg in zip(image_names(row["sample_id"]), jpegs, strict=False) if jpeg]
     return {
         **pick(row, ASKED_COLUMNS),
         "messages": json.loads(messages) if messages else None,
-        "image": f"{row['sample_id']}_img.jpg" if row.get("jpeg") else None,
+        "image": names[0] if names else None,
+        **({"images": names} if len(jpegs) > 1 else {}),
     }
 
 
 def save_rows(rows: Sequence[Row], folder: ResultFolder) -> None:
     """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
-    folder.save(rows, map(asked, rows), (row.get("jpeg") for row in rows))
+    folder.save(rows, map(asked, rows), (row.get("jpegs") or [] for row in rows))
 
 
 def process_single_sample(
