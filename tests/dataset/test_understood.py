@@ -153,7 +153,7 @@ def test_one_image_named_twice_is_one(other: str | None, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        ([{"from": "human", "value": "<image>\nWhy?"}], "a list of a structure of from, value"),
+        ([{"from": "human", "text": "Why?"}], "a list of a structure of from, text"),
         (["Why?", "How?"], "a list"),
         ({"text": "Why?"}, "a structure of text"),
     ],
@@ -162,7 +162,7 @@ def test_questions_that_are_no_texts(value: Any, found: str, tmp_path: Path) -> 
     path = _jsonl(tmp_path, {"image": "p.png", "conversations": value, "answer": "a"})
     assert _mistake(path, question_column="conversations") == (
         f"--question_column: 'conversations' holds {found}, and a question is a text; "
-        "write a row for each question; conversations are not supported yet"
+        'write a row for each question, or conversations of {"role", "content"} turns'
     )
 
 

@@ -45,7 +45,7 @@ def test_how_answers_are_drawn_is_part_of_what_a_run_is_resumed_for(tmp_path: Pa
         )  # fmt: skip
         run = plan_inference(config)
         if not any(run.folder.rows()):
-            run.folder.save([Row(sample_id="test-000000", row_index=0, error=None)], [{}], [None])
+            run.folder.save([Row(sample_id="test-000000", row_index=0, error=None)], [{}], [()])
         return run.task
 
     assert plan(top_k=5, repetition_penalty=1.2).top_k == 5

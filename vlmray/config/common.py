@@ -171,22 +171,25 @@ class DatasetConfig(Options):
     """Configuration (subset) of the dataset, where it has several."""
 
     system_prompt: str | None = option(None, affects="result")
-    """System message; without it the model's chat template decides."""
+    """System message, but for rows that bring one; without it the model's chat template decides."""
 
     prompt_template: str | None = option(None, affects="derived")
     """User message, with {question} and, for multiple choice, {choices}; default: the dataset's own."""
 
     image_column: str | None = option(None, affects="derived")
-    """Column of the image, for a dataset that is not registered; none: ask without."""
+    """Column of the image, or of a list of them, or several columns: image_1,image_2; none: ask without."""
 
     question_column: str | None = option(None, affects="derived")
-    """Column of the question."""
+    """Column of the question, or of a conversation: turns of role and content, or of from and value."""
 
     answer_column: str | None = option(None, affects="derived")
     """Column of the accepted answers: a string, a number or a list of them."""
 
     choices_column: str | None = option(None, affects="derived")
     """Column of the choices of a multiple-choice question, or one for each: A,B,C,D."""
+
+    system_column: str | None = option(None, affects="derived")
+    """Column of the system prompt of a conversation; default: system, where there is one."""
 
     family_column: str | None = option(None, affects="derived")
     """Column to break the score down by."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmray.dataset.chat.conversations import is_conversation
 from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.images import image_kind
 from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec, split_columns
@@ -26,10 +27,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 # What people call these columns, tried in this order for a dataset that nobody registered.
 _USUAL_COLUMNS = {
-    "question_column": ("question", "query", "problem", "prompt", "text"),
+    "question_column": (
+        "question", "query", "problem", "messages", "conversations", "conversation", "prompt", "text",
+    ),
     "image_column": ("image", "image_path", "image_url", "img", "picture", "images"),
     "answer_column": ("answers", "answer", "label", "solution", "response"),
-}
+}  # fmt: skip
 
 
 def get_dataset_columns(
@@ -62,7 +65,9 @@ def get_dataset_columns(
     known = _registered(dataset_name, dataset_config)
     rows = [] if known else first_rows()
     known = known or _copied(column_names, rows)
-    spec = dataclasses.replace(known or _guess(column_names, given), **given)
+    spec = dataclasses.replace(known or _guess(column_names, given, rows), **given)
+    if spec.form != "conversation" and spec.system_column:
+        raise OptionError("system_column", "is for rows that bring a conversation", "pass --system_prompt")
     for option, column in spec.columns().items():
         names = split_columns(column) if option in ("choices_column", "image_column") else [column]
         for name in [] if column in column_names else names:
@@ -99,7 +104,7 @@ def _has_families(spec: DatasetSpec, rows: Rows) -> bool:
     return bool(known and rows) and all(str(row[spec.family_column or ""]) in known for row in rows)
 
 
-def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec:
+def _guess(column_names: Sequence[str], given: Mapping[str, str], rows: Rows) -> DatasetSpec:
     columns = {
         option: next((name for name in usual if name in column_names), None)
         for option, usual in _USUAL_COLUMNS.items()
@@ -108,6 +113,14 @@ def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec
     if question is None:
         raise OptionError(
             "question_column", f"is needed: none of the columns {', '.join(column_names)} looks like one"
+        )
+    if question in column_names and any(is_conversation(row[question]) for row in rows):
+        return DatasetSpec(
+            question_column=question,
+            image_column=columns["image_column"],
+            answer_column="completion" if "completion" in column_names else None,
+            system_column="system" if "system" in column_names else None,
+            form="conversation",
         )
     return DatasetSpec(
         question_column=question,
@@ -168,7 +181,7 @@ def check_questions(spec: DatasetSpec, rows: Rows, *, without_images: bool = Fal
     """
     column = spec.question_column
     for row in rows:
-        question = str(row[column]).strip()
+        question = "" if is_conversation(row[column]) else str(row[column]).strip()
         mark = "" if spec.image_column or without_images else find_mark(question)
         if mark and (question.startswith(mark) or question.endswith(mark)):
             raise OptionError(
@@ -176,11 +189,11 @@ def check_questions(spec: DatasetSpec, rows: Rows, *, without_images: bool = Fal
                 f"is needed: questions begin or end with {mark!r}, and no column looks like images",
                 f"pass it, or --image_column {NO_COLUMN} to ask without images",
             )
-        if isinstance(row[column], list | tuple | Mapping):
+        if isinstance(row[column], list | tuple | Mapping) and not is_conversation(row[column]):
             raise OptionError(
                 "question_column",
                 f": {column!r} holds {name_kind(row[column])}, and a question is a text",
-                "write a row for each question; conversations are not supported yet",
+                'write a row for each question, or conversations of {"role", "content"} turns',
             )
 
 

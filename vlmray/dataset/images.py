@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from vlmray.dataset.chat.conversations import embedded_images, is_conversation
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.samples import read_images
 from vlmray.dataset.sources import Source
@@ -65,23 +66,24 @@ def stamp_images(source: Source, spec: DatasetSpec, indices: Sequence[int]) -> d
 
     Rows with other images are left out. Where none of some rows names a path, the others are not read.
     """
-    if source.base_dir is None or not spec.image_columns:
+    if source.base_dir is None or not (spec.image_columns or spec.form):
         return {}
     some = indices[:: max(1, len(indices) // _ROWS_TRIED)]
-    if not any(True for _ in _paths(source, spec.image_columns, some)):
+    if not any(True for _ in _paths(source, spec, some)):
         return {}
-    named = _paths(source, spec.image_columns, indices)
+    named = _paths(source, spec, indices)
     return {index: ",".join(map(_stamp, paths)) for index, paths in named}
 
 
-def _paths(
-    source: Source, columns: Sequence[str], indices: Sequence[int]
-) -> Iterator[tuple[int, list[Path]]]:
+def _paths(source: Source, spec: DatasetSpec, indices: Sequence[int]) -> Iterator[tuple[int, list[Path]]]:
     """Yield the rows that name images by path, and these."""
+    columns = [*spec.image_columns, *([spec.question_column] if spec.form else [])]
     for start in range(0, len(indices), _ROWS_PER_READ):
         chunk = indices[start : start + _ROWS_PER_READ]
         for index, row in zip(chunk, source.read(chunk, columns), strict=True):
-            images = [image for name in columns for image in read_images(row[name])]
+            images = [image for name in spec.image_columns for image in read_images(row[name])]
+            if spec.form and is_conversation(row[spec.question_column]):
+                images += embedded_images(row[spec.question_column])
             paths = [path for image in images if (path := _path(image)) is not None]
             if paths:
                 yield index, [Path(source.base_dir or "", path) for path in paths]

@@ -9,6 +9,7 @@ string. Messages hold `{"type": "image"}` placeholders only; the images travel b
 
 from __future__ import annotations
 
+import copy
 import re
 import string
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def format_data(
 ) -> list[dict[str, Any]]:
     r"""Turn a sample into chat messages, with a placeholder for each of its images.
 
-    Placeholders come first, or where the text has marks such as `<image>`.
+    Placeholders come first, or where the text has marks such as `<image>`. A sample that brings a
+    conversation is asked as it stands.
 
     >>> sample = Sample(sample_id="test-000000", question="Which?", answers=("B",), choices=("red", "blue"))
     >>> messages = format_data(sample, prompt_template="{question}\nAnswer with a letter.", with_answer=True)
@@ -66,7 +68,7 @@ def format_data(
 
     Args:
         sample: The row to ask.
-        system_prompt: Text of a system turn; None writes none.
+        system_prompt: Text of a system turn, for a sample that brings none; None writes none.
         prompt_template: Text with `{question}` and, where wanted, `{choices}`. Without `{choices}`
             the choices of a sample that has some follow its question.
         with_answer: Add the assistant turn with the first answer, as training needs it.
@@ -75,15 +77,21 @@ def format_data(
         ValueError: The question is empty, the template is not valid, the sample has more choices than
             there are letters, other images than marks, or `with_answer` is set and it has no answer.
     """
-    if not sample.question.strip():
+    if not sample.question.strip() and not (sample.messages and sample.images):
         raise ValueError("empty question")
-    content = place_images(_fill_template(prompt_template, sample), len(sample.images))
-    messages = [*_system(system_prompt), {"role": "user", "content": content}]
+    messages = copy.deepcopy(list(sample.messages)) or _ask(sample, prompt_template)
+    if messages[0]["role"] != "system":
+        messages = [*_system(system_prompt), *messages]
     if with_answer:
         if not sample.answers:
             raise ValueError(f"sample {sample.sample_id} has no answer to train on")
         messages.append(_text_message("assistant", sample.answers[0]))
     return messages
+
+
+def _ask(sample: Sample, prompt_template: str) -> list[dict[str, Any]]:
+    content = place_images(_fill_template(prompt_template, sample), len(sample.images))
+    return [{"role": "user", "content": content}]
 
 
 def check_prompt_template(template: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
@@ -25,6 +26,12 @@ class DatasetSpec:
     family_column: str | None = None
     choices_column: str | None = None
     """One column of lists, or several of one choice each, with commas between their names."""
+
+    system_column: str | None = None
+    """System prompts of rows that bring a conversation."""
+
+    form: Literal["conversation"] | None = None
+    """What the question column holds, where it is more than a question."""
 
     image_optional: bool = False
     """Some questions come without an image; elsewhere a missing image is a failed row."""
@@ -45,13 +52,25 @@ class DatasetSpec:
         choices_first = 0 <= self.prompt_template.find("{choices}") < self.prompt_template.find("{question}")
         return [*choices, question] if choices_first else [question, *choices]
 
+    @property
+    def may_lack_images(self) -> bool:
+        """Whether a row without an image is none that failed."""
+        return self.image_optional or self.image_column is None or self.form is not None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether rows may say what is expected: in a column, or as a conversation's last turn."""
+        return self.answer_column is not None or self.form == "conversation"
+
     def columns(self) -> dict[str, str]:
         """Return the columns in use, by the option that names each."""
         named = {name: getattr(self, name) for name in _COLUMN_OPTIONS}
         return {name: column for name, column in named.items() if column is not None}
 
 
-_COLUMN_OPTIONS = ("image_column", "question_column", "answer_column", "family_column", "choices_column")
+_COLUMN_OPTIONS = (
+    "image_column", "question_column", "answer_column", "family_column", "choices_column", "system_column",
+)  # fmt: skip
 
 _VQA = DatasetSpec(
     question_column="question",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -100,6 +101,7 @@ def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
         "choices": list(sample.choices),
         "answers": list(sample.answers),
         "family": sample.family,
+        "conversation": json.dumps(sample.messages, ensure_ascii=False) if sample.messages else None,
         "images": [None] * len(urls),
         "image_urls": urls,
         "error": None,
@@ -142,4 +144,5 @@ def to_question(row: Row) -> Sample:
         choices=tuple(row["choices"]),
         answers=tuple(row["answers"]),
         images=cast(tuple[bytes | str, ...], tuple(images_of(row))),
+        messages=tuple(json.loads(row.get("conversation") or "[]")),
     )

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from vlmray.dataset.chat.marks import choose_images, count_marks, without_outer_mark
+from vlmray.dataset.chat.conversations import is_conversation, read_conversation, text_of
+from vlmray.dataset.chat.marks import NO_VIDEO, choose_images, count_marks, without_outer_mark
 from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.text.values import as_text, check_text, name_kind, parse_json
 from vlmray.schema import Sample
+
+_VIDEOS = ("video", "videos", "video_path", "video_url")
 
 
 def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Sample:
@@ -24,13 +27,15 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
         ValueError: the row holds no image although its dataset is about images, or something that is no text
             where one belongs.
     """
+    images = [image for name in spec.image_columns for image in read_images(row[name])]
+    if not images and any(row.get(name) for name in _VIDEOS):
+        raise ValueError(NO_VIDEO)
+    if is_conversation(row[spec.question_column]):
+        return _from_conversation(row, images, spec, sample_id)
     choices = _choices(row, spec.choices_column) if spec.choices_column else ()
     answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
     if choices:
         answers = tuple(name for answer in answers for name in _as_choice(answer, choices))
-    family = row[spec.family_column] if spec.family_column else None
-    family = ", ".join(read_texts(family)) if isinstance(family, list) else _text(family)
-    images = [image for name in spec.image_columns for image in read_images(row[name])]
     if spec.image_column and not images and not spec.image_optional:
         raise ValueError(f"no image in column {spec.image_column!r}")
     question = _question(row[spec.question_column])
@@ -43,8 +48,39 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
         answers=answers,
         images=choose_images(texts, images),
         choices=choices,
-        family=None if family is None else spec.family_names.get(family, family),
+        family=_family(row, spec),
     )
+
+
+def _from_conversation(
+    row: Mapping[str, Any], images: Sequence[bytes | str], spec: DatasetSpec, sample_id: str
+) -> Sample:
+    """Read a row whose question is the last user turn of a conversation, and a turn after it the answer."""
+    messages, images = read_conversation(
+        row[spec.question_column], images,
+        system=_text(row[spec.system_column]) if spec.system_column else None,
+        has_marks=spec.image_column is not None,
+    )  # fmt: skip
+    answers: tuple[str, ...] = ()
+    if messages[-1]["role"] == "assistant":
+        answers = (text_of(messages.pop()),)
+    if not messages or messages[-1]["role"] != "user":
+        found = f"ends with a turn of role {messages[-1]['role']}" if messages else "has no turn before it"
+        raise ValueError(f"the conversation asks nothing: its last answer aside, it {found}")
+    return Sample(
+        sample_id=sample_id,
+        question=text_of(messages[-1]),
+        answers=read_texts(row[spec.answer_column]) if spec.answer_column else answers,
+        images=tuple(images),
+        messages=tuple(messages),
+        family=_family(row, spec),
+    )
+
+
+def _family(row: Mapping[str, Any], spec: DatasetSpec) -> str | None:
+    family = row[spec.family_column] if spec.family_column else None
+    family = ", ".join(read_texts(family)) if isinstance(family, list) else _text(family)
+    return None if family is None else spec.family_names.get(family, family)
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
@@ -53,6 +89,8 @@ def read_texts(value: Any) -> tuple[str, ...]:
     Raises:
         ValueError: it has another shape, or a text in it is not UTF-8.
     """
+    if is_conversation(value):  # as TRL's `completion`
+        return tuple(map(text_of, read_conversation(value).messages))
     if isinstance(value, Mapping):
         key = next((key for key in ("answer", "text") if key in value), None)
         if key is None:

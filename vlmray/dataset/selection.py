@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
+from vlmray.dataset.chat.conversations import is_conversation
 from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.columns import NO_COLUMN, check_choices, check_questions, get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
@@ -37,6 +38,8 @@ class Selection:
 def describe_columns(source: Source, spec: DatasetSpec) -> str:
     """Say in one line which columns are taken for what, and how many rows have an image."""
     columns = {option.removesuffix("_column"): name for option, name in spec.columns().items()}
+    if spec.form:
+        columns = {spec.form if what == "question" else what: name for what, name in columns.items()}
     taken = ", ".join(f"{what} from {name!r}" for what, name in columns.items())
     used = {*columns.values(), *split_columns(columns.get("choices", "")), *spec.image_columns}
     unused = [name for name in source.column_names if name not in used]
@@ -59,7 +62,8 @@ def _count_images(source: Source, spec: DatasetSpec) -> str:
 
 def _first_questions(source: Source, spec: DatasetSpec) -> list[str]:
     rows = source.read(range(min(_NUM_FIRST_ROWS, len(source))), [spec.question_column])
-    return [printable(row[spec.question_column]) for row in rows]
+    found = (row[spec.question_column] for row in rows)
+    return [printable(question) for question in found if not is_conversation(question)]
 
 
 def open_selection(
@@ -101,11 +105,15 @@ def open_selection(
         answer_column=config.answer_column,
         family_column=config.family_column,
         choices_column=config.choices_column,
+        system_column=config.system_column,
         prompt_template=config.prompt_template,
         metric=config.metric,
     )
     if spec.metric not in METRICS:
         raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
+    if spec.form and (config.prompt_template or config.choices_column):
+        option = "prompt_template" if config.prompt_template else "choices_column"
+        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds conversations")
     with mistake_in("prompt_template"):
         check_prompt_template(spec.prompt_template)
     check_choices(spec, source.column_names)

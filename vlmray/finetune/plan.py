@@ -97,6 +97,8 @@ def open_training_data(config: FinetuneConfig) -> TrainingData:
 
 def _conversations(questions: Selection, max_turns: int) -> Conversations:
     source, spec, selected = questions.source, questions.spec, questions.selected
+    if spec.form and max_turns > 1:
+        raise OptionError("max_turns", f"is for questions, and {spec.question_column!r} holds conversations")
     check_answers(source, spec, questions.split, selected)
     return Conversations(
         source=source,

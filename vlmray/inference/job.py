@@ -111,7 +111,7 @@ def _conclude(
 ) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
     tally, causes, gallery = (
-        Tally(run.task.metric if run.spec.answer_column else None),
+        Tally(run.task.metric if run.spec.has_answers else None),
         Causes(),
         GalleryChoice(),
     )

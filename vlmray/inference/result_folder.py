@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import PurePosixPath
 from typing import Any, Self, cast
 
@@ -186,12 +186,9 @@ class ResultFolder(RunFolder):
 
     def _forget(self, sample_id: str) -> None:
         for place in {"", _group(sample_id)}:
-            for kind in (_OUT, _IN):
-                self.delete(f"{place}{sample_id}{kind}")
-            for name in image_names(sample_id):
-                if not self.has(f"{place}{name}"):
-                    break
-                self.delete(f"{place}{name}")
+            paths = [f"{place}{sample_id}{kind}" for kind in (_OUT, _IN)]
+            for path in paths + self._images(place, sample_id):
+                self.delete(path)
 
     def note_images(self, stamps: Mapping[str, str]) -> set[str]:
         """Record which image files samples are asked with, and take out what was answered about others.
@@ -267,18 +264,12 @@ class ResultFolder(RunFolder):
 
     def read_images(self, sample_id: str) -> list[bytes]:
         """Return a sample's images as they were written."""
-        for place in (_group(sample_id), "") if self.is_grouped else ("",):
-            found = list(self._read_images(place, sample_id))
-            if found:
-                return found
-        return []
+        places = (_group(sample_id), "") if self.is_grouped else ("",)
+        found = (self._images(place, sample_id) for place in places)
+        return next(([self._read(name) for name in names] for names in found if names), [])
 
-    def _read_images(self, place: str, sample_id: str) -> Iterator[bytes]:
-        for name in image_names(sample_id):
-            try:
-                yield self._read(f"{place}{name}")
-            except FileNotFoundError:
-                return
+    def _images(self, place: str, sample_id: str) -> list[str]:
+        return list(takewhile(self.has, image_names(f"{place}{sample_id}")))
 
     def place(self, sample_id: str) -> str:
         """Return the subfolder that a sample's files are written into, with a slash, or nothing."""
@@ -346,9 +337,7 @@ class ResultFolder(RunFolder):
 def save_sample_outputs(
     folder: ResultFolder, row: Row, asked: dict[str, Any], images: Sequence[bytes | None] = ()
 ) -> None:
-    """Write one sample's files: `_in.json`, `_img.jpg` and further images, and last `_out.json`.
-
-    That marks it finished.
+    """Write one sample's files: `_in.json`, its images, and last `_out.json`, which marks it finished.
 
     Args:
         folder: Where to write.

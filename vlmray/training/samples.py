@@ -9,6 +9,7 @@ is missing gets an `error`, travels on untouched and is counted in the end. No R
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -25,14 +26,16 @@ from vlmray.dataset.chat.marks import count_marks
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import fetch_images, image_columns, read_rows, to_question
-from vlmray.dataset.samples import read_texts
+from vlmray.dataset.samples import read_texts, to_sample
+from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
 from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image, image_size
 from vlmray.schema import GenerationRequest, Row
 
 Feature = Mapping[str, Any]
-"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`."""
+"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`. `answer` is the
+place of the turn that the sample's answers are about."""
 
 Features = Sequence[Feature | None]
 """Samples of a batch; None is an empty slot."""
@@ -43,6 +46,7 @@ SAMPLE_SCHEMA = pa.schema(
         "question": pa.string(),
         "answers": pa.list_(pa.string()),
         "family": pa.string(),
+        "conversation": pa.string(),
         "messages": pa.string(),
         "images": pa.list_(pa.large_binary()),
         "image_urls": pa.list_(pa.string()),
@@ -218,6 +222,8 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
     Raises:
         ValueError: no answer column is known, or no selected row has an answer in it.
     """
+    if spec.form and _brings_answer(source, spec, split, selected):
+        return
     if spec.answer_column is None:
         raise OptionError(
             "answer_column", "is needed to train", f"the columns are {', '.join(source.column_names)}"
@@ -232,6 +238,16 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
                 problem = f"no selected row has an answer in {spec.answer_column!r} ({error})"
     hint = "there is nothing to learn from them, or to compare with"
     raise OptionError("answer_column", f": {problem}", hint)
+
+
+def _brings_answer(source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]) -> bool:
+    """Tell whether a conversation ends with an answer."""
+    for index in selected:
+        with contextlib.suppress(ValueError):
+            (row,) = source.read([index])
+            if any(answer.strip() for answer in to_sample(row, spec, sample_id(split, index)).answers):
+                return True
+    return False
 
 
 def open_images(rows: Sequence[SampleRow]) -> list[SampleRow]:
@@ -263,16 +279,19 @@ def to_feature(row: SampleRow) -> Feature | None:
         Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
         for pixels, (width, height) in zip(row["pixels"], row["sizes"], strict=True)
     ]
-    return {**feature, "messages": json.loads(messages), "images": images}
+    turns = json.loads(messages)
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answer = places[-1] if row.get("conversation") else places[0]
+    return {**feature, "messages": turns, "images": images, "answer": answer}
 
 
 def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:
-    """Make the request that asks the first question of a sample."""
-    messages = feature["messages"]
-    end = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+    """Make the request that a sample's answers are to: its first question, or the last of a conversation."""
+    messages = feature["messages"][: feature["answer"]]
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
     return GenerationRequest(
         request_id=feature["sample_id"],
-        messages=messages[:end],
-        images=list(feature["images"]),
+        messages=messages,
+        images=list(feature["images"][:num_images]),
         max_new_tokens=max_new_tokens,
     )
