@@ -13,6 +13,7 @@ from vlmray.dataset.rows import images_of, read_rows
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
+from vlmray.models.templates.chat import template_fingerprint
 from vlmray.schema import GenerationRequest, Row
 
 CHUNK = 32  # rows read, and written, at a time
@@ -72,8 +73,15 @@ def describe_samples(
         "prompt": {
             "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
             "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
+            **_worded(config),
         },
     }  # fmt: skip
+
+
+def _worded(config: BenchmarkConfig) -> dict[str, Any]:
+    """Return how prompts were worded, as far as that was said."""
+    wording = {"chat_template_kwargs": config.chat_template_kwargs, **template_fingerprint(config)}
+    return {name: value for name, value in wording.items() if value}
 
 
 def _drawn(config: BenchmarkConfig) -> dict[str, Any]:

@@ -70,6 +70,13 @@ class LoadingConfig(Options):
     max_pixels: int | None = option(None, affects="result")
     """Scale larger images down to this many pixels; default: the model's processor."""
 
+    chat_template: str | None = option(None, affects="result", engines=_LOADING)
+    """File of a Jinja chat template to use in the place of the model's own."""
+
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, metadata=mark("result"))
+    """Variables of the chat template, as a JSON object or a mapping in the YAML file:
+    '{"enable_thinking": false}'."""
+
     trust_remote_code: bool = option(False, affects="run", engines=_LOADING)
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 

@@ -24,6 +24,7 @@ from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
 from vlmray.inference.stages import Task
 from vlmray.models.source import ModelSource
+from vlmray.models.templates.chat import check_template, template_fingerprint, with_template
 from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
@@ -59,6 +60,7 @@ def plan_inference(config: InferConfig, *, questions: Selection | None = None) -
         {
             **options_that_affect(config, "result"),
             **model.fingerprints,
+            **template_fingerprint(config),
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),
         },
@@ -111,7 +113,9 @@ def _open_model(config: InferConfig) -> ModelSource:
     if config.engine == "fake":
         FakeEngine.parse_model_id(config.model_id)
     elif config.engine != "openai":
-        return ModelSource.open(config.model_id, config.adapter)
+        model = ModelSource.open(config.model_id, config.adapter)
+        check_template(config, model.folder)
+        return model
     return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name
 
 
@@ -120,6 +124,7 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         prompt_template=spec.prompt_template,
         system_prompt=config.system_prompt,
         metric=spec.metric,
+        chat_template_kwargs=config.chat_template_kwargs or {},
         **sampling_of(config),
     )
 
@@ -150,7 +155,8 @@ class InferenceRun:
     def worker_config(self) -> InferConfig:
         """The options, with model and adapter as workers find them."""
         model = self.model
-        return dataclasses.replace(self.config, model_id=model.address, adapter=model.adapter_address)
+        config = with_template(self.config)
+        return dataclasses.replace(config, model_id=model.address, adapter=model.adapter_address)
 
     def open_bar(self, name: str | None = None) -> tqdm[Any]:
         """Show how far the run is, with what earlier ones did already on it."""

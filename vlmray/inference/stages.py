@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from vlmray import metrics
@@ -37,6 +37,7 @@ class Task(Sampling):
     prompt_template: str
     system_prompt: str | None = None
     metric: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare_rows(
@@ -120,6 +121,7 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
         request_id=row["sample_id"],
         messages=json.loads(messages),
         images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
+        chat_template_kwargs=dict(task.chat_template_kwargs),
         **shared_options(task, Sampling),
     )
 

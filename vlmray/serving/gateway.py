@@ -174,7 +174,7 @@ class Gateway:
             max_new_tokens=limit,
             stop=chat.stop_texts,
             stop_token_ids=tuple(chat.stop_token_ids or ()),
-            chat_template_kwargs=chat.template_kwargs,
+            chat_template_kwargs={**(config.chat_template_kwargs or {}), **chat.template_kwargs},
             seed=random.getrandbits(32) if chat.seed is None else chat.seed,
             adapter=adapter,
             **sampling(chat),

@@ -31,6 +31,7 @@ from vlmray.engines.vllm.running import Event, RunningLLM, is_dead
 from vlmray.engines.vllm.sampling import read_settings
 from vlmray.errors import OptionError
 from vlmray.models.processors import load_processor
+from vlmray.models.templates.chat import AdapterTemplates, use_template
 from vlmray.schema import Completion, GenerationRequest
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class VLLMEngine:
         running: What was started there.
         processor: As `vlmray.models.processors.load_processor` gives it.
         max_adapters: The most that are loaded at a time.
+        templates: Chat templates of adapters that were trained with another than the base's.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class VLLMEngine:
         running: RunningLLM,
         processor: Any,
         max_adapters: int,
+        templates: AdapterTemplates | None = None,
     ) -> None:
         self.processor = processor
         self.max_model_len: int | None = running.llm.model_config.max_model_len
         self._guard, self._loop, self._running = guard, loop, running
-        self._opener = Opener(processor)
+        self._templates = AdapterTemplates() if templates is None else templates
+        self._opener = Opener(processor, self._templates)
         self._adapters: dict[str | None, LoRARequest | None] = {None: None}
         self._max_adapters = max_adapters
         self._numbers = itertools.count(1)  # threads may load beside each other
@@ -111,6 +115,7 @@ class VLLMEngine:
             max_pixels=config.max_pixels,
             trust_remote_code=config.trust_remote_code,
         )
+        use_template(processor, config)
         max_adapters += len(own)
         args = engine_args(
             model_id,
@@ -127,7 +132,7 @@ class VLLMEngine:
             loop.close()
             guard.close()
             raise
-        engine = cls(guard, loop, running, processor, max_adapters)
+        engine = cls(guard, loop, running, processor, max_adapters, AdapterTemplates(config))
         try:
             engine._check_scores()
             if adapter is not None:
@@ -153,6 +158,7 @@ class VLLMEngine:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter(path, self._running.llm.model_config.model)
         self._adapters[name] = self._add_adapter(name, path)
+        self._templates.add(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that `load_adapter` loaded, and free its memory.
@@ -163,6 +169,7 @@ class VLLMEngine:
         adapter = self._adapters.pop(name, None)
         if adapter is None:
             raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
+        self._templates.pop(name, None)
         self._run(self._running.remove_adapter(adapter))
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
@@ -258,6 +265,7 @@ class VLLMEngine:
     def _use_as_default(self, path: str) -> None:
         """Let an adapter answer what names none."""
         self._adapters[None] = self._add_adapter("default", path)
+        self._templates.add(None, path)
 
     def _check_scores(self) -> None:
         """Refuse a model whose scores are no numbers: vLLM would answer it with the first token of all."""
