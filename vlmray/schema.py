@@ -37,6 +37,9 @@ class Sample:
     """The conversation that a row brings, up to the question, its last turn; empty where the prompt template
     words the question."""
 
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How a row that is a request asks to be answered, as keywords of a `GenerationRequest`, and `model`."""
+
     choices: tuple[str, ...] = ()
     """Options of a multiple-choice question, in the order of their letters."""
 
@@ -173,6 +176,9 @@ class Row(TypedDict, total=False):
 
     conversation: str | None
     """The messages that the row brings, as JSON."""
+
+    settings: str | None
+    """What the row says of its answer, as JSON."""
 
     messages: str | None
     """What is asked, as JSON."""

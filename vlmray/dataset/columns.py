@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmray.dataset.chat.conversations import is_conversation
 from vlmray.dataset.chat.marks import find_mark
+from vlmray.dataset.chat.requests import REQUEST_COLUMNS
 from vlmray.dataset.images import image_kind
 from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec, split_columns
 from vlmray.dataset.text.values import name_kind
@@ -109,6 +110,8 @@ def _guess(column_names: Sequence[str], given: Mapping[str, str], rows: Rows) ->
         option: next((name for name in usual if name in column_names), None)
         for option, usual in _USUAL_COLUMNS.items()
     }
+    if {*column_names} >= REQUEST_COLUMNS and "question_column" not in given:
+        return DatasetSpec(question_column="body", form="request")
     question = given.get("question_column") or columns["question_column"]
     if question is None:
         raise OptionError(
@@ -180,7 +183,7 @@ def check_questions(spec: DatasetSpec, rows: Rows, *, without_images: bool = Fal
         ValueError: they hold lists or structures, or marks for images that no column has.
     """
     column = spec.question_column
-    for row in rows:
+    for row in rows if spec.form != "request" else ():
         question = "" if is_conversation(row[column]) else str(row[column]).strip()
         mark = "" if spec.image_column or without_images else find_mark(question)
         if mark and (question.startswith(mark) or question.endswith(mark)):

@@ -30,7 +30,7 @@ class DatasetSpec:
     system_column: str | None = None
     """System prompts of rows that bring a conversation."""
 
-    form: Literal["conversation"] | None = None
+    form: Literal["conversation", "request"] | None = None
     """What the question column holds, where it is more than a question."""
 
     image_optional: bool = False

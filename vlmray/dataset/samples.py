@@ -11,6 +11,7 @@ import numpy as np
 
 from vlmray.dataset.chat.conversations import is_conversation, read_conversation, text_of
 from vlmray.dataset.chat.marks import NO_VIDEO, choose_images, count_marks, without_outer_mark
+from vlmray.dataset.chat.requests import read_request_row
 from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.text.values import as_text, check_text, name_kind, parse_json
 from vlmray.schema import Sample
@@ -27,6 +28,8 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
         ValueError: the row holds no image although its dataset is about images, or something that is no text
             where one belongs.
     """
+    if spec.form == "request":
+        return read_request_row(row, sample_id)
     images = [image for name in spec.image_columns for image in read_images(row[name])]
     if not images and any(row.get(name) for name in _VIDEOS):
         raise ValueError(NO_VIDEO)

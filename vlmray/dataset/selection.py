@@ -55,7 +55,7 @@ def describe_columns(source: Source, spec: DatasetSpec) -> str:
 
 def _count_images(source: Source, spec: DatasetSpec) -> str:
     if spec.image_column is None:
-        return "no images"
+        return "images where rows hold them" if spec.form else "no images"
     count = source.count_filled(spec.image_columns[0])
     return f"images in {'?' if count is None else f'{count:,}'} of the split's {len(source):,} rows"
 
@@ -113,7 +113,7 @@ def open_selection(
         raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
     if spec.form and (config.prompt_template or config.choices_column):
         option = "prompt_template" if config.prompt_template else "choices_column"
-        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds conversations")
+        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds {spec.form}s")
     with mistake_in("prompt_template"):
         check_prompt_template(spec.prompt_template)
     check_choices(spec, source.column_names)
@@ -123,6 +123,16 @@ def open_selection(
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
+
+
+def refuse_requests(spec: DatasetSpec) -> None:
+    """Refuse a batch file of requests where there have to be questions.
+
+    Raises:
+        OptionError: It is one.
+    """
+    if spec.form == "request":
+        raise OptionError("dataset_name", "holds batch requests, which vlmray infer answers")
 
 
 @contextlib.contextmanager

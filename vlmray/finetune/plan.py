@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmray import cluster
 from vlmray.config import FinetuneConfig, options_that_affect
 from vlmray.dataset.images import stamp_images
-from vlmray.dataset.selection import Selection, describe_columns, open_selection
+from vlmray.dataset.selection import Selection, describe_columns, open_selection, refuse_requests
 from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
@@ -99,6 +99,7 @@ def open_training_data(config: FinetuneConfig) -> TrainingData:
 
 def _conversations(questions: Selection, max_turns: int) -> Conversations:
     source, spec, selected = questions.source, questions.spec, questions.selected
+    refuse_requests(spec)
     if spec.form and max_turns > 1:
         raise OptionError("max_turns", f"is for questions, and {spec.question_column!r} holds conversations")
     check_answers(source, spec, questions.split, selected)

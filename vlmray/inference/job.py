@@ -27,6 +27,7 @@ from vlmray.inference.endpoint.watching import saying_how_the_server_is
 from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
+from vlmray.inference.requests.output import write_output
 from vlmray.inference.summary import GalleryChoice, Summary, Tally, Usage
 from vlmray.inference.timeline import Timeline
 from vlmray.reports.bar import write_above_bar
@@ -142,6 +143,8 @@ def _conclude(
         "stages_s": timeline.stage_seconds(),
         "overlap": overlap and dataclasses.asdict(overlap),
     }
+    if run.spec.form == "request":
+        write_output(run)
     run.folder.finish(manifest, render_html(report))
     return summary
 

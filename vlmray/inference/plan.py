@@ -22,7 +22,7 @@ from vlmray.engines import check_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
-from vlmray.inference.stages import Task
+from vlmray.inference.stages import ADAPTER, Task
 from vlmray.models.source import ModelSource
 from vlmray.models.templates.chat import check_template, template_fingerprint, with_template
 from vlmray.reports.bar import open_bar
@@ -125,8 +125,18 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         system_prompt=config.system_prompt,
         metric=spec.metric,
         chat_template_kwargs=config.chat_template_kwargs or {},
+        models=_names_of_models(config) if spec.form == "request" else {},
         **sampling_of(config),
     )
+
+
+def _names_of_models(config: InferConfig) -> dict[str, str | None]:
+    """Return by what names requests may ask for the base, and for the adapter: whole ones or their ends."""
+    names: dict[str, str | None] = {}
+    for name, adapter in ((config.adapter, ADAPTER), (config.model_id, None)):
+        if name:
+            names |= {name: adapter, name.rstrip("/").rpartition("/")[2]: adapter}
+    return names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

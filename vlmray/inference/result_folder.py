@@ -35,6 +35,9 @@ from vlmray.storage.threads import NUM_THREADS, map_ahead
 ABSENT, FAILED, ANSWERED = range(3)
 """What a folder holds of a row."""
 
+BATCH_OUTPUT = "batch_output.jsonl"
+"""Answers as OpenAI's batch files have them, where rows were requests."""
+
 MOST_ROWS_WITH_FILES = 10_000
 """Rows of a run beyond which `auto` writes no files of each sample, and these lie in subfolders."""
 
@@ -278,8 +281,8 @@ class ResultFolder(RunFolder):
     def written(self) -> list[str]:
         """Name the files of samples and the Parquet parts."""
         files = [path for paths in self._files() for path in paths if _SAMPLE_FILE.fullmatch(_name(path))]
-        stamps = [_STAMPS] if self.has(_STAMPS) else []
-        return files + stamps + [f"{_PARTS}/{name}" for name in self._parts()]
+        others = [name for name in (_STAMPS, BATCH_OUTPUT) if self.has(name)]
+        return files + others + [f"{_PARTS}/{name}" for name in self._parts()]
 
     def has_results(self) -> bool:
         """Whether any sample was ever finished here."""

@@ -27,6 +27,9 @@ from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
 
+ADAPTER = "adapter"
+"""What a run's adapter is called where requests ask for it or for its base."""
+
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
 
 
@@ -38,6 +41,9 @@ class Task(Sampling):
     system_prompt: str | None = None
     metric: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    models: Mapping[str, str | None] = field(default_factory=dict)
+    """Names that rows which are requests may ask for, and the adapter that each stands for."""
 
 
 def prepare_rows(
@@ -63,12 +69,19 @@ def prepare_rows(
 def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:
     sample = to_question(row)
     try:
+        _check_model(row, task)
         messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
         row["jpegs"] = [None if image is None else check_image(image) for image in row["images"]]
     except ValueError as error:
         row["error"] = str(error)
     else:
         row["messages"] = json.dumps(messages, ensure_ascii=False)
+
+
+def _check_model(row: Row, task: Task) -> None:
+    model = json.loads(row.get("settings") or "{}").get("model")
+    if model is not None and model not in task.models:
+        raise ValueError(f"the model {model[:80]!r} does not exist; known: {', '.join(task.models)}")
 
 
 def _check_image(data: bytes, *, keep: bool) -> bytes | None:
@@ -117,13 +130,20 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
 def _make_request(row: Row, task: Task) -> GenerationRequest:
     messages = row["messages"]
     assert messages is not None
+    own = {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
+    template = {**task.chat_template_kwargs, **own.pop("chat_template_kwargs", {})}
     return GenerationRequest(
         request_id=row["sample_id"],
         messages=json.loads(messages),
         images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
-        chat_template_kwargs=dict(task.chat_template_kwargs),
-        **shared_options(task, Sampling),
+        chat_template_kwargs=template,
+        adapter=task.models.get(own.pop("model", "")),
+        **shared_options(task, Sampling) | own,
     )
+
+
+def _unlisted(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def answered(completion: Completion) -> Row:

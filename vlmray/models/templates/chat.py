@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from vlmray.config import LoadingConfig
 from vlmray.errors import OptionError, one_line
+from vlmray.protocol.templates import is_taken
 from vlmray.storage.fingerprints import digest
 
 Config = TypeVar("Config", bound=LoadingConfig)
@@ -25,21 +26,9 @@ Config = TypeVar("Config", bound=LoadingConfig)
 FILE = "chat_template.jinja"
 """Where a checkpoint or adapter keeps its template."""
 
-TAKEN = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
-    "load_audio_from_video", "messages", "processor_kwargs", "return_assistant_tokens_mask", "return_dict",
-    "return_tensors", "self", "tokenize", "tools",
-}  # fmt: skip
-"""What chat templates are called with already; beside special tokens, whose names end with `_token`."""
-
 _RECORD = "training.json"
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _IS_TEMPLATE = re.compile(r"\{[{%]")
-
-
-def is_taken(name: str) -> bool:
-    """Tell whether a variable is one that chat templates are called with already."""
-    return name in TAKEN or name.endswith("_token")
 
 
 def read_template(given: str) -> str:

@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from vlmray.models.templates.chat import is_taken
-from vlmray.serving.errors import ApiError
-from vlmray.serving.protocol.fields import find_unsupported
-from vlmray.serving.protocol.words import MARK, describe, explain
+from vlmray.protocol.errors import ApiError
+from vlmray.protocol.fields import find_unsupported
+from vlmray.protocol.templates import is_taken
+from vlmray.protocol.words import MARK, describe, explain
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_TOKENS = 128
@@ -34,6 +34,9 @@ MAX_TEMPLATE_CHARS = 10_000
 _OTHER_PARTS = {
     "input_text": 'is of the Responses API; here it is {"type": "text", "text": "..."}',
     "input_image": 'is of the Responses API; here it is {"type": "image_url", "image_url": {"url": "..."}}',
+    "video_url": "is not supported: it is a video; send its frames as images",
+    "input_video": "is not supported: it is a video; send its frames as images",
+    "video": "is not supported: it is a video; send its frames as images",
     "image": 'is not known; write {"type": "image_url", "image_url": {"url": "..."}}',
 }
 
