@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from vlmray.dataset import columns as dataset_columns
 from vlmray.dataset import registry
 from vlmray.dataset.columns import get_dataset_columns
-from vlmray.dataset.prompts import check_prompt_template
+from vlmray.dataset.prompts import check_prompt_template, format_data
 from vlmray.dataset.registry import DATASETS, DatasetSpec, register_dataset
+from vlmray.dataset.samples import to_sample
 from vlmray.metrics import METRICS
 
 
@@ -22,6 +24,41 @@ def test_registered_datasets_are_complete(name: str) -> None:
     hub_name, _, config = name.partition("#")
     columns = ["id", *spec.columns().values()]
     assert get_dataset_columns(hub_name, columns, dataset_config=config or None) == spec
+
+
+def test_datasets_are_known_where_they_moved_to() -> None:
+    moved = [name for name in DATASETS if name.startswith("lmms-lab-encoder/")]
+    assert {name.replace("-encoder", "") for name in moved} == {n for n in DATASETS if n[:9] == "lmms-lab/"}
+    assert all(DATASETS[name] is DATASETS[name.replace("-encoder", "")] for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "asked", "answers"),
+    [
+        (
+            "lmms-lab-encoder/VQAv2",
+            {"question": "What?", "answers": [{"answer": "net", "answer_id": 1}], "answer_type": "other"},
+            "What?\nAnswer the question using a single word or phrase.", ("net",),
+        ),
+        (
+            "lmms-lab/POPE", {"question": "Is there a snowboard?", "answer": "yes", "category": "popular"},
+            "Is there a snowboard?\nAnswer the question using a single word or phrase.", ("yes",),
+        ),
+        (
+            "Lin-Chen/MMStar", {"question": "Which?\nOptions: A: x, B: y", "answer": "A", "category": "math"},
+            "Which?\nOptions: A: x, B: y\nAnswer with the option's letter from the given choices directly",
+            ("A",),
+        ),
+    ],
+)  # fmt: skip
+def test_rows_of_benchmarks_are_worded_as_lmms_eval_words_them(
+    name: str, row: dict[str, Any], asked: str, answers: tuple[str, ...]
+) -> None:
+    sample = to_sample({"image": b"png", **row}, DATASETS[name], "test-000000")
+    (message,) = format_data(sample, prompt_template=DATASETS[name].prompt_template)
+    assert message["content"] == [{"type": "image"}, {"type": "text", "text": asked}]
+    assert sample.answers == answers
+    assert sample.family == (row.get("category") or row["answer_type"])
 
 
 def test_a_configuration_of_its_own_wins() -> None:

@@ -89,7 +89,9 @@ _CHARTQA = dataclasses.replace(
 _DOCVQA = dataclasses.replace(_VQA, answer_column="answers", metric="anls")
 _MULTIPLE_CHOICE = dataclasses.replace(_VQA, prompt_template=LETTER_ANSWER, metric="choice_accuracy")
 
-DATASETS: dict[str, DatasetSpec] = {
+_CHOICES_IN_QUESTION = "{question}\nAnswer with the option's letter from the given choices directly"
+
+_REGISTERED: dict[str, DatasetSpec] = {
     "HuggingFaceM4/ChartQA": _CHARTQA,
     "lmms-lab/ChartQA": dataclasses.replace(
         _CHARTQA,
@@ -105,10 +107,23 @@ DATASETS: dict[str, DatasetSpec] = {
     "derek-thomas/ScienceQA": dataclasses.replace(
         _MULTIPLE_CHOICE, choices_column="choices", family_column="subject", image_optional=True
     ),
+    "lmms-lab/VQAv2": dataclasses.replace(
+        _VQA, answer_column="answers", family_column="answer_type", metric="vqav2_accuracy"
+    ),
+    "lmms-lab/POPE": dataclasses.replace(_VQA, family_column="category"),
+    "Lin-Chen/MMStar": dataclasses.replace(
+        _VQA, family_column="category", prompt_template=_CHOICES_IN_QUESTION, metric="mmstar_accuracy"
+    ),
     "xai-org/RealworldQA": dataclasses.replace(_VQA, prompt_template="{question}"),
     "charts": dataclasses.replace(
         _VQA, answer_column="answers", family_column="family", prompt_template="{question}"
     ),
+}
+
+DATASETS: dict[str, DatasetSpec] = _REGISTERED | {
+    name.replace("lmms-lab/", "lmms-lab-encoder/"): spec
+    for name, spec in _REGISTERED.items()
+    if name.startswith("lmms-lab/")
 }
 """Registered datasets by name on the hub; `name#config` where a configuration differs from the rest."""
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmray.metrics.benchmarks import mmstar_accuracy, vqav2_accuracy
 from vlmray.schema import Score
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -289,5 +290,7 @@ METRICS: dict[str, Metric] = {
     "rouge": _best_of(rouge),
     "vqa_accuracy": vqa_accuracy,
     "choice_accuracy": _best_of(choice_accuracy),
+    "vqav2_accuracy": vqav2_accuracy,
+    "mmstar_accuracy": _best_of(mmstar_accuracy),
 }
 """Every metric by name, from a prediction and its accepted answers to a value from 0 to 1."""

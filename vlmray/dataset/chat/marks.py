@@ -67,7 +67,7 @@ def place_images(text: str, num_images: int) -> list[dict[str, Any]]:
 
     White space between marks is left out, and next to those that the text begins or ends with.
 
-    >>> [part.get("text", "image") for part in place_images("<image>\\nIs it <image> or <image>?", 3)]
+    >>> [part.get("text", "image") for part in place_images("<image>\nIs it <image> or <image>?", 3)]
     ['image', 'Is it ', 'image', ' or ', 'image', '?']
 
     Raises:
