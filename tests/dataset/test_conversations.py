@@ -138,6 +138,8 @@ def test_data_uris_and_typed_images_are_taken_where_they_stand(tmp_path: Path) -
     assert row["images"] == [png(3), png(0)]
     typed = {"type": "image", "image": {"bytes": png(1), "path": None}, "text": None}
     assert read_conversation(_messages([typed])).images == [png(1)]
+    empty = {"type": "image", "image": {"bytes": None, "path": None}, "text": None}
+    assert read_conversation(_messages([empty, typed]), ["0.png"]).images == ["0.png", png(1)]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Turns:
 
 def _load_engine(config: InferConfig, task: Task, **options: Any) -> Engine:
     """Load a run's model with its adapter on it, or beside it where rows ask for either."""
-    if config.adapter is None or not task.models:
+    if config.adapter is None or config.engine == "fake" or not task.models:
         return load_engine(config.model_id, config, adapter=config.adapter, **options)
     engine: Any = load_engine(
         config.model_id, config, adapters=[config.adapter], max_adapters=1, **options

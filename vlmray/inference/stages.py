@@ -59,7 +59,7 @@ def prepare_rows(
     """
     if fetches_images:
         fetch_images(rows)
-    check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
+    check = functools.lru_cache(maxsize=8)(functools.partial(_check_image, keep=keep_images))
     for row in rows:
         if row["error"] is None:
             _prepare_row(row, task, check)

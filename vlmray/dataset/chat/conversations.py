@@ -128,9 +128,15 @@ def _read_part(role: str, part: Any) -> Iterator[dict[str, Any]]:
     elif kind in (*_IMAGES, *_SOURCES):
         if role != "user":
             raise ValueError(f"a turn of role {role} holds an image; only those of the user may")
-        yield {"type": "image", "source": next((filled[name] for name in _SOURCES if name in filled), None)}
+        sources = (filled[name] for name in _SOURCES if name in filled)
+        yield {"type": "image", "source": next((each for each in sources if not _is_empty(each)), None)}
     else:
         raise ValueError(f"a turn has a part of type {kind!r}; expected text or image")
+
+
+def _is_empty(source: Any) -> bool:
+    """Tell whether a typed column has nothing here."""
+    return isinstance(source, Mapping) and all(value is None for value in source.values())
 
 
 def _holds_image(message: Mapping[str, Any]) -> bool:
