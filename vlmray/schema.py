@@ -43,6 +43,9 @@ class Sample:
     choices: tuple[str, ...] = ()
     """Options of a multiple-choice question, in the order of their letters."""
 
+    metric: str | None = None
+    """How this row is scored, where that is not how its dataset is."""
+
     family: str | None = None
     """Group for breakdowns: human or augmented in ChartQA, the question family in the charts."""
 
@@ -176,6 +179,9 @@ class Row(TypedDict, total=False):
 
     conversation: str | None
     """The messages that the row brings, as JSON."""
+
+    own_metric: str | None
+    """How this row is scored, where that is not how its dataset is."""
 
     settings: str | None
     """What the row says of its answer, as JSON."""

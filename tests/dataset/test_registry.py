@@ -61,6 +61,38 @@ def test_rows_of_benchmarks_are_worded_as_lmms_eval_words_them(
     assert sample.family == (row.get("category") or row["answer_type"])
 
 
+def test_rows_of_mmmu_show_their_images_in_place_and_are_asked_by_kind() -> None:
+    spec = DATASETS["lmms-lab/MMMU"]
+    row = {f"image_{number}": None for number in range(3, 8)} | {
+        "image_1": b"1", "image_2": b"2", "question": "Which is like <image 1>?", "answer": "B",
+        "options": "['<image 2>', 'none']", "question_type": "multiple-choice", "subfield": "Art",
+    }  # fmt: skip
+    sample = to_sample(row, spec, "x")
+    (message,) = format_data(sample, prompt_template=spec.template_of(sample.choices))
+    shown = [part.get("text", part["type"]) for part in message["content"]]
+    assert shown == [
+        "Which is like ", "image", "?\nA. ", "image",
+        "\nB. none\n\nAnswer with the option's letter from the given choices directly.",
+    ]  # fmt: skip
+    assert (sample.images, sample.answers, sample.metric) == ((b"1", b"2"), ("B",), None)
+    open_row = {**row, "question": "How many in <image 1>?", "options": "[]", "question_type": "open"}
+    sample = to_sample({**open_row, "answer": "7"}, spec, "x")
+    (message,) = format_data(sample, prompt_template=spec.template_of(sample.choices))
+    asked = "?\n\nAnswer the question using a single word or phrase."
+    assert message["content"][-1]["text"] == asked
+    assert (sample.images, sample.answers, sample.metric) == ((b"1",), ("7",), "mmmu_open")
+    columns = ["id", *row, "explanation"]
+    chosen = get_dataset_columns("lmms-lab/MMMU", columns, metric="exact_match", prompt_template="{question}")
+    assert (chosen.row_metrics, chosen.open_prompt_template) == (None, None)
+
+
+def test_formulas_of_ocrbench_are_scored_as_such() -> None:
+    spec = DATASETS["echo840/OCRBench"]
+    row = {"image": b"1", "question": "Write it.", "answer": ["x^{2}"], "question_type": "formula"}
+    names = [to_sample({**row, "dataset": name}, spec, "x").metric for name in ("HME100k", "TextVQA")]
+    assert names == ["ocrbench_formula", None]
+
+
 def test_a_configuration_of_its_own_wins() -> None:
     plain = get_dataset_columns("lmms-lab/DocVQA", ["image", "question", "answers", "question_types"])
     other = ["image", "question", "answers", "answer_type"]

@@ -53,7 +53,8 @@ CHARTS = f"{FAKE} --dataset_name charts"
             "no.jinja: No",
         ),
         (
-            "--dataset_name charts --sample_slices [:1] --model_id builtin --chat_template_kwargs '{\"x\":1}'",
+            "--dataset_name charts --sample_slices [:1] --model_id builtin --chat_template_kwargs "
+            "'{\"x\": 1}'",
             "--chat_template_kwargs: 'x' is no variable of the chat template; it has",
         ),
         (

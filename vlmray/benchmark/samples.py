@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmray.config import BenchmarkConfig, sampling_of
@@ -30,6 +30,8 @@ def read_facts(run: InferenceRun) -> Iterator[SampleFacts]:
                 question=row["question"],
                 answers=tuple(row["answers"]),
                 family=row["family"],
+                choices=tuple(row["choices"]),
+                own_metrics={run.spec.metric: own} if (own := row.get("own_metric")) else {},
                 image="+".join(keys) or None,
                 num_pixels=_num_pixels(row["images"]),
             )
@@ -98,6 +100,10 @@ class SampleFacts:
     question: str
     answers: tuple[str, ...]
     family: str | None = None
+    choices: tuple[str, ...] = ()
+    own_metrics: Mapping[str, str] = field(default_factory=dict)
+    """Metrics by which it is scored in the place of others."""
+
     image: str | None = None
     """What tells its images from others; None: it has none."""
 

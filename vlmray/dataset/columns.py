@@ -66,7 +66,7 @@ def get_dataset_columns(
     known = _registered(dataset_name, dataset_config)
     rows = [] if known else first_rows()
     known = known or _copied(column_names, rows)
-    spec = dataclasses.replace(known or _guess(column_names, given, rows), **given)
+    spec = dataclasses.replace(known or _guess(column_names, given, rows), **given, **_replaced_by(given))
     if spec.form != "conversation" and spec.system_column:
         raise OptionError("system_column", "is for rows that bring a conversation", "pass --system_prompt")
     for option, column in spec.columns().items():
@@ -78,6 +78,12 @@ def get_dataset_columns(
     if known is None and "image_column" not in given:
         _check_images(spec, rows)
     return spec
+
+
+def _replaced_by(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a registered dataset does not hold any more once its prompt or metric was chosen."""
+    found = {"open_prompt_template": "prompt_template", "row_metrics": "metric", "metric_column": "metric"}
+    return {name: None for name, option in found.items() if option in given}
 
 
 def _registered(name: str, config: str | None) -> DatasetSpec | None:

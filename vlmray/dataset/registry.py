@@ -40,7 +40,17 @@ class DatasetSpec:
     """Names to show instead of the values of the family column."""
 
     prompt_template: str = "{question}"
+
+    open_prompt_template: str | None = None
+    """That of rows without choices, where it is another."""
+
     metric: str = "exact_match"
+
+    metric_column: str | None = None
+    """Column whose values tell rows that are scored by metrics of their own."""
+
+    row_metrics: Mapping[str, str] | None = None
+    """These metrics, by such a value."""
 
     @property
     def image_columns(self) -> list[str]:
@@ -51,6 +61,10 @@ class DatasetSpec:
         """Return the texts of a row as the prompt template has them."""
         choices_first = 0 <= self.prompt_template.find("{choices}") < self.prompt_template.find("{question}")
         return [*choices, question] if choices_first else [question, *choices]
+
+    def template_of(self, choices: Sequence[str]) -> str:
+        """Return the prompt template of a row with these choices."""
+        return self.prompt_template if choices else self.open_prompt_template or self.prompt_template
 
     @property
     def may_lack_images(self) -> bool:
@@ -113,6 +127,25 @@ _REGISTERED: dict[str, DatasetSpec] = {
     "lmms-lab/POPE": dataclasses.replace(_VQA, family_column="category"),
     "Lin-Chen/MMStar": dataclasses.replace(
         _VQA, family_column="category", prompt_template=_CHOICES_IN_QUESTION, metric="mmstar_accuracy"
+    ),
+    "echo840/OCRBench": dataclasses.replace(
+        _VQA,
+        family_column="question_type",
+        prompt_template="{question}",
+        metric="ocrbench_accuracy",
+        metric_column="dataset",
+        row_metrics={"HME100k": "ocrbench_formula"},
+    ),
+    "lmms-lab/MMMU": dataclasses.replace(
+        _VQA,
+        image_column=",".join(f"image_{number}" for number in range(1, 8)),
+        choices_column="options",
+        family_column="subfield",
+        prompt_template=LETTER_ANSWER.replace("{choices}\n", "{choices}\n\n"),
+        open_prompt_template=SHORT_ANSWER.replace("{question}\n", "{question}\n\n"),
+        metric="mmmu_choice",
+        metric_column="question_type",
+        row_metrics={"open": "mmmu_open"},
     ),
     "xai-org/RealworldQA": dataclasses.replace(_VQA, prompt_template="{question}"),
     "charts": dataclasses.replace(

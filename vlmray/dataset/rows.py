@@ -102,6 +102,7 @@ def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
         "answers": list(sample.answers),
         "family": sample.family,
         "conversation": json.dumps(sample.messages, ensure_ascii=False) if sample.messages else None,
+        "own_metric": sample.metric,
         "settings": json.dumps(sample.settings) if sample.settings else None,
         "images": [None] * len(urls),
         "image_urls": urls,

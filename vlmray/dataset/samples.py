@@ -51,6 +51,7 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
         answers=answers,
         images=choose_images(texts, images),
         choices=choices,
+        metric=(spec.row_metrics or {}).get(str(row.get(spec.metric_column or ""))),
         family=_family(row, spec),
     )
 

@@ -122,6 +122,7 @@ def _open_model(config: InferConfig) -> ModelSource:
 def _task(config: InferConfig, spec: DatasetSpec) -> Task:
     return Task(
         prompt_template=spec.prompt_template,
+        open_prompt_template=spec.open_prompt_template,
         system_prompt=config.system_prompt,
         metric=spec.metric,
         chat_template_kwargs=config.chat_template_kwargs or {},

@@ -38,6 +38,9 @@ class Task(Sampling):
     """How questions are asked and scored: everything about a run but its model and its rows."""
 
     prompt_template: str
+    open_prompt_template: str | None = None
+    """That of questions without choices, where it is another."""
+
     system_prompt: str | None = None
     metric: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +73,10 @@ def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | No
     sample = to_question(row)
     try:
         _check_model(row, task)
-        messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
+        template = task.prompt_template if sample.choices else task.open_prompt_template
+        messages = format_data(
+            sample, system_prompt=task.system_prompt, prompt_template=template or task.prompt_template
+        )
         row["jpegs"] = [None if image is None else check_image(image) for image in row["images"]]
     except ValueError as error:
         row["error"] = str(error)
@@ -164,8 +170,10 @@ def score_row(row: Row, task: Task) -> Row:
     if row["error"] is not None:
         row["finish_reason"] = "error"
     elif row["answers"] and (prediction := row["prediction"]) is not None:
-        row["metric"] = task.metric
-        row["score"] = metrics.score(task.metric, prediction, row["answers"]).value
+        scored = metrics.score(
+            row.get("own_metric") or task.metric, prediction, row["answers"], row["choices"]
+        )
+        row["metric"], row["score"] = scored.metric, scored.value
     return row
 
 

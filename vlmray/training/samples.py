@@ -46,6 +46,8 @@ SAMPLE_SCHEMA = pa.schema(
         "question": pa.string(),
         "answers": pa.list_(pa.string()),
         "family": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "own_metric": pa.string(),
         "conversation": pa.string(),
         "messages": pa.string(),
         "images": pa.list_(pa.large_binary()),
@@ -69,6 +71,7 @@ class SampleRow(Row, total=False):
 
 
 _NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
+_KEPT = ("sample_id", "question", "answers", "family", "choices", "own_metric")
 _ROWS_PER_READ = 256
 _CHARS_PER_TOKEN, _PIXELS_PER_TOKEN = 4, 28 * 28  # Qwen2.5-VL's, and good enough for others
 
@@ -148,7 +151,7 @@ class Conversations:
         return format_data(
             sample if turn == 0 else replace(sample, images=()),
             system_prompt=self.system_prompt if turn == 0 else None,
-            prompt_template=self.spec.prompt_template,
+            prompt_template=self.spec.template_of(sample.choices),
             with_answer=True,
         )
 
@@ -270,7 +273,10 @@ def to_feature(row: SampleRow) -> Feature | None:
     """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
     if not row.get("sample_id"):
         return None
-    feature = {name: row.get(name) for name in ("sample_id", "question", "answers", "family")}
+    feature = {
+        name: row.get(name)
+        for name in ("sample_id", "question", "answers", "family", "choices", "own_metric")
+    }
     if row["error"] is not None:
         return {**feature, "error": row["error"]}
     messages = row["messages"]
