@@ -13,7 +13,7 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from helpers.collating import random_image
-from helpers.finetuning import read_features
+from helpers.finetuning import curve, make_config, read_features, train
 from vlmray.config import FinetuneConfig
 from vlmray.finetune.plan import open_training_data
 from vlmray.training.collator import DataCollatorForVLMSFT
@@ -134,6 +134,26 @@ def test_the_last_question_is_what_the_answers_are_to(rows: Path) -> None:
         assert request.messages == feature["messages"][:-1]
         assert feature["answers"] == [feature["messages"][-1]["content"][0]["text"]]
         assert len(request.images) == len(feature["images"])
+
+
+def test_a_run_over_two_forms_has_the_same_losses(rows: Path, tiny_model: Path) -> None:
+    losses = []
+    for form in ("LLaVA", "OpenAI"):
+        config = make_config(
+            tiny_model,
+            dataset_name=str(rows / f"{form}.jsonl"),
+            max_steps=2,
+            eval_slices="[:4]",
+            eval_samples=2,
+        )
+        outcome = train(config, data=open_training_data(config))
+        assert not outcome.errors
+        assert [row["answers"] for row in outcome.answered] == [
+            feature["answers"] for feature in _features(rows, form)[:2]
+        ]
+        losses.append((curve(outcome), curve(outcome, "eval_loss")))
+    assert losses[0] == losses[1]
+    assert len(losses[0][0]) == 2
 
 
 def test_several_questions_of_conversations_are_no_option(rows: Path) -> None:
