@@ -155,7 +155,7 @@ def test_data_uris_and_typed_images_are_taken_where_they_stand(tmp_path: Path) -
          "a turn of role assistant holds an image; only those of the user may"),
         ({"images": [], "messages": _messages(_parts({"type": "video", "video": "a.mp4"}, "Why?"))},
          "the row has a video, and video is not supported; give its frames as images"),
-        ({"images": [], "messages": _messages("<video> Why?")},
+        ({"images": ["0.png"], "videos": ["a.mp4"], "messages": _messages("<image> <video> Why?")},
          "the row has a video, and video is not supported; give its frames as images"),
         ({"images": [], "messages": _messages(_parts({"type": "input_audio", "input_audio": {}}))},
          "a turn has a part of type 'input_audio'; expected text or image"),
@@ -179,6 +179,11 @@ def test_what_is_not_understood_fails_its_row(row: dict[str, Any], error: str, t
         assert found[1]["error"].startswith("no such file")
     else:
         assert found[1]["error"] == error
+
+
+def test_a_text_may_speak_of_video_marks(tmp_path: Path) -> None:
+    (row,) = _read(_open(tmp_path, {"images": [], "messages": _messages("What does <video> do in HTML?")}))
+    assert (row["error"], row["question"]) == (None, "What does <video> do in HTML?")
 
 
 def test_a_row_of_a_video_is_refused(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     if spec.form == "request":
         return read_request_row(row, sample_id)
     images = [image for name in spec.image_columns for image in read_images(row[name])]
-    if not images and any(row.get(name) for name in _VIDEOS):
+    conversation = is_conversation(row[spec.question_column])
+    if (conversation or not images) and any(row.get(name) for name in _VIDEOS):
         raise ValueError(NO_VIDEO)
-    if is_conversation(row[spec.question_column]):
+    if conversation:
         return _from_conversation(row, images, spec, sample_id)
     choices = _choices(row, spec.choices_column) if spec.choices_column else ()
     answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlmray.dataset.chat.marks import NO_VIDEO, check_counts, check_no_video, split_at_marks
+from vlmray.dataset.chat.marks import NO_VIDEO, check_counts, split_at_marks
 from vlmray.dataset.text.values import as_text, check_text, name_kind
 
 Image = bytes | str
@@ -147,8 +147,6 @@ def _with_places(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "user":
         return message
     texts = [part["text"] for part in message["content"]]
-    for text in texts:
-        check_no_video(text)
     return {**message, "content": [part for text in texts for part in split_at_marks(text)]}
 
 

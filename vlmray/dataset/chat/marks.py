@@ -10,7 +10,6 @@ from typing import Any
 _MARK = re.compile(
     r"<\|?image(?:[ _-]?(?P<number>\d+)|[ _-]?(?:placeholder|token))?\|?>|<ImageHere>", re.IGNORECASE
 )
-_VIDEO = re.compile(r"<\|?video(?:[ _-]?(?:\d+|placeholder|token))?\|?>", re.IGNORECASE)
 
 NO_VIDEO = "the row has a video, and video is not supported; give its frames as images"
 
@@ -24,16 +23,6 @@ def find_mark(text: str) -> str | None:
 def count_marks(text: str) -> int:
     """Count the marks in a text."""
     return sum(1 for _ in _MARK.finditer(text))
-
-
-def check_no_video(text: str) -> None:
-    """Refuse a text with a mark for a video.
-
-    Raises:
-        ValueError: It has one.
-    """
-    if _VIDEO.search(text):
-        raise ValueError(NO_VIDEO)
 
 
 def without_outer_mark(text: str) -> str:
