@@ -19,6 +19,7 @@ from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError
 from vlmray.finetune.plan import open_training_data
 from vlmray.inference import stages
+from vlmray.inference.job import run_inference
 from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.inference.requests.output import write_output
 from vlmray.schema import GenerationRequest
@@ -109,6 +110,20 @@ def test_a_run_that_died_leaves_a_line_for_each_request(batch: Path) -> None:
         line["response"]["body"]["choices"][0]["message"]["content"] for line in lines if line["response"]
     ]
     assert len(set(texts)) == len(texts)
+
+
+def test_a_job_writes_the_lines_at_its_end_and_overwriting_takes_them_away(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_text("\n".join(json.dumps(_line(number)) for number in range(6)), encoding="utf-8")
+    _answer(_plan(path, sample_slices="[1:4]"), 3)
+    output = tmp_path / "out" / "batch_output.jsonl"
+    assert run_inference(_plan(path, sample_slices="[1:4]")).num_answered == 3
+    assert [json.loads(line)["custom_id"] for line in output.open()] == ["id-1", "id-2", "id-3"]
+    _answer(_plan(path), 3)
+    assert run_inference(_plan(path)).num_resumed == 6
+    assert [json.loads(line)["custom_id"] for line in output.open()] == [f"id-{n}" for n in range(6)]
+    _plan(path, overwrite=True)
+    assert not output.exists()
 
 
 def _request(path: Path, body: dict[str, Any], **options: Any) -> GenerationRequest:
