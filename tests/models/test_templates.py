@@ -13,6 +13,7 @@ from vlmray.config import FinetuneConfig, InferConfig, LoadingConfig
 from vlmray.config.parsing import parse_args
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.engines.vllm.requests import AsyncRow, Opener
 from vlmray.errors import OptionError
 from vlmray.finetune.artifacts import _write_template
 from vlmray.models.processors import load_processor
@@ -140,3 +141,14 @@ def test_an_adapter_keeps_the_template_it_was_trained_with(
         calm, plain, base = (completion.prompt for completion in engine.generate(requests))
         engine.close()
         assert (calm, plain) == (expected, base)
+
+
+def test_prompts_for_vllm_follow_the_adapter(processor: Any) -> None:
+    opener = Opener(processor, {"calm": set_variables(OTHER, {"mood": "calm"})})
+    prompts = []
+    for name in ("calm", None):
+        request = GenerationRequest(request_id="x", messages=MESSAGES, adapter=name)
+        row = AsyncRow(0, request)
+        opener.open(row, None)
+        prompts.append(row.prompt)
+    assert prompts == ["\nNcalm:Why?", processor.apply_chat_template(MESSAGES, add_generation_prompt=True)]

@@ -86,7 +86,9 @@ def _without_image(row: dict[str, Any], spec: DatasetSpec, name: str) -> Sample:
         answers: tuple[str, ...] = ()
         with contextlib.suppress(ValueError):
             answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
-        return Sample(sample_id=name, question=printable(row[spec.question_column]), answers=answers)
+        # A conversation or request that is not understood may hold images, megabytes of text.
+        question = "" if spec.form else printable(row[spec.question_column])
+        return Sample(sample_id=name, question=question, answers=answers)
 
 
 def sample_row(sample: Sample, base_dir: str | None = None) -> Row:

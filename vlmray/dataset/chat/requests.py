@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmray.dataset.chat.conversations import text_of
-from vlmray.dataset.text.values import name_kind, with_numbers
+from vlmray.dataset.text.values import Written, name_kind, with_numbers
 from vlmray.protocol.errors import ApiError
 from vlmray.protocol.request import ChatRequest, image_sources, read_request, sampling, to_messages
 from vlmray.schema import Sample
@@ -52,7 +52,8 @@ def read_request_row(row: Mapping[str, Any], sample_id: str) -> Sample:
 
 
 def _check_line(row: Mapping[str, Any]) -> None:
-    if not isinstance(row["custom_id"], str) or not row["custom_id"]:
+    custom_id = row["custom_id"]
+    if not isinstance(custom_id, str) or isinstance(custom_id, Written) or not custom_id:
         raise ValueError("custom_id is missing; every request of a batch has one, a text")
     for name, expected in (("method", "POST"), ("url", _URL)):
         if row.get(name) != expected:
