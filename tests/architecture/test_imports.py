@@ -312,6 +312,12 @@ def test_torch_is_imported_nowhere_else() -> None:
     assert not loaded, _says(loaded, "WITH_TORCH") + " (or import it inside the function that needs it)"
 
 
+def test_tasks_that_read_rows_load_no_parser_of_requests() -> None:
+    """Each of their processes would pay for it."""
+    loaded = _loaded_by("import vlmray.dataset.rows, vlmray.inference.stages", "pydantic", "jinja2")
+    assert not loaded, "\n".join(loaded)
+
+
 @pytest.mark.parametrize(
     ("table", "listed", "libraries"),
     [("WITH_RAY", WITH_RAY, ("ray",)), ("WITH_TORCH", WITH_TORCH, TORCH)],

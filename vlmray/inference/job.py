@@ -28,7 +28,6 @@ from vlmray.inference.endpoint.watching import saying_how_the_server_is
 from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
-from vlmray.inference.requests.output import write_output
 from vlmray.inference.summary import GalleryChoice, Summary, Tally, Usage
 from vlmray.inference.timeline import Timeline
 from vlmray.reports.bar import write_above_bar
@@ -150,6 +149,8 @@ def _conclude(
         "overlap": overlap and dataclasses.asdict(overlap),
     }
     if run.spec.form == "request":
+        from vlmray.inference.requests.output import write_output  # which loads the protocol
+
         write_output(run)
     run.folder.finish(manifest, render_html(report))
     return summary

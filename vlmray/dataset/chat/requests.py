@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmray.dataset.chat.conversations import text_of
 from vlmray.dataset.text.values import Written, name_kind, with_numbers
-from vlmray.protocol.errors import ApiError
-from vlmray.protocol.request import ChatRequest, image_sources, read_request, sampling, to_messages
 from vlmray.schema import Sample
+
+if TYPE_CHECKING:
+    from vlmray.protocol.request import ChatRequest
 
 REQUEST_COLUMNS = frozenset({"custom_id", "body"})
 """Columns that tell a batch file."""
@@ -26,6 +27,10 @@ def read_request_row(row: Mapping[str, Any], sample_id: str) -> Sample:
     Raises:
         ValueError: It is no request that can be answered.
     """
+    # The parser takes memory and time to load, which tasks that read other rows shall not pay for.
+    from vlmray.protocol.errors import ApiError
+    from vlmray.protocol.request import image_sources, read_request, to_messages
+
     _check_line(row)
     body = with_numbers(row["body"])
     if not isinstance(body, dict):
@@ -62,6 +67,8 @@ def _check_line(row: Mapping[str, Any]) -> None:
 
 def _settings(request: ChatRequest) -> dict[str, Any]:
     """Return how an answer is drawn, as far as the request says."""
+    from vlmray.protocol.request import sampling
+
     said = {
         "max_new_tokens": request.limit, "seed": request.seed, "stop": list(request.stop_texts) or None,
         "stop_token_ids": request.stop_token_ids, "chat_template_kwargs": request.template_kwargs or None,
