@@ -212,6 +212,13 @@ def test_options_about_questions_are_refused(tmp_path: Path) -> None:
     assert (chosen.question_column, chosen.form) == ("conversations", "conversation")
 
 
+def test_only_conversations_are_preferred_to_a_prompt(tmp_path: Path) -> None:
+    turns = _messages("Why?", "So.")
+    for messages, column in (("12", "prompt"), ([], "prompt"), (turns, "messages")):
+        spec = _open(tmp_path, {"messages": messages, "prompt": "Why?"}).spec
+        assert (spec.question_column, spec.form) == (column, "conversation" if messages is turns else None)
+
+
 @pytest.mark.parametrize("value", [None, [], "Why?", ["Why?"], [{}], [{"text": "Why?"}], {"role": "user"}])
 def test_other_values_are_no_conversations(value: Any) -> None:
     assert not is_conversation(value)

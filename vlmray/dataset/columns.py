@@ -26,14 +26,14 @@ NO_COLUMN = "none"
 
 Rows = Sequence[Mapping[str, Any]]
 
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+
 # What people call these columns, tried in this order for a dataset that nobody registered.
 _USUAL_COLUMNS = {
-    "question_column": (
-        "question", "query", "problem", "messages", "conversations", "conversation", "prompt", "text",
-    ),
+    "question_column": ("question", "query", "problem", *_CONVERSATIONS, "prompt", "text"),
     "image_column": ("image", "image_path", "image_url", "img", "picture", "images"),
     "answer_column": ("answers", "answer", "label", "solution", "response"),
-}  # fmt: skip
+}
 
 
 def get_dataset_columns(
@@ -112,8 +112,11 @@ def _has_families(spec: DatasetSpec, rows: Rows) -> bool:
 
 
 def _guess(column_names: Sequence[str], given: Mapping[str, str], rows: Rows) -> DatasetSpec:
+    def is_meant(name: str) -> bool:
+        return name not in _CONVERSATIONS or any(is_conversation(row.get(name)) for row in rows)
+
     columns = {
-        option: next((name for name in usual if name in column_names), None)
+        option: next((name for name in usual if name in column_names and is_meant(name)), None)
         for option, usual in _USUAL_COLUMNS.items()
     }
     if {*column_names} >= REQUEST_COLUMNS and "question_column" not in given:
