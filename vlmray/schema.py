@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One question about one image, or about none."""
+    """One question about any number of images, at the end of a conversation if it has one."""
 
     sample_id: str
     """Split and row index in the source (`test-000042`): the same whatever was sliced or sharded."""
@@ -30,11 +30,21 @@ class Sample:
     answers: tuple[str, ...] = ()
     """Accepted answers, the best one counts; empty where the split publishes none."""
 
-    image: bytes | str | None = None
-    """Encoded image bytes, a URL, a path or a data URI; None for a text-only question."""
+    images: tuple[bytes | str, ...] = ()
+    """Encoded image bytes, URLs, paths or data URIs, in the order of their places."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    """The conversation that a row brings, up to the question, its last turn; empty where the prompt template
+    words the question."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How a row that is a request asks to be answered, as keywords of a `GenerationRequest`, and `model`."""
 
     choices: tuple[str, ...] = ()
     """Options of a multiple-choice question, in the order of their letters."""
+
+    metric: str | None = None
+    """How this row is scored, where that is not how its dataset is."""
 
     family: str | None = None
     """Group for breakdowns: human or augmented in ChartQA, the question family in the charts."""
@@ -158,10 +168,23 @@ class Row(TypedDict, total=False):
     error: str | None
     """Why there is no answer; the last column of a result. What follows is left behind on the way."""
 
-    image: bytes | None
-    jpeg: bytes | None
-    """The image as it is kept."""
+    images: list[bytes | None]
+    """Encoded, in the order of their places; None for one that is still to be fetched."""
 
-    image_url: str | None
+    image_urls: list[str | None]
+    """Of images that are URLs; None for the others."""
+
+    jpegs: list[bytes | None]
+    """The images as they are kept; None for one that no JPEG can hold."""
+
+    conversation: str | None
+    """The messages that the row brings, as JSON."""
+
+    own_metric: str | None
+    """How this row is scored, where that is not how its dataset is."""
+
+    settings: str | None
+    """What the row says of its answer, as JSON."""
+
     messages: str | None
-    """As JSON."""
+    """What is asked, as JSON."""

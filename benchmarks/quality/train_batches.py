@@ -93,7 +93,7 @@ class ChartBatches(IterableDataset):
             question = self.charts.ask(row)
             sample = Sample(
                 sample_id=f"train-{row}", question=question["question"], answers=tuple(question["answers"]),
-                image=b"" if row == rows[0] else None,  # its place
+                images=(b"",) if row == rows[0] else (),  # its place
             )  # fmt: skip
             messages += format_data(sample, prompt_template=self.template, with_answer=True)
         picture = draw_chart(self.charts.chart(rows[0])).render()

@@ -23,17 +23,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reports": (),
     "builtin": ("storage",),
     "metrics": (),
-    "models": ("config", "storage", "builtin"),
-    "dataset": ("config", "storage", "images", "builtin", "metrics", "models"),
-    "engines": ("config", "images", "builtin", "models"),
+    "protocol": (),
+    "models": ("config", "storage", "builtin", "protocol"),
+    "dataset": ("config", "storage", "images", "builtin", "metrics", "models", "protocol"),
+    "engines": ("config", "images", "builtin", "models", "protocol"),
     "inference": (
         "config", "storage", "images", "reports", "builtin", "metrics", "models", "dataset", "engines",
-        "cluster",
+        "cluster", "protocol",
     ),
     "training": (
-        "config", "storage", "images", "builtin", "metrics", "models", "dataset", "engines",
+        "config", "storage", "images", "builtin", "metrics", "models", "dataset", "engines", "protocol",
     ),
-    "serving": ("config", "storage", "images", "builtin", "models", "engines", "cluster"),
+    "serving": ("config", "storage", "images", "builtin", "models", "engines", "cluster", "protocol"),
     "finetune": (
         "config", "storage", "images", "reports", "builtin", "metrics", "models", "dataset", "engines",
         "training",
@@ -310,6 +311,12 @@ def test_torch_is_imported_nowhere_else() -> None:
     light = [name for name in MODULES if name not in _full(WITH_RAY | WITH_TORCH)]
     loaded = _loaded_by("\n".join(f"import {name}" for name in light), *TORCH)
     assert not loaded, _says(loaded, "WITH_TORCH") + " (or import it inside the function that needs it)"
+
+
+def test_tasks_that_read_rows_load_no_parser_of_requests() -> None:
+    """Each of their processes would pay for it."""
+    loaded = _loaded_by("import vlmray.dataset.rows, vlmray.inference.stages", "pydantic", "jinja2")
+    assert not loaded, "\n".join(loaded)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ ANSWERS = {"adapter", "engine", "max_new_tokens", "temperature", "top_p", "outpu
 SAMPLING = {
     "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens"
 }  # fmt: skip
-LATER = SAMPLING | {"endpoint", "engine_options", "max_model_len"}
+LATER = SAMPLING | {
+    "endpoint", "engine_options", "max_model_len", "train_on", "chat_template", "chat_template_kwargs"
+}  # fmt: skip
 STEPS = {
     "sample_slices", "max_turns", "max_length", "use_peft", "lora_r", "lora_alpha", "lora_dropout",
     "lora_target_modules", "lora_vision", "lora_merger", "freeze_vision", "learning_rate", "num_train_epochs",

@@ -46,7 +46,7 @@ def test_negative_number_of_images() -> None:
 
 @pytest.mark.parametrize("system_prompt", ["Be brief.", ""])
 def test_content_is_a_list_of_parts_in_every_turn(system_prompt: str) -> None:
-    messages = format_data(_sample(image=b"png"), system_prompt=system_prompt, with_answer=True)
+    messages = format_data(_sample(images=(b"png",)), system_prompt=system_prompt, with_answer=True)
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert all(isinstance(message["content"], list) for message in messages)
     assert messages[0]["content"] == [{"type": "text", "text": system_prompt}]
@@ -58,7 +58,7 @@ def test_no_system_prompt_and_no_answer_by_default() -> None:
 
 
 def test_messages_share_nothing() -> None:
-    first, second = format_data(_sample(image=b"png")), format_data(_sample(image=b"png"))
+    first, second = format_data(_sample(images=(b"png",))), format_data(_sample(images=(b"png",)))
     first[0]["content"].append("changed")
     assert first != second
 
@@ -67,7 +67,7 @@ def test_messages_share_nothing() -> None:
     ("image", "types"), [(None, ["text"]), (b"", ["image", "text"]), ("a.png", ["image", "text"])]
 )
 def test_a_sample_has_one_image_or_none(image: Any, types: list[str]) -> None:
-    (message,) = format_data(_sample(image=image))
+    (message,) = format_data(_sample(images=() if image is None else (image,)))
     assert [part["type"] for part in message["content"]] == types
 
 

@@ -12,7 +12,7 @@ from helpers.rows import SPEC, TASK, ListSource, check_travels, make_image
 from vlmray.builtin import charts
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import read_chunk, read_image, read_rows
+from vlmray.dataset.rows import read_chunk, read_images, read_rows
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import open_source
 from vlmray.inference.stages import (
@@ -86,7 +86,8 @@ def test_rows_carry_what_the_dataset_says() -> None:
         assert row["sample_id"] == f"test-{index:06d}"
         assert row["row_index"] == index
         assert row["error"] is None
-        for column in ("image", "question", "answers", "family"):
+        assert row["images"] == [expected["image"]]
+        for column in ("question", "answers", "family"):
             assert row[column] == expected[column]
 
 
@@ -101,12 +102,12 @@ def test_rows_by_index_are_those_of_chunks() -> None:
 
 def test_a_row_that_is_no_sample_is_an_error_row() -> None:
     rows = [
-        {"question": "Why?", "image": ["a.png", "b.png"], "answer": "x"},
+        {"question": "<image> Why?", "image": None, "answer": "x"},
         {"question": "Why?", "image": make_image(), "answer": "x"},
     ]
     broken, fine = read_chunk(ListSource(rows), SPEC, "test", [0, 1], 0, 2)
     assert (broken["sample_id"], broken["row_index"]) == ("test-000000", 0)
-    assert broken["error"] == "the row has 2 images; one a question is supported"
+    assert broken["error"] == "no image in column 'image'"
     assert fine["error"] is None
     check_travels(prepare_rows([broken, fine], TASK))
 
@@ -114,8 +115,8 @@ def test_a_row_that_is_no_sample_is_an_error_row() -> None:
 def test_the_image_of_a_row() -> None:
     images = [make_image(1), None, {"bytes": make_image(2), "path": "x"}, "http://127.0.0.1:9/a.png"]
     source = ListSource([{"question": "", "image": image, "answer": "x"} for image in images])
-    found = [read_image(source, SPEC, "test", index) for index in range(4)]
-    assert found == [make_image(1), None, make_image(2), None]
+    found = [read_images(source, SPEC, "test", index) for index in range(4)]
+    assert found == [[make_image(1)], [], [make_image(2)], []]
 
 
 def test_chunks_of_charts_are_cut_without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,23 +101,42 @@ def test_more_choices_than_letters_are_left_to_the_prompt() -> None:
         ({"bytes": None, "path": "a.png"}, "a.png"),
         ({"bytes": None, "path": None}, None),
         ([], None),
+        ([None], None),
         (["a.png"], "a.png"),
         ([{"bytes": b"png", "path": None}], b"png"),
     ],
 )
 def test_shapes_of_images(image: Any, expected: bytes | str | None) -> None:
     optional = dataclasses.replace(SPEC, image_optional=True)
-    assert to_sample(_row(image=image), optional, "test-000000").image == expected
+    images = () if expected is None else (expected,)
+    assert to_sample(_row(image=image), optional, "test-000000").images == images
     if expected is None:
         with pytest.raises(ValueError, match="no image in column"):
             to_sample(_row(image=image), SPEC, "test-000000")
     else:
-        assert to_sample(_row(image=image), SPEC, "test-000000").image == expected
+        assert to_sample(_row(image=image), SPEC, "test-000000").images == images
 
 
-def test_several_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="the row has 2 images; one a question is supported"):
-        to_sample(_row(image=["a.png", "b.png"]), SPEC, "test-000000")
+def test_several_images() -> None:
+    one = {"bytes": None, "path": "a.png"}
+    for value in (["a.png", b"b"], [one, None, b"b"], [[one], [{"bytes": b"b", "path": "x"}]]):
+        assert to_sample(_row(image=value), SPEC, "test-000000").images == ("a.png", b"b")
+    several = dataclasses.replace(SPEC, image_column="image, image_2,image_3")
+    row = {**_row(image="a.png"), "image_2": None, "image_3": ["c.png", "d.png"]}
+    assert to_sample(row, several, "test-000000").images == ("a.png", "c.png", "d.png")
+
+
+def test_numbered_marks_choose_images() -> None:
+    images = ["a", "b", "c"]
+    sample = to_sample(_row(question="<image 3> or <image 1>, as <image 3>?", image=images), SPEC, "x")
+    assert sample.images == ("c", "a", "c")
+    row = _row(question="Which?", image=images, choices=["<image 2>", "<image 1>"], answer="B")
+    assert to_sample(row, CHOICES, "x").images == ("b", "a")
+    before = dataclasses.replace(CHOICES, prompt_template="{choices}\n{question}")
+    row = {**row, "question": "Which is like <image 3>?"}
+    assert to_sample(row, before, "x").images == ("b", "a", "c")
+    with pytest.raises(ValueError, match="the text has '<image 4>', and the row has 3 images"):
+        to_sample(_row(question="<image 4>", image=images), SPEC, "x")
 
 
 @pytest.mark.parametrize(("question", "expected"), [(None, ""), ("", ""), (5, "5"), (" Why? ", " Why? ")])
@@ -138,4 +157,4 @@ def test_families_have_names(family: Any, expected: str | None) -> None:
 def test_columns_that_are_not_in_use_are_not_read() -> None:
     sample = to_sample({"question": "Why?"}, DatasetSpec(question_column="question"), "train-000007")
     assert (sample.sample_id, sample.question) == ("train-000007", "Why?")
-    assert (sample.answers, sample.image, sample.choices, sample.family) == ((), None, (), None)
+    assert (sample.answers, sample.images, sample.choices, sample.family) == ((), (), (), None)

@@ -116,8 +116,8 @@ def test_real_chartqa(as_uri: bool) -> None:
     assert len(samples) == 600
     assert [sum(sample.family == name for sample in samples) for name in ("human", "augmented")] == [300, 300]
     assert all(sample.answers and sample.question for sample in samples)
-    assert len({sample.image for sample in samples}) == 370
-    load_image_pil(samples[0].image)
+    assert len({sample.images for sample in samples}) == 370
+    load_image_pil(samples[0].images[0])
 
 
 def test_nothing_at_the_path(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_answers_are_as_written(
     assert [row["answers"] for row in rows] == [[answer] for answer in AS_WRITTEN]
     assert [row["question"] for row in rows] == [f"What of {answer}?" for answer in AS_WRITTEN]
     if not name.startswith("file:"):
-        assert all(row["image"] == png(1) for row in rows)
+        assert all(row["images"] == [png(1)] for row in rows)
     options = {"source": selection.source, "spec": selection.spec, "split": "test"}
     trained = Conversations(turns=[[index] for index in selection.selected], **options).read(
         [*range(len(rows))]
@@ -349,7 +349,7 @@ def test_images_lie_beside_a_link(tmp_path: Path) -> None:
     for folder in ("snap", "blobs"):
         (tmp_path / folder / "pic.png").write_bytes(png(1))
         (row,) = read_rows(open_source(str(link), "test"), SPEC, "test", [0])
-        assert (row["error"], row["image"]) == (None, png(1))
+        assert (row["error"], row["images"]) == (None, [png(1)])
         (tmp_path / folder / "pic.png").unlink()
 
 

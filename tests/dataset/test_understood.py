@@ -16,6 +16,7 @@ from helpers.datasets import png
 from vlmray.config import BenchmarkConfig, FinetuneConfig, InferConfig, QuestionsConfig
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.images import image_kind
+from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import DATASETS, LETTER_ANSWER, DatasetSpec
 from vlmray.dataset.rows import read_rows
 from vlmray.dataset.samples import to_sample
@@ -132,6 +133,10 @@ def test_several_columns_of_images(columns: dict[str, Any], named: str, passed: 
     assert message.startswith(f"--image_column is needed: {named} hold")
     assert f"pass --image_column {passed}" in message
     assert _open(path, image_column=passed).spec.image_column == passed
+    selection = _open(path, image_column=",".join(columns))
+    (row,) = read_rows(selection.source, selection.spec, "test", [0])
+    assert row["images"] == [PNG for value in columns.values() if value]
+    assert "not used" not in describe_columns(selection.source, selection.spec)
 
 
 @pytest.mark.parametrize("other", ["p.png", "train/p.png", "https://example.org/p.png", None])
@@ -148,7 +153,7 @@ def test_one_image_named_twice_is_one(other: str | None, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        ([{"from": "human", "value": "<image>\nWhy?"}], "a list of a structure of from, value"),
+        ([{"from": "human", "text": "Why?"}], "a list of a structure of from, text"),
         (["Why?", "How?"], "a list"),
         ({"text": "Why?"}, "a structure of text"),
     ],
@@ -157,7 +162,7 @@ def test_questions_that_are_no_texts(value: Any, found: str, tmp_path: Path) -> 
     path = _jsonl(tmp_path, {"image": "p.png", "conversations": value, "answer": "a"})
     assert _mistake(path, question_column="conversations") == (
         f"--question_column: 'conversations' holds {found}, and a question is a text; "
-        "write a row for each question; conversations are not supported yet"
+        'write a row for each question, or conversations of {"role", "content"} turns'
     )
 
 
@@ -190,14 +195,30 @@ def test_a_mark_before_or_after_a_question_goes(question: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "question",
-    ["What does <image> show?", "<image>\n<image>\nWhy?", "<image_1> or <image_2>?", "<image>a<image>"],
+    ("question", "parts"),
+    [
+        ("What does <image> show?", ["What does ", "image", " show?"]),
+        ("<image>\n<image>\nWhy?", ["image", "image", "Why?"]),
+        ("<image 1> or <|image_2|>?", ["image", "or ", "image", "?"]),
+        ("Of <image> \n<image>", ["Of", "image", "image"]),
+        ("a<image>b<image>", ["a", "image", "b", "image"]),
+        ("Both?", ["image", "image", "Both?"]),
+    ],
 )
-def test_other_marks_fail_their_row(question: str) -> None:
+def test_images_stand_where_their_marks_do(question: str, parts: list[str]) -> None:
+    images = [PNG] * parts.count("image")
+    sample = to_sample({"image": images, "question": question, "answer": "a"}, SPEC, "test-000000")
+    (message,) = format_data(sample)
+    assert [part.get("text", part["type"]) for part in message["content"]] == parts
+
+
+@pytest.mark.parametrize("question", ["<image>\n<image>\nWhy?", "<image_1> or <image_2>?", "<image>a<image>"])
+def test_more_marks_than_images_fail_their_row(question: str) -> None:
     row = {"image": PNG, "question": question, "answer": "a"}
-    with pytest.raises(ValueError, match=r"the question has '<image.*' inside of its text or more than once"):
-        to_sample(row, SPEC, "test-000000")
-    assert to_sample({**row, "image": None}, SPEC, "test-000000").question == question  # it is about the text
+    with pytest.raises(ValueError, match=r"^the text has .*, and the row has 1 image$"):
+        format_data(to_sample(row, SPEC, "test-000000"))
+    sample = to_sample({**row, "image": None}, SPEC, "test-000000")
+    assert sample.question == question  # it is about the text
 
 
 def test_marks_for_images_that_no_column_has(tmp_path: Path) -> None:
@@ -261,7 +282,7 @@ def test_a_table_of_vlmevalkit(tmp_path: Path) -> None:
         writer.writerows([["index", "image", "question", "A", "B", "C", "D", "answer"], *rows])
     selection = _open(path, choices_column="A,B,C,D", prompt_template=LETTER_ANSWER)
     found = read_rows(selection.source, selection.spec, "test", range(3))
-    assert found[0].get("image", b"")[: len(PNG)] == PNG
+    assert found[0]["images"][0][: len(PNG)] == PNG
     assert [row["choices"] for row in found[:2]] == [["red", "blue", "green", "NA"], ["1.10", "2"]]
     assert [row["answers"] for row in found[:2]] == [["C"], ["A"]]
     assert [row["error"] for row in found] == [None, None, "no choice B, but one after it"]
@@ -317,7 +338,7 @@ def test_the_line_names_marks_and_missing_images(tmp_path: Path) -> None:
     assert describe_columns(selection.source, selection.spec) == (
         "image from 'image', question from 'question'; metric exact_match; "
         "images in 1 of the split's 2 rows; "
-        "<image> before or after a question is left out, its image comes first"
+        "an image stands where a question has <image>, and first where that is before or after it"
     )
     charts = get_dataset_columns("charts", ["image", "question", "answers", "family"])
     source = open_selection(QuestionsConfig(dataset_name="charts?num_rows=9"), "test", "[:]").source

@@ -48,6 +48,20 @@ CHARTS = f"{FAKE} --dataset_name charts"
         (f"{FAKE} --dataset_name ./no/file.parquet --sample_slices [:1]", "no such file"),
         (f"{FAKE} --sample_slices [:1]", "--dataset_name 'HuggingFaceM4/ChartQA'"),
         ("--dataset_name charts --sample_slices [:1] --model_id ./nowhere", "--model_id ./nowhere"),
+        (
+            "--dataset_name charts --sample_slices [:1] --model_id builtin --chat_template ./no.jinja",
+            "no.jinja: No",
+        ),
+        (
+            "--dataset_name charts --sample_slices [:1] --model_id builtin --chat_template_kwargs "
+            "'{\"x\": 1}'",
+            "--chat_template_kwargs: 'x' is no variable of the chat template; it has",
+        ),
+        (
+            f"{CHARTS} --sample_slices [:1] --chat_template_kwargs 1",
+            "--chat_template_kwargs must be a mapping",
+        ),
+        (f"{CHARTS} --sample_slices [:1] --system_column family", "is for rows that bring a conversation"),
         ("--dataset_name charts --sample_slices [:1]", "builtin"),
     ],
 )

@@ -132,7 +132,7 @@ def test_the_gallery_shows_each_question_with_its_image(
     source = open_source(DATASET, "test")
     rows = source.read(range(24))
     assert [item.sample_id for item in report.gallery] == [f"test-{index:06d}" for index in range(24)]
-    assert [item.image for item in report.gallery] == [row["image"] for row in rows]
+    assert [item.images for item in report.gallery] == [(row["image"],) for row in rows]
     assert [item.question for item in report.gallery] == [row["question"] for row in rows]
 
 

@@ -29,7 +29,7 @@ def row_of(number: int, *, error: str | None = None, prediction: str = "first") 
 
 def save(folder: ResultFolder, *rows: dict[str, Any]) -> None:
     inputs = [{"sample_id": row["sample_id"], "question": row["question"]} for row in rows]
-    folder.save(rows, inputs, [JPEG] * len(rows))
+    folder.save(rows, inputs, [[JPEG]] * len(rows))
 
 
 def open_folder(path: Path | str, output_format: str = "both", **options: Any) -> ResultFolder:

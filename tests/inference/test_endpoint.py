@@ -81,7 +81,7 @@ def test_a_server_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
 def test_a_url_of_an_image_is_passed_on_unfetched() -> None:
     row: Row = {
         "sample_id": "test-000000", "question": "?", "choices": [], "answers": [], "error": None,
-        "image_url": "http://127.0.0.1:9/never.png",
+        "images": [None], "image_urls": ["http://127.0.0.1:9/never.png"],
     }  # fmt: skip
     (ready,) = stages.prepare_rows([row], TASK, fetches_images=False)
     (request,) = stages.make_requests([ready], TASK)

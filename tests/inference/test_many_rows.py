@@ -77,7 +77,7 @@ def test_files_of_many_rows_lie_in_subfolders(output_format: str, tmp_path: Path
     assert np.flatnonzero(folder.states(1_000_001) == ANSWERED).tolist() == list(numbers)
     assert [row["row_index"] for row in sorted_rows(folder)] == sorted(numbers, key="test-{:06d}".format)
     assert folder.rows(sample_ids=["test-123456"])[0]["row_index"] == 123_456
-    assert folder.read_image("test-123456") == JPEG
+    assert folder.read_images("test-123456") == [JPEG]
     assert _open_for(tmp_path, 3).is_grouped  # whatever is asked for later
 
 
@@ -92,7 +92,7 @@ def test_files_that_lie_flat_are_gone_on_with_in_subfolders(output_format: str, 
     assert resume(folder, range(4)) == []
     check_complete(folder, [row_of(0), row_of(1, prediction="second"), row_of(2), row_of(3)])
     assert len([name for name in names_in(tmp_path) if name.endswith("_out.json")]) == 4
-    assert folder.read_image("test-000000") == folder.read_image("test-000003") == JPEG
+    assert folder.read_images("test-000000") == folder.read_images("test-000003") == [JPEG]
 
 
 def test_overwrite_deletes_subfolders_but_not_what_is_in_them(tmp_path: Path) -> None:

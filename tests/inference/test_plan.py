@@ -30,11 +30,11 @@ def test_the_image_of_a_result_is_the_one_written_or_else_the_source_s(
     )  # fmt: skip
     run = plan_inference(config)
     rows = [Row(sample_id=f"test-{index:06d}", row_index=index, error=None) for index in range(3)]
-    run.folder.save(rows, [{}, {}, {}], [JPEG, None, JPEG])
+    run.folder.save(rows, [{}, {}, {}], [[JPEG], [None], [JPEG]])
     drawn = [row["image"] for row in open_source(CHARTS, "test").read(range(3), ["image"])]
     written = output_format != "parquet"
     expected = [JPEG, drawn[1], JPEG] if written else drawn
-    assert [run.read_image(row) for row in run.folder.rows()] == expected
+    assert [run.read_images(row) for row in run.folder.rows()] == [[image] for image in expected]
 
 
 def test_how_answers_are_drawn_is_part_of_what_a_run_is_resumed_for(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_how_answers_are_drawn_is_part_of_what_a_run_is_resumed_for(tmp_path: Pa
         )  # fmt: skip
         run = plan_inference(config)
         if not any(run.folder.rows()):
-            run.folder.save([Row(sample_id="test-000000", row_index=0, error=None)], [{}], [None])
+            run.folder.save([Row(sample_id="test-000000", row_index=0, error=None)], [{}], [()])
         return run.task
 
     assert plan(top_k=5, repetition_penalty=1.2).top_k == 5

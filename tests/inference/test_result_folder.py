@@ -46,8 +46,8 @@ def test_what_is_saved_is_read_back(output_format: str, tmp_path: Path) -> None:
     check_complete(folder, rows)
     assert folder.read_results().schema == RESULT_SCHEMA
     assert folder.read_results(["sample_id", "error"]).column_names == ["sample_id", "error"]
-    assert folder.read_image("test-000000") == (None if output_format == "parquet" else JPEG)
-    assert folder.read_image("test-000009") is None
+    assert folder.read_images("test-000000") == ([] if output_format == "parquet" else [JPEG])
+    assert folder.read_images("test-000009") == []
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
@@ -119,7 +119,7 @@ def test_killed_between_files_and_parquet(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     save(folder, row_of(0))
     for row in (row_of(1), row_of(2, error="late")):
-        save_sample_outputs(folder, row, {}, JPEG)
+        save_sample_outputs(folder, row, {}, [JPEG])
     (tmp_path / "test-000003_img.jpg").write_bytes(JPEG)  # and within a sample's files
     (tmp_path / "test-000003_in.json").write_text("{}")
     assert resume(folder, range(4)) == [2, 3]

@@ -40,7 +40,7 @@ def _plan(folder: Path, **options: Any) -> InferenceRun:
 def _answer_one(run: InferenceRun) -> None:
     """Leave what a run leaves that is cut off after its first row."""
     row = {**dict.fromkeys(RESULT_SCHEMA.names), "sample_id": "test-000000", "row_index": 0}
-    run.folder.save([row], [{}], [None])
+    run.folder.save([row], [{}], [()])
 
 
 def _refusal(folder: Path, **options: Any) -> str:
@@ -250,7 +250,7 @@ def test_a_row_is_asked_again_whose_image_file_was_replaced(output_format: str, 
         {**dict.fromkeys(RESULT_SCHEMA.names), "sample_id": f"test-{at:06d}", "row_index": at}
         for at in (0, 1)
     ]
-    run.folder.save(rows, [{}, {}], [None, None])
+    run.folder.save(rows, [{}, {}], [(), ()])
     assert list(_plan(tmp_path / "out", **options).pending) == [2]
     Image.new("RGB", (8, 8), "blue").save(path.with_name("1.png"))
     assert list(_plan(tmp_path / "out", **options, sample_slices="[:1]").pending) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from helpers.rows import SPEC, TASK, ListSource, check_travels, make_image
 from vlmray.dataset.rows import fetch_images, read_chunk, sample_row
 from vlmray.engines.fake import FakeEngine
+from vlmray.images.decoding import encode_jpeg
 from vlmray.inference.result_folder import ABSENT, RESULT_SCHEMA, ResultFolder
 from vlmray.inference.stages import (
     Task,
@@ -27,8 +29,12 @@ from vlmray.inference.stages import (
 from vlmray.schema import Completion, GenerationRequest, Sample
 
 
+def _some(image: Any) -> tuple[Any, ...]:
+    return () if image is None else (image,)
+
+
 def _prepared(image: Any = None, question: str = "Why?", task: Task = TASK, **fields: Any) -> dict[str, Any]:
-    sample = Sample(sample_id="test-000007", question=question, image=image, **fields)
+    sample = Sample(sample_id="test-000007", question=question, images=_some(image), **fields)
     (row,) = prepare_rows(check_travels([sample_row(sample)]), task)
     return row
 
@@ -71,7 +77,7 @@ def test_more_choices_than_letters_is_a_bad_row() -> None:
 
 def test_a_bad_row_hurts_no_neighbour_with_the_same_image() -> None:
     def row(number: int, image: bytes | None, question: str = "Why?") -> dict[str, Any]:
-        return sample_row(Sample(sample_id=f"test-{number:06d}", question=question, image=image))
+        return sample_row(Sample(sample_id=f"test-{number:06d}", question=question, images=_some(image)))
 
     good, bad = make_image(1), b"broken"
     rows = [
@@ -94,7 +100,7 @@ def test_paths_start_at_the_sources_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     rows = [{"question": "Why?", "image": path, "answer": "x"} for path in ("a.png", "gone.png")]
     found, missing = read_chunk(ListSource(rows, str(tmp_path / "data")), SPEC, "test", [0, 1], 0, 2)
-    assert found["image"] == make_image(3)
+    assert found["images"] == [make_image(3)]
     assert missing["error"] == f"no such file: {tmp_path}/data/gone.png"
 
 
@@ -123,11 +129,13 @@ def address() -> Iterator[str]:
 def test_urls_are_fetched_when_rows_are_prepared(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     urls = [f"{address}/a.png", f"{address}/gone.png", f"{address}/text.png", "http://127.0.0.1:9/a.png"]
-    samples = [Sample(sample_id=f"test-{n:06d}", question="Why?", image=url) for n, url in enumerate(urls)]
+    samples = [
+        Sample(sample_id=f"test-{n:06d}", question="Why?", images=(url,)) for n, url in enumerate(urls)
+    ]
     rows = check_travels([sample_row(sample) for sample in samples])
-    assert not any("image" in row for row in rows)
+    assert all(row["images"] == [None] for row in rows)
     rows = check_travels(prepare_rows(rows, TASK))
-    assert rows[0]["image"] == make_image(9)
+    assert rows[0]["images"] == [make_image(9)]
     assert rows[0]["error"] is None
     assert rows[1]["error"] == f"HTTP 404 for {address}/gone.png"
     assert "cannot identify image" in rows[2]["error"]
@@ -137,11 +145,13 @@ def test_urls_are_fetched_when_rows_are_prepared(address: str, monkeypatch: pyte
 def test_only_urls_are_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     images = [make_image(1), None, f"{address}/a.png", f"{address}/gone.png"]
-    rows = [sample_row(Sample(sample_id="test-000000", question="Why?", image=image)) for image in images]
-    before = [dict(row) for row in rows]
+    rows = [
+        sample_row(Sample(sample_id="test-000000", question="Why?", images=_some(image))) for image in images
+    ]
+    before = copy.deepcopy(rows)
     fetch_images(rows)
     assert rows[:2] == before[:2]
-    assert rows[2] == {**before[2], "image": make_image(9)}
+    assert rows[2] == {**before[2], "images": [make_image(9)]}
     assert rows[3] == {**before[3], "error": f"HTTP 404 for {address}/gone.png"}
 
 
@@ -152,7 +162,7 @@ def _rows(num_rows: int) -> list[dict[str, Any]]:
             sample_id=f"test-{n:06d}",
             question="" if n % 4 == 3 else f"Question {n}?",
             answers=("x",),
-            image=make_image(n // 3),
+            images=(make_image(n // 3),),
         )
         for n in range(num_rows)
     ]
@@ -223,7 +233,7 @@ def test_scores(answers: list[str], score: float | None) -> None:
 
 @pytest.mark.parametrize(("question", "image"), [(" ", None), ("Why?", b"no image"), ("Why?", None)])
 def test_a_single_sample_has_all_columns(question: str, image: bytes | None) -> None:
-    sample = Sample(sample_id="x", question=question, image=image)
+    sample = Sample(sample_id="x", question=question, images=_some(image))
     row = process_single_sample(sample, FakeEngine(), TASK)
     assert set(RESULT_SCHEMA.names) <= set(row)
     assert (row["prediction"] is None) == (row["error"] is not None) == (row["finish_reason"] == "error")
@@ -232,7 +242,7 @@ def test_a_single_sample_has_all_columns(question: str, image: bytes | None) -> 
 def test_a_single_sample_is_saved(tmp_path: Path) -> None:
     folder = ResultFolder.open(str(tmp_path), {})
     sample = Sample(
-        sample_id="test-000003", question="Größe?", answers=("42",), image=make_image(5), family="f"
+        sample_id="test-000003", question="Größe?", answers=("42",), images=(make_image(5),), family="f"
     )
     row = process_single_sample(sample, FakeEngine.from_model_id("fake?answer=42"), TASK, folder)
     asked = json.loads((tmp_path / "test-000003_in.json").read_text(encoding="utf-8"))
@@ -262,7 +272,7 @@ def test_what_was_not_asked_or_is_no_jpeg_leaves_no_picture(
     image: bytes | None, question: str, tmp_path: Path
 ) -> None:
     folder = ResultFolder.open(str(tmp_path), {})
-    sample = Sample(sample_id="test-000000", question=question, image=image)
+    sample = Sample(sample_id="test-000000", question=question, images=_some(image))
     process_single_sample(sample, FakeEngine(), TASK, folder)
     assert not (tmp_path / "test-000000_img.jpg").exists()
     assert json.loads((tmp_path / "test-000000_in.json").read_text())["image"] is None
@@ -279,3 +289,27 @@ def test_rows_that_travelled_are_saved(tmp_path: Path) -> None:
         pictures = sorted(path.name for path in (tmp_path / output_format).glob("*_img.jpg"))
         asked = [f"{row['sample_id']}_img.jpg" for row in rows if row["error"] is None]
         assert pictures == ([] if output_format == "parquet" else asked)
+
+
+def test_several_images_are_asked_and_kept_in_order(tmp_path: Path) -> None:
+    images = make_image(1), make_image(2), make_image(3)
+    question = "Is <image> more like <image> or <image>?"
+    sample = Sample(sample_id="test-000003", question=question, images=images)
+    folder = ResultFolder.open(str(tmp_path), {})
+    engine = _Recorder()
+    process_single_sample(sample, engine, TASK, folder)
+    ((request,),) = engine.calls
+    assert tuple(request.images) == images
+    kinds = [part.get("text", part["type"]) for part in request.messages[0]["content"]]
+    assert kinds == ["Is ", "image", " more like ", "image", " or ", "image", "?"]
+    asked = json.loads((tmp_path / "test-000003_in.json").read_text(encoding="utf-8"))
+    assert asked["image"] == "test-000003_img.jpg"
+    assert asked["images"] == [f"test-000003_img{n}.jpg" for n in ("", "_2", "_3")]
+    assert folder.read_images("test-000003") == [(tmp_path / name).read_bytes() for name in asked["images"]]
+    assert folder.read_images("test-000003") == [encode_jpeg(image) for image in images]
+
+
+def test_one_broken_image_of_several_fails_its_row() -> None:
+    sample = Sample(sample_id="test-000000", question="Why?", images=(make_image(1), b"broken"))
+    row = process_single_sample(sample, FakeEngine(), TASK)
+    assert "cannot identify image" in row["error"]

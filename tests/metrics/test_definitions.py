@@ -17,7 +17,8 @@ from vlmray.schema import Score
 
 RELAXED_CASES = json.loads((GOLDEN / "relaxed_accuracy.json").read_text(encoding="utf-8"))
 METRIC_CASES = json.loads((GOLDEN / "metrics.json").read_text(encoding="utf-8"))
-PAIRWISE = sorted(METRICS.keys() - {"vqa_accuracy"})
+AVERAGED = {"vqa_accuracy", "vqav2_accuracy"}
+PAIRWISE = sorted(METRICS.keys() - AVERAGED)
 
 
 def _random_text(rng: random.Random) -> str:
@@ -98,6 +99,10 @@ def test_the_answer_itself_is_right(name: str) -> None:
     for text, _ in _random_pairs():
         if name == "rouge" and not re.search("[a-z0-9]", text.lower()):
             continue  # no word in it, as ROUGE counts them
+        if name in ("mmstar_accuracy", "mmmu_choice") and not re.fullmatch("[A-Z]", text.strip()):
+            continue  # no letter of a choice
+        if name in ("vqav2_accuracy", "mmmu_open"):
+            continue  # one wants three other answers, one cuts texts up: see their golden cases
         assert METRICS[name](text, [text]) == 1.0, text
 
 

@@ -130,7 +130,7 @@ def test_the_engine_answers_what_was_written_and_its_neighbours_as_before(engine
 def test_a_question_that_forges_turns_is_answered_as_its_characters(engine: TransformersEngine) -> None:
     request = GenerationRequest(request_id="a", messages=[turn("user", FORGED, 1)], max_new_tokens=8)
     image = Image.new("RGB", (84, 56), "red")
-    sample = Sample(sample_id="a", question=FORGED, image=b"-", choices=("<|im_end|>", "2"))
+    sample = Sample(sample_id="a", question=FORGED, images=(b"-",), choices=("<|im_end|>", "2"))
     for messages in (request.messages, format_data(sample)):
         asked = GenerationRequest(request_id="a", messages=messages, images=[image], max_new_tokens=8)
         prompt = engine.generate([asked])[0].prompt

@@ -36,7 +36,7 @@ def test_full_gallery_of_hard_images_stays_small() -> None:
 
 def test_text_alone_gets_no_empty_image_places() -> None:
     assert "No image" not in Reader(render(make_item())).text
-    assert "No image" in Reader(render(make_item(), make_item(1, image=encode_image((80, 60))))).text
+    assert "No image" in Reader(render(make_item(), make_item(1, images=(encode_image((80, 60)),)))).text
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_transparent_pixels_become_white() -> None:
 @pytest.mark.parametrize("image", [b"", b"not an image", encode_image((300, 300), noise=True)[:500]])
 def test_unreadable_images_are_named(image: bytes) -> None:
     assert thumbnail_data_uri(image) is None
-    assert "The image cannot be read" in Reader(render(make_item(image=image))).text
+    assert "The image cannot be read" in Reader(render(make_item(images=(image,)))).text

@@ -92,7 +92,7 @@ def test_control_characters_reach_neither_page_nor_terminal() -> None:
 
 
 def test_page_needs_nothing_but_itself() -> None:
-    html = render(*(make_item(index, image=encode_image((640, 480))) for index in range(5)))
+    html = render(*(make_item(index, images=(encode_image((640, 480)),)) for index in range(5)))
     reader = Reader(html)
     for _, attrs in reader.tags:
         assert not {"style", "srcset", "href", "action"} & attrs.keys()

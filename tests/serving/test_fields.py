@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from helpers.gateways import MODEL, Backend, ask, data_uri, png, post, says, user
+from helpers.gateways import MODEL, Backend, ask, data_uri, png, post, says, serving, user
 from vlmray.schema import GenerationRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_uri(png())}}
@@ -206,3 +206,18 @@ def test_messages_are_taken_as_openai_takes_them(url: str, backend: Backend, mes
     assert [turn["role"] for turn in request.messages][-1] == "user"
     if not request.images:
         assert request.messages[0]["content"] == [{"type": "text", "text": text}]
+
+
+def test_variables_of_the_option_hold_unless_a_request_sets_them() -> None:
+    backend = Backend()
+    with serving(backend, chat_template_kwargs={"enable_thinking": False, "n": 1}) as (url, _):
+        request = asked(url, backend, {**user("Why?"), "chat_template_kwargs": {"n": 2}})
+        assert request.chat_template_kwargs == {"enable_thinking": False, "n": 2}
+        assert asked(url, backend, user("Why?")).chat_template_kwargs == {"enable_thinking": False, "n": 1}
+
+
+def test_several_images_are_asked_in_their_places(url: str, backend: Backend) -> None:
+    other = {"type": "image_url", "image_url": {"url": data_uri(png(colour="blue"))}}
+    request = asked(url, backend, user([IMAGE, TEXT, other]))
+    assert [part["type"] for part in request.messages[0]["content"]] == ["image", "text", "image"]
+    assert request.images == [png(), png(colour="blue")]

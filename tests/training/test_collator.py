@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_its_neighbours(processor: Any) -> None:
 
 def test_the_prompt_is_the_one_that_the_engine_sends(model: Any, processor: Any) -> None:
     sample = Sample(
-        sample_id="test-000000", question="Which color is highest?", answers=("red",), image="a.png"
+        sample_id="test-000000", question="Which color is highest?", answers=("red",), images=("a.png",)
     )
     image = random_image(random.Random(0))
     options: dict[str, Any] = {"system_prompt": "Be brief.", "prompt_template": "{question}\nOne word."}

@@ -271,7 +271,7 @@ def test_bad_rows_are_named_and_hurt_no_other(tmp_path: Path) -> None:
         "empty question": _row(_image(), None),
         "no answer to train on": _row(_image(), answer=[]),
         "no such file": _row("gone.png"),
-        "the row has 2 images": _row(["a.png", "a.png"]),
+        "the text has 1 place for an image, and the row has 2 images": _row(["a.png"] * 2, "<image>?"),
         "no image in column 'image'": _row(None),
     }
     good = [_row("a.png", f"{n}?") for n in range(len(bad) + 1)]
@@ -357,7 +357,7 @@ def test_urls_are_fetched_where_images_are_decoded(address: str, monkeypatch: py
     source = _ListSource([_row(f"{address}/{name}.png") for name in ("a", "a", "gone", "text")])
     conversations = _conversations(source, turns=[(0, 1), (2,), (3,)])
     rows = conversations.read(range(3))
-    assert [row["image"] for row in rows] == [None] * 3
+    assert [row["images"] for row in rows] == [[None]] * 3
     assert [row["error"] for row in rows] == [None] * 3
     fetched, gone, text = _features(conversations, range(3))
     assert [image.tobytes() for image in fetched["images"]] == [decode_image(_image(9)).tobytes()]

@@ -207,6 +207,6 @@ def _card(run: InferenceRun, sample: SampleFacts, rows: Rows, board: Scoreboard,
         score=None if row["error"] else board.answers[shown, board.metrics[0]][sample.sample_id],
         error=row["error"],
         family=sample.family or answer_type(sample.answers),
-        image=run.read_image(row),
+        images=tuple(run.read_images(row)),
         beside=tuple((name, rows[name][sample.sample_id]["prediction"] or "(failed)") for name in others),
     )

@@ -10,7 +10,7 @@ from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, known_options, shared_options
-from vlmray.dataset.selection import describe_columns, open_selection
+from vlmray.dataset.selection import describe_columns, open_selection, refuse_requests
 from vlmray.engines.auto import EngineChoice
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.plan import InferenceRun, choose_engine_of, plan_inference
@@ -67,6 +67,7 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
     questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
     runs = {name: plan_inference(each, questions=questions, choice=choice) for name, each in asked.items()}
     first = runs[candidates[0].name]
+    refuse_requests(questions.spec)
     names = _metric_names(config, questions.spec.metric)
     samples = tuple(read_facts(first))
     if names and not any(sample.answers for sample in samples):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmray.config import BenchmarkConfig, sampling_of
-from vlmray.dataset.rows import read_rows
+from vlmray.dataset.rows import images_of, read_rows
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
+from vlmray.models.templates.chat import template_fingerprint
 from vlmray.schema import GenerationRequest, Row
 
 CHUNK = 32  # rows read, and written, at a time
@@ -23,20 +24,26 @@ def read_facts(run: InferenceRun) -> Iterator[SampleFacts]:
     split = run.config.dataset_split
     for start in range(0, len(run.selected), CHUNK):
         for row in read_rows(run.source, run.spec, split, run.selected[start : start + CHUNK]):
-            data = row.get("image")
+            keys = [_key(image) for image in images_of(row) if image is not None]
             yield SampleFacts(
                 sample_id=row["sample_id"],
                 question=row["question"],
                 answers=tuple(row["answers"]),
                 family=row["family"],
-                image=hashlib.sha256(data).hexdigest()[:16] if data else row.get("image_url"),
-                num_pixels=_num_pixels(data),
+                choices=tuple(row["choices"]),
+                own_metrics={run.spec.metric: own} if (own := row.get("own_metric")) else {},
+                image="+".join(keys) or None,
+                num_pixels=_num_pixels(row["images"]),
             )
 
 
-def _num_pixels(image: bytes | None) -> int | None:
+def _key(image: bytes | str) -> str:
+    return image if isinstance(image, str) else hashlib.sha256(image).hexdigest()[:16]
+
+
+def _num_pixels(images: Sequence[bytes | None]) -> int | None:
     try:
-        return None if image is None else math.prod(image_size(image))
+        return sum(math.prod(image_size(image)) for image in images if image is not None) or None
     except ImageError:
         return None  # its row says why
 
@@ -68,8 +75,15 @@ def describe_samples(
         "prompt": {
             "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
             "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
+            **_worded(config),
         },
     }  # fmt: skip
+
+
+def _worded(config: BenchmarkConfig) -> dict[str, Any]:
+    """Return how prompts were worded, as far as that was said."""
+    wording = {"chat_template_kwargs": config.chat_template_kwargs, **template_fingerprint(config)}
+    return {name: value for name, value in wording.items() if value}
 
 
 def _drawn(config: BenchmarkConfig) -> dict[str, Any]:
@@ -86,8 +100,12 @@ class SampleFacts:
     question: str
     answers: tuple[str, ...]
     family: str | None = None
+    choices: tuple[str, ...] = ()
+    own_metrics: Mapping[str, str] = field(default_factory=dict)
+    """Metrics by which it is scored in the place of others."""
+
     image: str | None = None
-    """What tells its image from others; None: it has none."""
+    """What tells its images from others; None: it has none."""
 
     num_pixels: int | None = None
 

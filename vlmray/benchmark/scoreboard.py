@@ -270,7 +270,8 @@ def score_answer(metric: str, row: Row, sample: SampleFacts) -> float:
     """Score a result row against the answers of its sample; a failed one is wrong."""
     if row.get("error") is not None:
         return 0.0
-    return metrics.METRICS[metric](row["prediction"] or "", sample.answers)
+    metric = sample.own_metrics.get(metric, metric)
+    return metrics.score(metric, row["prediction"] or "", sample.answers, sample.choices).value
 
 
 def _bleu(rows: Mapping[str, Row], asked: Sequence[SampleFacts]) -> tuple[float, str]:

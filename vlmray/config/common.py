@@ -70,6 +70,13 @@ class LoadingConfig(Options):
     max_pixels: int | None = option(None, affects="result")
     """Scale larger images down to this many pixels; default: the model's processor."""
 
+    chat_template: str | None = option(None, affects="result", engines=_LOADING)
+    """File of a Jinja chat template to use in the place of the model's own."""
+
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, metadata=mark("result"))
+    """Variables of the chat template, as a JSON object or a mapping in the YAML file:
+    '{"enable_thinking": false}'."""
+
     trust_remote_code: bool = option(False, affects="run", engines=_LOADING)
     """Run Python code that the model's repository brings. Only for repositories you trust."""
 
@@ -188,22 +195,25 @@ class DatasetConfig(Options):
     """Configuration (subset) of the dataset, where it has several."""
 
     system_prompt: str | None = option(None, affects="result")
-    """System message; without it the model's chat template decides."""
+    """System message, but for rows that bring one; without it the model's chat template decides."""
 
     prompt_template: str | None = option(None, affects="derived")
     """User message, with {question} and, for multiple choice, {choices}; default: the dataset's own."""
 
     image_column: str | None = option(None, affects="derived")
-    """Column of the image, for a dataset that is not registered; none: ask without."""
+    """Column of the image, or of a list of them, or several columns: image_1,image_2; none: ask without."""
 
     question_column: str | None = option(None, affects="derived")
-    """Column of the question."""
+    """Column of the question, or of a conversation: turns of role and content, or of from and value."""
 
     answer_column: str | None = option(None, affects="derived")
     """Column of the accepted answers: a string, a number or a list of them."""
 
     choices_column: str | None = option(None, affects="derived")
     """Column of the choices of a multiple-choice question, or one for each: A,B,C,D."""
+
+    system_column: str | None = option(None, affects="derived")
+    """Column of the system prompt of a conversation; default: system, where there is one."""
 
     family_column: str | None = option(None, affects="derived")
     """Column to break the score down by."""

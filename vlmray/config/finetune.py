@@ -23,6 +23,9 @@ class FinetuneConfig(DryRunConfig, RunConfig, QuestionsConfig):
     max_turns: int = option(1, affects="result")
     """Ask up to this many consecutive rows about one image in one conversation, which encodes it once."""
 
+    train_on: Literal["all", "last"] | None = option(None, affects="result")
+    """Answers of a conversation that are trained on: all, or the last alone; default: all."""
+
     max_length: int | None = option(None, affects="result")
     """Longest sample in tokens, image included; longer ones are counted as failed, never cut."""
 

@@ -155,7 +155,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, str):
         _check_text(name, value)
     if typing.get_origin(kind) is dict:
-        return _read_mapping(name, value)
+        found = _read_mapping(name, value)
+        return _as_json(found) if name == "chat_template_kwargs" and not isinstance(value, str) else found
     if isinstance(value, list | dict):
         raise OptionError(name, f"must be one value, got {value!r}", "quote it if it is text")
     if _is_literal(kind):
@@ -196,6 +197,17 @@ def _read_mapping(name: str, value: Any) -> dict[str, Any]:
             value = json.loads(value, parse_constant=int)  # which refuses NaN and Infinity, no JSON either
     if not isinstance(value, dict):
         raise OptionError(name, f"must be a mapping in the YAML file or a JSON object, got {value!r}")
+    return value
+
+
+def _as_json(value: Any) -> Any:
+    """Return what a YAML file holds, where texts that are written as JSON's other values are these."""
+    if isinstance(value, dict):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    with contextlib.suppress(ValueError, TypeError):
+        return json.loads(value)
     return value
 
 

@@ -2,8 +2,8 @@
 
 column names, first rows -> get_dataset_columns -> DatasetSpec
 
-What is not understood is refused: images in a column that was not recognised, several images, a question
-that is no text, choices that the prompt asks for and that are nowhere.
+What is not understood is refused: images in a column that was not recognised, a question that is no text,
+choices that the prompt asks for and that are nowhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmray.dataset.chat.conversations import is_conversation
+from vlmray.dataset.chat.marks import find_mark
+from vlmray.dataset.chat.requests import REQUEST_COLUMNS
 from vlmray.dataset.images import image_kind
-from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec
-from vlmray.dataset.samples import marker_in, split_columns
+from vlmray.dataset.registry import DATASETS, TELLTALES, DatasetSpec, split_columns
 from vlmray.dataset.text.values import name_kind
 from vlmray.errors import OptionError
 
@@ -24,9 +26,11 @@ NO_COLUMN = "none"
 
 Rows = Sequence[Mapping[str, Any]]
 
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+
 # What people call these columns, tried in this order for a dataset that nobody registered.
 _USUAL_COLUMNS = {
-    "question_column": ("question", "query", "problem", "prompt", "text"),
+    "question_column": ("question", "query", "problem", *_CONVERSATIONS, "prompt", "text"),
     "image_column": ("image", "image_path", "image_url", "img", "picture", "images"),
     "answer_column": ("answers", "answer", "label", "solution", "response"),
 }
@@ -62,9 +66,11 @@ def get_dataset_columns(
     known = _registered(dataset_name, dataset_config)
     rows = [] if known else first_rows()
     known = known or _copied(column_names, rows)
-    spec = dataclasses.replace(known or _guess(column_names, given), **given)
+    spec = dataclasses.replace(known or _guess(column_names, given, rows), **given, **_replaced_by(given))
+    if spec.form != "conversation" and spec.system_column:
+        raise OptionError("system_column", "is for rows that bring a conversation", "pass --system_prompt")
     for option, column in spec.columns().items():
-        names = split_columns(column) if option == "choices_column" else [column]
+        names = split_columns(column) if option in ("choices_column", "image_column") else [column]
         for name in [] if column in column_names else names:
             if name not in column_names:
                 hint = f"it has {', '.join(column_names)}"
@@ -72,6 +78,12 @@ def get_dataset_columns(
     if known is None and "image_column" not in given:
         _check_images(spec, rows)
     return spec
+
+
+def _replaced_by(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a registered dataset does not hold any more once its prompt or metric was chosen."""
+    found = {"open_prompt_template": "prompt_template", "row_metrics": "metric", "metric_column": "metric"}
+    return {name: None for name, option in found.items() if option in given}
 
 
 def _registered(name: str, config: str | None) -> DatasetSpec | None:
@@ -99,15 +111,28 @@ def _has_families(spec: DatasetSpec, rows: Rows) -> bool:
     return bool(known and rows) and all(str(row[spec.family_column or ""]) in known for row in rows)
 
 
-def _guess(column_names: Sequence[str], given: Mapping[str, str]) -> DatasetSpec:
+def _guess(column_names: Sequence[str], given: Mapping[str, str], rows: Rows) -> DatasetSpec:
+    def is_meant(name: str) -> bool:
+        return name not in _CONVERSATIONS or any(is_conversation(row.get(name)) for row in rows)
+
     columns = {
-        option: next((name for name in usual if name in column_names), None)
+        option: next((name for name in usual if name in column_names and is_meant(name)), None)
         for option, usual in _USUAL_COLUMNS.items()
     }
+    if {*column_names} >= REQUEST_COLUMNS and "question_column" not in given:
+        return DatasetSpec(question_column="body", form="request")
     question = given.get("question_column") or columns["question_column"]
     if question is None:
         raise OptionError(
             "question_column", f"is needed: none of the columns {', '.join(column_names)} looks like one"
+        )
+    if question in column_names and any(is_conversation(row[question]) for row in rows):
+        return DatasetSpec(
+            question_column=question,
+            image_column=columns["image_column"],
+            answer_column="completion" if "completion" in column_names else None,
+            system_column="system" if "system" in column_names else None,
+            form="conversation",
         )
     return DatasetSpec(
         question_column=question,
@@ -132,8 +157,8 @@ def _check_images(spec: DatasetSpec, rows: Rows) -> None:
     if rivals:
         raise OptionError(
             "image_column",
-            f"is needed: {_enumerate([str(taken), *rivals])} hold images, and one a question is supported",
-            f"pass --image_column {taken} to use that alone",
+            f"is needed: {_enumerate([str(taken), *rivals])} hold images",
+            f"pass --image_column {','.join([str(taken), *rivals])} to show all of them, or {taken} alone",
         )
 
 
@@ -167,20 +192,20 @@ def check_questions(spec: DatasetSpec, rows: Rows, *, without_images: bool = Fal
         ValueError: they hold lists or structures, or marks for images that no column has.
     """
     column = spec.question_column
-    for row in rows:
-        question = str(row[column]).strip()
-        mark = "" if spec.image_column or without_images else marker_in(question)
+    for row in rows if spec.form != "request" else ():
+        question = "" if is_conversation(row[column]) else str(row[column]).strip()
+        mark = "" if spec.image_column or without_images else find_mark(question)
         if mark and (question.startswith(mark) or question.endswith(mark)):
             raise OptionError(
                 "image_column",
                 f"is needed: questions begin or end with {mark!r}, and no column looks like images",
                 f"pass it, or --image_column {NO_COLUMN} to ask without images",
             )
-        if isinstance(row[column], list | tuple | Mapping):
+        if isinstance(row[column], list | tuple | Mapping) and not is_conversation(row[column]):
             raise OptionError(
                 "question_column",
                 f": {column!r} holds {name_kind(row[column])}, and a question is a text",
-                "write a row for each question; conversations are not supported yet",
+                'write a row for each question, or conversations of {"role", "content"} turns',
             )
 
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from vlmray.dataset.chat.conversations import embedded_images, is_conversation
 from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.samples import read_images
 from vlmray.dataset.sources import Source
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.images.reading import is_base64_image
@@ -64,29 +66,30 @@ def stamp_images(source: Source, spec: DatasetSpec, indices: Sequence[int]) -> d
 
     Rows with other images are left out. Where none of some rows names a path, the others are not read.
     """
-    if source.base_dir is None or spec.image_column is None:
+    if source.base_dir is None or not (spec.image_columns or spec.form):
         return {}
     some = indices[:: max(1, len(indices) // _ROWS_TRIED)]
-    if not any(True for _ in _paths(source, spec.image_column, some)):
+    if not any(True for _ in _paths(source, spec, some)):
         return {}
-    return {index: _stamp(path) for index, path in _paths(source, spec.image_column, indices)}
+    named = _paths(source, spec, indices)
+    return {index: ",".join(map(_stamp, paths)) for index, paths in named}
 
 
-def _paths(source: Source, column: str, indices: Sequence[int]) -> Iterator[tuple[int, Path]]:
-    """Yield the rows that name their image by path."""
+def _paths(source: Source, spec: DatasetSpec, indices: Sequence[int]) -> Iterator[tuple[int, list[Path]]]:
+    """Yield the rows that name images by path, and these."""
+    columns = [*spec.image_columns, *([spec.question_column] if spec.form else [])]
     for start in range(0, len(indices), _ROWS_PER_READ):
         chunk = indices[start : start + _ROWS_PER_READ]
-        for index, row in zip(chunk, source.read(chunk, [column]), strict=True):
-            path = _path(row[column])
-            if path is not None:
-                yield index, Path(source.base_dir or "", path)
+        for index, row in zip(chunk, source.read(chunk, columns), strict=True):
+            images = [image for name in spec.image_columns for image in read_images(row[name])]
+            if spec.form and is_conversation(row[spec.question_column]):
+                images += embedded_images(row[spec.question_column])
+            paths = [path for image in images if (path := _path(image)) is not None]
+            if paths:
+                yield index, [Path(source.base_dir or "", path) for path in paths]
 
 
 def _path(value: Any) -> str | None:
-    if isinstance(value, list):
-        return _path(value[0]) if value else None
-    if isinstance(value, Mapping):
-        return _path(value.get("path")) if value.get("bytes") is None else None
     if not isinstance(value, str) or value[:5].lower() == "data:" or is_base64_image(value):
         return None
     parts = urlsplit(value) if "://" in value else None

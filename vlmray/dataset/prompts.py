@@ -9,11 +9,13 @@ string. Messages hold `{"type": "image"}` placeholders only; the images travel b
 
 from __future__ import annotations
 
+import copy
 import re
 import string
 from collections.abc import Sequence
 from typing import Any
 
+from vlmray.dataset.chat.marks import place_images
 from vlmray.schema import Sample
 
 PLACEHOLDERS = ("question", "choices")
@@ -44,8 +46,7 @@ def format_qwen_vl_messages(
         raise ValueError("empty question")
     content: list[dict[str, Any]] = [{"type": "image"} for _ in range(_count_images(images))]
     content.append({"type": "text", "text": question})
-    messages = [] if system_prompt is None else [_text_message("system", system_prompt)]
-    return [*messages, {"role": "user", "content": content}]
+    return [*_system(system_prompt), {"role": "user", "content": content}]
 
 
 def format_data(
@@ -55,7 +56,10 @@ def format_data(
     prompt_template: str = "{question}",
     with_answer: bool = False,
 ) -> list[dict[str, Any]]:
-    r"""Turn a sample into chat messages, with one image placeholder if it has an image.
+    r"""Turn a sample into chat messages, with a placeholder for each of its images.
+
+    Placeholders come first, or where the text has marks such as `<image>`. A sample that brings a
+    conversation is asked as it stands.
 
     >>> sample = Sample(sample_id="test-000000", question="Which?", answers=("B",), choices=("red", "blue"))
     >>> messages = format_data(sample, prompt_template="{question}\nAnswer with a letter.", with_answer=True)
@@ -64,25 +68,30 @@ def format_data(
 
     Args:
         sample: The row to ask.
-        system_prompt: Text of a system turn; None writes none.
+        system_prompt: Text of a system turn, for a sample that brings none; None writes none.
         prompt_template: Text with `{question}` and, where wanted, `{choices}`. Without `{choices}`
             the choices of a sample that has some follow its question.
         with_answer: Add the assistant turn with the first answer, as training needs it.
 
     Raises:
         ValueError: The question is empty, the template is not valid, the sample has more choices than
-            there are letters, or `with_answer` is set and it has no answer.
+            there are letters, other images than marks, or `with_answer` is set and it has no answer.
     """
-    if not sample.question.strip():
+    if not sample.question.strip() and not (sample.messages and sample.images):
         raise ValueError("empty question")
-    text = _fill_template(prompt_template, sample)
-    num_images = 0 if sample.image is None else 1
-    messages = format_qwen_vl_messages(text, num_images, system_prompt=system_prompt)
+    messages = copy.deepcopy(list(sample.messages)) or _ask(sample, prompt_template)
+    if messages[0]["role"] != "system":
+        messages = [*_system(system_prompt), *messages]
     if with_answer:
         if not sample.answers:
             raise ValueError(f"sample {sample.sample_id} has no answer to train on")
         messages.append(_text_message("assistant", sample.answers[0]))
     return messages
+
+
+def _ask(sample: Sample, prompt_template: str) -> list[dict[str, Any]]:
+    content = place_images(_fill_template(prompt_template, sample), len(sample.images))
+    return [{"role": "user", "content": content}]
 
 
 def check_prompt_template(template: str) -> None:
@@ -136,6 +145,10 @@ def _count_images(images: int | Sequence[object]) -> int:
     if count < 0:
         raise ValueError(f"the number of images must be at least 0, got {count}")
     return count
+
+
+def _system(text: str | None) -> list[dict[str, Any]]:
+    return [] if text is None else [_text_message("system", text)]
 
 
 def _text_message(role: str, text: str) -> dict[str, Any]:

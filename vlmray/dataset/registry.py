@@ -6,8 +6,9 @@ To add a dataset, register its columns: `register_dataset("owner/name", DatasetS
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
@@ -19,10 +20,18 @@ class DatasetSpec:
 
     question_column: str
     image_column: str | None = None
+    """One column, of an image or a list of them, or several, with commas between their names."""
+
     answer_column: str | None = None
     family_column: str | None = None
     choices_column: str | None = None
     """One column of lists, or several of one choice each, with commas between their names."""
+
+    system_column: str | None = None
+    """System prompts of rows that bring a conversation."""
+
+    form: Literal["conversation", "request"] | None = None
+    """What the question column holds, where it is more than a question."""
 
     image_optional: bool = False
     """Some questions come without an image; elsewhere a missing image is a failed row."""
@@ -31,7 +40,41 @@ class DatasetSpec:
     """Names to show instead of the values of the family column."""
 
     prompt_template: str = "{question}"
+
+    open_prompt_template: str | None = None
+    """That of rows without choices, where it is another."""
+
     metric: str = "exact_match"
+
+    metric_column: str | None = None
+    """Column whose values tell rows that are scored by metrics of their own."""
+
+    row_metrics: Mapping[str, str] | None = None
+    """These metrics, by such a value."""
+
+    @property
+    def image_columns(self) -> list[str]:
+        """The columns that images are in."""
+        return split_columns(self.image_column) if self.image_column else []
+
+    def in_order_of_prompt(self, question: str, choices: Sequence[str]) -> list[str]:
+        """Return the texts of a row as the prompt template has them."""
+        choices_first = 0 <= self.prompt_template.find("{choices}") < self.prompt_template.find("{question}")
+        return [*choices, question] if choices_first else [question, *choices]
+
+    def template_of(self, choices: Sequence[str]) -> str:
+        """Return the prompt template of a row with these choices."""
+        return self.prompt_template if choices else self.open_prompt_template or self.prompt_template
+
+    @property
+    def may_lack_images(self) -> bool:
+        """Whether a row without an image is none that failed."""
+        return self.image_optional or self.image_column is None or self.form is not None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether rows may say what is expected: in a column, or as a conversation's last turn."""
+        return self.answer_column is not None or self.form == "conversation"
 
     def columns(self) -> dict[str, str]:
         """Return the columns in use, by the option that names each."""
@@ -39,7 +82,9 @@ class DatasetSpec:
         return {name: column for name, column in named.items() if column is not None}
 
 
-_COLUMN_OPTIONS = ("image_column", "question_column", "answer_column", "family_column", "choices_column")
+_COLUMN_OPTIONS = (
+    "image_column", "question_column", "answer_column", "family_column", "choices_column", "system_column",
+)  # fmt: skip
 
 _VQA = DatasetSpec(
     question_column="question",
@@ -58,7 +103,9 @@ _CHARTQA = dataclasses.replace(
 _DOCVQA = dataclasses.replace(_VQA, answer_column="answers", metric="anls")
 _MULTIPLE_CHOICE = dataclasses.replace(_VQA, prompt_template=LETTER_ANSWER, metric="choice_accuracy")
 
-DATASETS: dict[str, DatasetSpec] = {
+_CHOICES_IN_QUESTION = "{question}\nAnswer with the option's letter from the given choices directly"
+
+_REGISTERED: dict[str, DatasetSpec] = {
     "HuggingFaceM4/ChartQA": _CHARTQA,
     "lmms-lab/ChartQA": dataclasses.replace(
         _CHARTQA,
@@ -74,10 +121,42 @@ DATASETS: dict[str, DatasetSpec] = {
     "derek-thomas/ScienceQA": dataclasses.replace(
         _MULTIPLE_CHOICE, choices_column="choices", family_column="subject", image_optional=True
     ),
+    "lmms-lab/VQAv2": dataclasses.replace(
+        _VQA, answer_column="answers", family_column="answer_type", metric="vqav2_accuracy"
+    ),
+    "lmms-lab/POPE": dataclasses.replace(_VQA, family_column="category"),
+    "Lin-Chen/MMStar": dataclasses.replace(
+        _VQA, family_column="category", prompt_template=_CHOICES_IN_QUESTION, metric="mmstar_accuracy"
+    ),
+    "echo840/OCRBench": dataclasses.replace(
+        _VQA,
+        family_column="question_type",
+        prompt_template="{question}",
+        metric="ocrbench_accuracy",
+        metric_column="dataset",
+        row_metrics={"HME100k": "ocrbench_formula"},
+    ),
+    "lmms-lab/MMMU": dataclasses.replace(
+        _VQA,
+        image_column=",".join(f"image_{number}" for number in range(1, 8)),
+        choices_column="options",
+        family_column="subfield",
+        prompt_template=LETTER_ANSWER.replace("{choices}\n", "{choices}\n\n"),
+        open_prompt_template=SHORT_ANSWER.replace("{question}\n", "{question}\n\n"),
+        metric="mmmu_choice",
+        metric_column="question_type",
+        row_metrics={"open": "mmmu_open"},
+    ),
     "xai-org/RealworldQA": dataclasses.replace(_VQA, prompt_template="{question}"),
     "charts": dataclasses.replace(
         _VQA, answer_column="answers", family_column="family", prompt_template="{question}"
     ),
+}
+
+DATASETS: dict[str, DatasetSpec] = _REGISTERED | {
+    name.replace("lmms-lab/", "lmms-lab-encoder/"): spec
+    for name, spec in _REGISTERED.items()
+    if name.startswith("lmms-lab/")
 }
 """Registered datasets by name on the hub; `name#config` where a configuration differs from the rest."""
 
@@ -88,6 +167,11 @@ TELLTALES = {
     "derek-thomas/ScienceQA": ("lecture", "skill"),
 }
 """Columns of registered datasets that no other has: a table with them is a copy, whatever its name."""
+
+
+def split_columns(names: str) -> list[str]:
+    """Split names of columns at commas."""
+    return [name.strip() for name in names.split(",")]
 
 
 def register_dataset(name: str, spec: DatasetSpec) -> None:

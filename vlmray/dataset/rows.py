@@ -1,12 +1,13 @@
-"""Rows of a source as the values that travel: asked, with the image as encoded bytes."""
+"""Rows of a source as the values that travel: asked, with their images as encoded bytes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.samples import read_texts, to_sample
@@ -42,25 +43,30 @@ def read_rows(source: Source, spec: DatasetSpec, split: str, indices: Sequence[i
     ]
 
 
-def read_image(source: Source, spec: DatasetSpec, split: str, index: int) -> bytes | None:
-    """Read the image of a row, still encoded; None where it has none, or only a URL."""
+def read_images(source: Source, spec: DatasetSpec, split: str, index: int) -> list[bytes]:
+    """Read the images of a row, still encoded; without those that are URLs."""
     (row,) = read_rows(source, spec, split, [index])
-    return row.get("image")
+    return [image for image in row["images"] if image is not None]
 
 
 def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border: int, reach: int) -> int:
-    column = source.same_image_column or spec.image_column
-    if column is None or not 0 < border < len(selected):
+    columns = image_columns(source, spec)
+    if not columns or not 0 < border < len(selected):
         return min(border, len(selected))
 
-    def image(position: int) -> Any:
-        return source.read([selected[position]], [column])[0][column]
+    def images(position: int) -> list[Any]:
+        return list(source.read([selected[position]], columns)[0].values())
 
-    last = image(border - 1)
-    if last is None:
+    last = images(border - 1)
+    if last == [None] * len(columns):
         return border  # rows without an image have none in common
     farthest = min(border + reach, len(selected))
-    return next((at for at in range(border, farthest) if image(at) != last), farthest)
+    return next((at for at in range(border, farthest) if images(at) != last), farthest)
+
+
+def image_columns(source: Source, spec: DatasetSpec) -> list[str]:
+    """Return the columns that tell which rows have their images in common."""
+    return [source.same_image_column] if source.same_image_column else spec.image_columns
 
 
 def _read_row(row: dict[str, Any], source: Source, spec: DatasetSpec, split: str, index: int) -> Row:
@@ -80,38 +86,67 @@ def _without_image(row: dict[str, Any], spec: DatasetSpec, name: str) -> Sample:
         answers: tuple[str, ...] = ()
         with contextlib.suppress(ValueError):
             answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
-        return Sample(sample_id=name, question=printable(row[spec.question_column]), answers=answers)
+        # A conversation or request that is not understood may hold images, megabytes of text.
+        question = "" if spec.form else printable(row[spec.question_column])
+        return Sample(sample_id=name, question=question, answers=answers)
 
 
 def sample_row(sample: Sample, base_dir: str | None = None) -> Row:
-    """Turn a sample into a row, with its image as encoded bytes or still as a URL in `image_url`.
+    """Turn a sample into a row, with its images as encoded bytes or still as URLs in `image_urls`.
 
-    A path is read here, on the machine that holds the dataset; a URL is fetched by `prepare_row`.
+    A path is read here, on the machine that holds the dataset; a URL is fetched by `prepare_rows`.
     """
+    urls = [_url(image) for image in sample.images]
     row: Row = {
         "sample_id": sample.sample_id,
         "question": sample.question,
         "choices": list(sample.choices),
         "answers": list(sample.answers),
         "family": sample.family,
+        "conversation": json.dumps(sample.messages, ensure_ascii=False) if sample.messages else None,
+        "own_metric": sample.metric,
+        "settings": json.dumps(sample.settings) if sample.settings else None,
+        "images": [None] * len(urls),
+        "image_urls": urls,
         "error": None,
     }
-    if isinstance(sample.image, str) and sample.image.startswith(("http://", "https://")):
-        row["image_url"] = sample.image
-    elif sample.image is not None:
-        _fetch(row, sample.image, base_dir)
+    for place, image in enumerate(sample.images):
+        if urls[place] is None and row["error"] is None:
+            _fetch(row, place, image, base_dir)
     return row
 
 
-def _fetch(row: Row, image: bytes | str, base_dir: str | None = None) -> None:
+def _url(image: bytes | str) -> str | None:
+    return image if isinstance(image, str) and image.startswith(("http://", "https://")) else None
+
+
+def _fetch(row: Row, place: int, image: bytes | str, base_dir: str | None = None) -> None:
     try:
-        row["image"] = read_image_bytes(image, base_dir=base_dir)
+        row["images"][place] = read_image_bytes(image, base_dir=base_dir)
     except ImageError as error:
         row["error"] = str(error)
 
 
 def fetch_images(rows: Sequence[Row]) -> None:
     """Fetch the images that are still URLs; one that cannot be had becomes the row's `error`."""
-    remote = [row for row in rows if row.get("image_url")]
+    remote = [(row, place, url) for row in rows for place, url in enumerate(row["image_urls"]) if url]
     with ThreadPoolExecutor(_NUM_FETCHES) as pool:
-        list(pool.map(lambda row: _fetch(row, row["image_url"]), remote))
+        list(pool.map(lambda each: _fetch(*each), remote))
+
+
+def images_of(row: Row) -> list[bytes | str | None]:
+    """Return the images of a row, those as URLs that were not fetched."""
+    pairs = zip(row["images"], row["image_urls"], strict=True)
+    return [url if image is None else image for image, url in pairs]
+
+
+def to_question(row: Row) -> Sample:
+    """Return what is asked by a row."""
+    return Sample(
+        sample_id=row["sample_id"],
+        question=row["question"],
+        choices=tuple(row["choices"]),
+        answers=tuple(row["answers"]),
+        images=cast(tuple[bytes | str, ...], tuple(images_of(row))),
+        messages=tuple(json.loads(row.get("conversation") or "[]")),
+    )

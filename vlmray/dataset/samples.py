@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ast
-import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlmray.dataset.registry import DatasetSpec
+from vlmray.dataset.chat.conversations import is_conversation, read_conversation, text_of
+from vlmray.dataset.chat.marks import NO_VIDEO, choose_images, count_marks, without_outer_mark
+from vlmray.dataset.chat.requests import read_request_row
+from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.text.values import as_text, check_text, name_kind, parse_json
 from vlmray.schema import Sample
 
-_MARKER = re.compile(r"<\|?image(?:[ _-]?(?:\d+|placeholder|token))?\|?>|<ImageHere>", re.IGNORECASE)
-"""What rows of other tools have in a question where its image belongs."""
+_VIDEOS = ("video", "videos", "video_path", "video_url")
 
 
 def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Sample:
@@ -24,27 +25,67 @@ def to_sample(row: Mapping[str, Any], spec: DatasetSpec, sample_id: str) -> Samp
     An empty question or a broken image is not judged here: it becomes an error record later.
 
     Raises:
-        ValueError: the row holds several images, or none although its dataset is about images; or something
-            that is no text where one belongs.
+        ValueError: the row holds no image although its dataset is about images, or something that is no text
+            where one belongs.
     """
+    if spec.form == "request":
+        return read_request_row(row, sample_id)
+    images = [image for name in spec.image_columns for image in read_images(row[name])]
+    conversation = is_conversation(row[spec.question_column])
+    if (conversation or not images) and any(row.get(name) for name in _VIDEOS):
+        raise ValueError(NO_VIDEO)
+    if conversation:
+        return _from_conversation(row, images, spec, sample_id)
     choices = _choices(row, spec.choices_column) if spec.choices_column else ()
     answers = read_texts(row[spec.answer_column]) if spec.answer_column else ()
     if choices:
         answers = tuple(name for answer in answers for name in _as_choice(answer, choices))
-    family = row[spec.family_column] if spec.family_column else None
-    family = ", ".join(read_texts(family)) if isinstance(family, list) else _text(family)
-    image = _image(row[spec.image_column]) if spec.image_column else None
-    if spec.image_column and image is None and not spec.image_optional:
+    if spec.image_column and not images and not spec.image_optional:
         raise ValueError(f"no image in column {spec.image_column!r}")
     question = _question(row[spec.question_column])
+    texts = spec.in_order_of_prompt(question, choices)
+    if len(images) == 1 and count_marks("\n".join(texts)) == 1:
+        question = without_outer_mark(question)
     return Sample(
         sample_id=sample_id,
-        question=question if image is None else _without_marker(question, choices),
+        question=question,
         answers=answers,
-        image=image,
+        images=choose_images(texts, images),
         choices=choices,
-        family=None if family is None else spec.family_names.get(family, family),
+        metric=(spec.row_metrics or {}).get(str(row.get(spec.metric_column or ""))),
+        family=_family(row, spec),
     )
+
+
+def _from_conversation(
+    row: Mapping[str, Any], images: Sequence[bytes | str], spec: DatasetSpec, sample_id: str
+) -> Sample:
+    """Read a row whose question is the last user turn of a conversation, and a turn after it the answer."""
+    messages, images = read_conversation(
+        row[spec.question_column], images,
+        system=_text(row[spec.system_column]) if spec.system_column else None,
+        has_marks=spec.image_column is not None,
+    )  # fmt: skip
+    answers: tuple[str, ...] = ()
+    if messages[-1]["role"] == "assistant":
+        answers = (text_of(messages.pop()),)
+    if not messages or messages[-1]["role"] != "user":
+        found = f"ends with a turn of role {messages[-1]['role']}" if messages else "has no turn before it"
+        raise ValueError(f"the conversation asks nothing: its last answer aside, it {found}")
+    return Sample(
+        sample_id=sample_id,
+        question=text_of(messages[-1]),
+        answers=read_texts(row[spec.answer_column]) if spec.answer_column else answers,
+        images=tuple(images),
+        messages=tuple(messages),
+        family=_family(row, spec),
+    )
+
+
+def _family(row: Mapping[str, Any], spec: DatasetSpec) -> str | None:
+    family = row[spec.family_column] if spec.family_column else None
+    family = ", ".join(read_texts(family)) if isinstance(family, list) else _text(family)
+    return None if family is None else spec.family_names.get(family, family)
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
@@ -53,6 +94,8 @@ def read_texts(value: Any) -> tuple[str, ...]:
     Raises:
         ValueError: it has another shape, or a text in it is not UTF-8.
     """
+    if is_conversation(value):  # as TRL's `completion`
+        return tuple(map(text_of, read_conversation(value).messages))
     if isinstance(value, Mapping):
         key = next((key for key in ("answer", "text") if key in value), None)
         if key is None:
@@ -64,32 +107,11 @@ def read_texts(value: Any) -> tuple[str, ...]:
     return () if text is None else (text,)
 
 
-def marker_in(question: str) -> str | None:
-    """Return what a question has in the place of its image, if it has such a mark."""
-    found = _MARKER.search(question)
-    return found and found[0]
-
-
 def _question(value: Any) -> str:
     try:
         return _text(value) or ""
     except ValueError as error:
         raise ValueError(f"the question is no text: {error}") from error
-
-
-def _without_marker(question: str, choices: Sequence[str]) -> str:
-    """Take away the marker before or after a question; its image comes first anyway."""
-    found = _MARKER.findall("\n".join([question, *choices]))
-    if not found:
-        return question
-    inner = question.strip()
-    rest = _MARKER.sub("", question).strip()
-    if len(found) == 1 and _MARKER.search(question) and (inner.startswith(rest) or inner.endswith(rest)):
-        return rest
-    raise ValueError(
-        f"the question has {found[0]!r} inside of its text or more than once; "
-        "it may stand before or after the text, for the one image that a question can have"
-    )
 
 
 def _text(value: Any) -> str | None:
@@ -107,11 +129,6 @@ def _choices(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     if "" in found:
         raise ValueError(f"no choice {string.ascii_uppercase[found.index('')]}, but one after it")
     return tuple(found)
-
-
-def split_columns(names: str) -> list[str]:
-    """Split names of columns at commas."""
-    return [name.strip() for name in names.split(",")]
 
 
 def _as_list(value: Any) -> Any:
@@ -141,13 +158,11 @@ def _as_choice(answer: str, choices: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _image(value: Any) -> bytes | str | None:
+def read_images(value: Any) -> list[bytes | str]:
+    """Flatten the shapes in which datasets keep images: a value, `{"bytes", "path"}`, a list of these."""
     if isinstance(value, list):
-        if len(value) > 1:
-            raise ValueError(f"the row has {len(value)} images; one a question is supported")
-        value = value[0] if value else None
+        return [image for item in value for image in read_images(item)]
     if isinstance(value, Mapping):
         # Empty bytes are a broken image, not a missing one: only None falls through to the path.
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    image: bytes | str | None = value
-    return image
+    return [] if value is None else [value]

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
+from vlmray.dataset.chat.conversations import is_conversation
+from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.columns import NO_COLUMN, check_choices, check_questions, get_dataset_columns
 from vlmray.dataset.prompts import check_prompt_template
-from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.samples import marker_in, split_columns
+from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import Source, open_source
 from vlmray.dataset.text.values import printable
@@ -37,27 +38,32 @@ class Selection:
 def describe_columns(source: Source, spec: DatasetSpec) -> str:
     """Say in one line which columns are taken for what, and how many rows have an image."""
     columns = {option.removesuffix("_column"): name for option, name in spec.columns().items()}
+    if spec.form:
+        columns = {spec.form if what == "question" else what: name for what, name in columns.items()}
     taken = ", ".join(f"{what} from {name!r}" for what, name in columns.items())
-    used = {*columns.values(), *split_columns(columns.get("choices", ""))}
+    used = {*columns.values(), *split_columns(columns.get("choices", "")), *spec.image_columns}
     unused = [name for name in source.column_names if name not in used]
-    parts = [taken, f"metric {spec.metric}", _count_images(source, spec.image_column)]
-    if spec.image_column and any(map(marker_in, _first_questions(source, spec))):
-        parts.append("<image> before or after a question is left out, its image comes first")
+    parts = [taken, f"metric {spec.metric}", _count_images(source, spec)]
+    if spec.image_column and any(map(find_mark, _first_questions(source, spec))):
+        parts.append(
+            "an image stands where a question has <image>, and first where that is before or after it"
+        )
     if unused:
         parts.append(f"not used: {', '.join(unused)}")
     return "; ".join(parts)
 
 
-def _count_images(source: Source, column: str | None) -> str:
-    if column is None:
-        return "no images"
-    count = source.count_filled(column)
+def _count_images(source: Source, spec: DatasetSpec) -> str:
+    if spec.image_column is None:
+        return "images where rows hold them" if spec.form else "no images"
+    count = source.count_filled(spec.image_columns[0])
     return f"images in {'?' if count is None else f'{count:,}'} of the split's {len(source):,} rows"
 
 
 def _first_questions(source: Source, spec: DatasetSpec) -> list[str]:
     rows = source.read(range(min(_NUM_FIRST_ROWS, len(source))), [spec.question_column])
-    return [printable(row[spec.question_column]) for row in rows]
+    found = (row[spec.question_column] for row in rows)
+    return [printable(question) for question in found if not is_conversation(question)]
 
 
 def open_selection(
@@ -99,11 +105,15 @@ def open_selection(
         answer_column=config.answer_column,
         family_column=config.family_column,
         choices_column=config.choices_column,
+        system_column=config.system_column,
         prompt_template=config.prompt_template,
         metric=config.metric,
     )
     if spec.metric not in METRICS:
         raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
+    if spec.form and (config.prompt_template or config.choices_column):
+        option = "prompt_template" if config.prompt_template else "choices_column"
+        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds {spec.form}s")
     with mistake_in("prompt_template"):
         check_prompt_template(spec.prompt_template)
     check_choices(spec, source.column_names)
@@ -113,6 +123,16 @@ def open_selection(
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
+
+
+def refuse_requests(spec: DatasetSpec) -> None:
+    """Refuse a batch file of requests where there have to be questions.
+
+    Raises:
+        OptionError: It is one.
+    """
+    if spec.form == "request":
+        raise OptionError("dataset_name", "holds batch requests, which vlmray infer answers")
 
 
 @contextlib.contextmanager

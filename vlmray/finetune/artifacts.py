@@ -27,6 +27,7 @@ from vlmray.models import lora
 from vlmray.models.merging import copy_side_files, merge_adapter
 from vlmray.models.processors import load_processor
 from vlmray.models.source import ModelSource
+from vlmray.models.templates.chat import FILE, use_template
 from vlmray.storage.run_folder import RunFolder
 from vlmray.storage.scratch import scratch_folder
 from vlmray.training.checkpoint import ANSWERS_FILE
@@ -59,6 +60,7 @@ def write_artifacts(
                 min_pixels=config.min_pixels, max_pixels=config.max_pixels,
                 trust_remote_code=config.trust_remote_code,
             )  # fmt: skip
+            _write_template(config, model, merged)
             checks += check_merged(config, trained, merged, answers)
         record = json.dumps(training_record(run, outcome, checks), ensure_ascii=False, indent=2)
         (trained / RECORD).write_text(record + "\n", encoding="utf-8")
@@ -114,7 +116,16 @@ def _collect(config: FinetuneConfig, model: ModelSource, checkpoint: Path, folde
     low, high = config.min_pixels, config.max_pixels
     processor = load_processor(model.path, min_pixels=low, max_pixels=high) if low or high else None
     copy_side_files(model.path, folder, processor)
+    _write_template(config, model, folder)
     return folder
+
+
+def _write_template(config: FinetuneConfig, model: ModelSource, folder: Path) -> None:
+    """Put the chat template of the options beside weights, where a checkpoint has its own."""
+    if config.chat_template or config.chat_template_kwargs:
+        processor = load_processor(model.path, trust_remote_code=config.trust_remote_code)
+        use_template(processor, config)
+        (folder / FILE).write_text(processor.chat_template, encoding="utf-8")
 
 
 def _store_as(dtype: str | None, folder: Path) -> None:

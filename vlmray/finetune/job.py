@@ -23,7 +23,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Ru
 from ray.train.torch import TorchTrainer
 
 from vlmray import cluster
-from vlmray.dataset.rows import read_image
+from vlmray.dataset.rows import read_images
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import display_name
 from vlmray.finetune.artifacts import training_record, write_artifacts
@@ -222,4 +222,4 @@ def _gallery(evaluation: Conversations | None, answered: Sequence[Row]) -> Itera
     source, spec, split = evaluation.source, evaluation.spec, evaluation.split
     indices = {sample_id(split, index): index for sample in evaluation.turns for index in sample}
     for row in answered:
-        yield GalleryItem.from_row(row, read_image(source, spec, split, indices[row["sample_id"]]))
+        yield GalleryItem.from_row(row, read_images(source, spec, split, indices[row["sample_id"]]))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from vlmray import cluster
 from vlmray.config import FinetuneConfig, options_that_affect
 from vlmray.dataset.images import stamp_images
-from vlmray.dataset.selection import Selection, describe_columns, open_selection
+from vlmray.dataset.selection import Selection, describe_columns, open_selection, refuse_requests
 from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
 from vlmray.models.source import ModelSource
+from vlmray.models.templates.chat import check_template, with_template
 from vlmray.storage.filesystem import check_apart
 from vlmray.storage.fingerprints import digest
 from vlmray.storage.run_folder import RunFolder
@@ -56,6 +57,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     check_apart(config.output_dir, config.dataset_name, config.model_id)
     model = ModelSource.open(config.model_id)
     check_sft_options(config)
+    check_template(config, model.folder)
     data = open_training_data(config)
     if config.use_peft:
         _check_lora_targets(config, model)
@@ -64,7 +66,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     if config.fsdp and workers.num_workers == 1:
         raise OptionError("fsdp", "shards over several workers, and there is one", "leave it out")
     training = TrainingRun.of(
-        dataclasses.replace(config, model_id=model.address),
+        dataclasses.replace(with_template(config), model_id=model.address),
         data,
         num_workers=workers.num_workers,
         num_threads=workers.num_threads,
@@ -97,6 +99,9 @@ def open_training_data(config: FinetuneConfig) -> TrainingData:
 
 def _conversations(questions: Selection, max_turns: int) -> Conversations:
     source, spec, selected = questions.source, questions.spec, questions.selected
+    refuse_requests(spec)
+    if spec.form and max_turns > 1:
+        raise OptionError("max_turns", f"is for questions, and {spec.question_column!r} holds conversations")
     check_answers(source, spec, questions.split, selected)
     return Conversations(
         source=source,

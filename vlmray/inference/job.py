@@ -118,7 +118,7 @@ def _conclude(
 ) -> Summary:
     """Read the results back, write the report and, last, the manifest."""
     tally, causes, gallery = (
-        Tally(run.task.metric if run.spec.answer_column else None),
+        Tally(run.task.metric if run.spec.has_answers else None),
         Causes(),
         GalleryChoice(),
     )
@@ -150,6 +150,10 @@ def _conclude(
         "stages_s": timeline.stage_seconds(),
         "overlap": overlap and dataclasses.asdict(overlap),
     }
+    if run.spec.form == "request":
+        from vlmray.inference.requests.output import write_output  # which loads the protocol
+
+        write_output(run)
     run.folder.finish(manifest, render_html(report))
     return summary
 
@@ -188,4 +192,4 @@ def _title(config: InferConfig) -> str:
 
 def _gallery(run: InferenceRun, chosen: Sequence[str]) -> tuple[GalleryItem, ...]:
     found = {row["sample_id"]: row for row in run.folder.rows(sample_ids=chosen)}
-    return tuple(GalleryItem.from_row(found[name], run.read_image(found[name])) for name in chosen)
+    return tuple(GalleryItem.from_row(found[name], run.read_images(found[name])) for name in chosen)

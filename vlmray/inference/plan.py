@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vlmray.config import BenchmarkConfig, InferConfig, options_that_affect, sampling_of
 from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import read_image
+from vlmray.dataset.rows import read_images
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
@@ -23,8 +23,9 @@ from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
-from vlmray.inference.stages import Task
+from vlmray.inference.stages import ADAPTER, Task
 from vlmray.models.source import ModelSource
+from vlmray.models.templates.chat import check_template, template_fingerprint, with_template
 from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
@@ -65,6 +66,7 @@ def plan_inference(
         {
             **options_that_affect(config, "result"),
             **model.fingerprints,
+            **template_fingerprint(config),
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),
         },
@@ -157,17 +159,31 @@ def _open_model(config: InferConfig) -> ModelSource:
     if config.engine == "fake":
         FakeEngine.parse_model_id(config.model_id)
     elif config.engine != "openai":
-        return ModelSource.open(config.model_id, config.adapter)
+        model = ModelSource.open(config.model_id, config.adapter)
+        check_template(config, model.folder)
+        return model
     return ModelSource(name=config.model_id, path=config.model_id, adapter=config.adapter)  # only a name
 
 
 def _task(config: InferConfig, spec: DatasetSpec) -> Task:
     return Task(
         prompt_template=spec.prompt_template,
+        open_prompt_template=spec.open_prompt_template,
         system_prompt=config.system_prompt,
         metric=spec.metric,
+        chat_template_kwargs=config.chat_template_kwargs or {},
+        models=_names_of_models(config) if spec.form == "request" else {},
         **sampling_of(config),
     )
+
+
+def _names_of_models(config: InferConfig) -> dict[str, str | None]:
+    """Return by what names requests may ask for the base, and for the adapter: whole ones or their ends."""
+    names: dict[str, str | None] = {}
+    for name, adapter in ((config.adapter, ADAPTER), (config.model_id, None)):
+        if name:
+            names |= {name: adapter, name.rstrip("/").rpartition("/")[2]: adapter}
+    return names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +215,8 @@ class InferenceRun:
     def worker_config(self) -> InferConfig:
         """The options, with model and adapter as workers find them."""
         model = self.model
-        return dataclasses.replace(self.config, model_id=model.address, adapter=model.adapter_address)
+        config = with_template(self.config)
+        return dataclasses.replace(config, model_id=model.address, adapter=model.adapter_address)
 
     def open_bar(self, name: str | None = None) -> tqdm[Any]:
         """Show how far the run is, with what earlier ones did already on it."""
@@ -216,9 +233,7 @@ class InferenceRun:
         if limit is not None and num_failed > limit:
             raise InferenceError(f"{num_failed} rows failed, --max_errors allows {limit}")
 
-    def read_image(self, row: Row) -> bytes | None:
-        """Read the image of a result: as it was written, or else from its source."""
-        written = self.folder.read_image(row["sample_id"])
-        if written is not None:
-            return written
-        return read_image(self.source, self.spec, self.config.dataset_split, row["row_index"])
+    def read_images(self, row: Row) -> list[bytes]:
+        """Read the images of a result: as they were written, or else from their source."""
+        written = self.folder.read_images(row["sample_id"])
+        return written or read_images(self.source, self.spec, self.config.dataset_split, row["row_index"])

@@ -13,14 +13,14 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 
 from vlmray import cluster
 from vlmray.config import InferConfig
 from vlmray.engines import calls_at_once, load_engine
-from vlmray.engines.base import DeadEngineError
+from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
@@ -68,6 +68,17 @@ class Turns:
             self._free.release(taken)
 
 
+def _load_engine(config: InferConfig, task: Task, **options: Any) -> Engine:
+    """Load a run's model with its adapter on it, or beside it where rows ask for either."""
+    if config.adapter is None or config.engine == "fake" or not task.models:
+        return load_engine(config.model_id, config, adapter=config.adapter, **options)
+    engine: Any = load_engine(
+        config.model_id, config, adapters=[config.adapter], max_adapters=1, **options
+    )  # fmt: skip
+    engine.load_adapter(stages.ADAPTER, config.adapter)
+    return cast(Engine, engine)
+
+
 class Replica:
     """A model and the turns of those who use it.
 
@@ -96,10 +107,9 @@ class Replica:
         self._turns = Turns(chunks_at_once(config.engine))
         watch = Watch()
         with self._loading():
-            self._engine = load_engine(
-                config.model_id,
+            self._engine = _load_engine(
                 config,
-                adapter=config.adapter,
+                task,
                 batch_size=config.batch_size,
                 num_threads=plan.num_threads,
                 memory_fraction=plan.memory_fraction,

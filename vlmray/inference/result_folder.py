@@ -1,6 +1,6 @@
 """Result rows in a run's folder: files of each sample and Parquet, atomic and resumable.
 
-    {sample_id}_in.json, _img.jpg    what was asked
+    {sample_id}_in.json, _img.jpg    what was asked; further images are _img_2.jpg, _img_3.jpg, ...
     {sample_id}_out.json             what was answered, written after the two above
     samples/000012/...               the same three of rows 12,000 to 12,999, where many rows were asked for
     images.json                      sizes and times of the image files that rows name by path
@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import PurePosixPath
 from typing import Any, Self, cast
 
@@ -33,6 +34,9 @@ from vlmray.storage.threads import NUM_THREADS, map_ahead
 
 ABSENT, FAILED, ANSWERED = range(3)
 """What a folder holds of a row."""
+
+BATCH_OUTPUT = "batch_output.jsonl"
+"""Answers as OpenAI's batch files have them, where rows were requests."""
 
 MOST_ROWS_WITH_FILES = 10_000
 """Rows of a run beyond which `auto` writes no files of each sample, and these lie in subfolders."""
@@ -60,8 +64,8 @@ RESULT_SCHEMA = pa.schema(
 _PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
 _GROUP_SIZE = 1000
 _ROWS_PER_READ = 1024
-_IN, _OUT, _IMAGE = "_in.json", "_out.json", "_img.jpg"
-_SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img\.jpg|_out\.json)")
+_IN, _OUT = "_in.json", "_out.json"
+_SAMPLE_FILE = re.compile(r".+-\d{6,}(_in\.json|_img(_\d+)?\.jpg|_out\.json)")
 _PART_FILE = re.compile(r"part-.+\.parquet")
 _CURE = "delete it to have its samples answered again"
 
@@ -113,18 +117,18 @@ class ResultFolder(RunFolder):
         )  # fmt: skip
 
     def save(
-        self, rows: Sequence[Row], inputs: Iterable[dict[str, Any]], images: Iterable[bytes | None]
+        self, rows: Sequence[Row], inputs: Iterable[dict[str, Any]], images: Iterable[Sequence[bytes | None]]
     ) -> None:
         """Write finished rows, files first: whatever has an `_out.json` is never generated again.
 
         Args:
             rows: Result rows (`RESULT_SCHEMA`).
             inputs: What `_in.json` records, one for each row; not looked at where there are no files.
-            images: JPEG bytes, or None for a row without an image; likewise.
+            images: JPEGs of the images of each row, or None; likewise.
         """
         if self.output_format != "parquet":
-            for row, asked, image in zip(rows, inputs, images, strict=True):
-                save_sample_outputs(self, row, asked, image)
+            for row, asked, pictures in zip(rows, inputs, images, strict=True):
+                save_sample_outputs(self, row, asked, pictures)
         if self.output_format != "files":
             self.write_part(rows)
 
@@ -185,8 +189,9 @@ class ResultFolder(RunFolder):
 
     def _forget(self, sample_id: str) -> None:
         for place in {"", _group(sample_id)}:
-            for kind in (_OUT, _IN, _IMAGE):
-                self.delete(f"{place}{sample_id}{kind}")
+            paths = [f"{place}{sample_id}{kind}" for kind in (_OUT, _IN)]
+            for path in paths + self._images(place, sample_id):
+                self.delete(path)
 
     def note_images(self, stamps: Mapping[str, str]) -> set[str]:
         """Record which image files samples are asked with, and take out what was answered about others.
@@ -260,14 +265,14 @@ class ResultFolder(RunFolder):
             else _schema(columns).empty_table()
         )
 
-    def read_image(self, sample_id: str) -> bytes | None:
-        """Return a sample's `_img.jpg`, or None where there is none."""
-        for place in (_group(sample_id), "") if self.is_grouped else ("",):
-            try:
-                return self._read(f"{place}{sample_id}{_IMAGE}")
-            except FileNotFoundError:
-                continue
-        return None
+    def read_images(self, sample_id: str) -> list[bytes]:
+        """Return a sample's images as they were written."""
+        places = (_group(sample_id), "") if self.is_grouped else ("",)
+        found = (self._images(place, sample_id) for place in places)
+        return next(([self._read(name) for name in names] for names in found if names), [])
+
+    def _images(self, place: str, sample_id: str) -> list[str]:
+        return list(takewhile(self.has, image_names(f"{place}{sample_id}")))
 
     def place(self, sample_id: str) -> str:
         """Return the subfolder that a sample's files are written into, with a slash, or nothing."""
@@ -276,8 +281,8 @@ class ResultFolder(RunFolder):
     def written(self) -> list[str]:
         """Name the files of samples and the Parquet parts."""
         files = [path for paths in self._files() for path in paths if _SAMPLE_FILE.fullmatch(_name(path))]
-        stamps = [_STAMPS] if self.has(_STAMPS) else []
-        return files + stamps + [f"{_PARTS}/{name}" for name in self._parts()]
+        others = [name for name in (_STAMPS, BATCH_OUTPUT) if self.has(name)]
+        return files + others + [f"{_PARTS}/{name}" for name in self._parts()]
 
     def has_results(self) -> bool:
         """Whether any sample was ever finished here."""
@@ -333,21 +338,27 @@ class ResultFolder(RunFolder):
 
 
 def save_sample_outputs(
-    folder: ResultFolder, row: Row, asked: dict[str, Any], image: bytes | None = None
+    folder: ResultFolder, row: Row, asked: dict[str, Any], images: Sequence[bytes | None] = ()
 ) -> None:
-    """Write one sample's files: `_in.json`, `_img.jpg`, and last `_out.json`, which marks it finished.
+    """Write one sample's files: `_in.json`, its images, and last `_out.json`, which marks it finished.
 
     Args:
         folder: Where to write.
         row: Result row (`RESULT_SCHEMA`).
         asked: What was asked: question, messages, answers and their source.
-        image: JPEG bytes, or None.
+        images: JPEG of each image; None for one that has none.
     """
     path = folder.place(row["sample_id"]) + row["sample_id"]
-    if image is not None:
-        folder.write_bytes(f"{path}{_IMAGE}", image)
+    for name, image in zip(image_names(path), images, strict=False):
+        if image is not None:
+            folder.write_bytes(name, image)
     folder.write_json(f"{path}{_IN}", asked)
     folder.write_json(f"{path}{_OUT}", pick(row, RESULT_SCHEMA.names))
+
+
+def image_names(sample_id: str) -> Iterator[str]:
+    """Name the files of a sample's images, without end."""
+    return (f"{sample_id}_img.jpg" if n == 1 else f"{sample_id}_img_{n}.jpg" for n in count(1))
 
 
 def pick(row: Row, columns: Sequence[str]) -> Row:

@@ -5,27 +5,30 @@
     image bytes   checked image   token counts
 
 Rows are plain values under the names of `Row`; images travel encoded (about 40 KB) and are decoded beside the
-model. A row whose image is
-broken or whose question is empty gets an `error` here, and later stages pass it on untouched.
+model. A row with a broken image or an empty question gets an `error` here, and later stages pass it on
+untouched.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from vlmray import metrics
 from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
-from vlmray.dataset.rows import fetch_images, sample_row
+from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
-from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
+from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
+
+ADAPTER = "adapter"
+"""What a run's adapter is called where requests ask for it or for its base."""
 
 ASKED_COLUMNS = ("sample_id", "row_index", "question", "choices", "answers", "family")
 
@@ -35,8 +38,15 @@ class Task(Sampling):
     """How questions are asked and scored: everything about a run but its model and its rows."""
 
     prompt_template: str
+    open_prompt_template: str | None = None
+    """That of questions without choices, where it is another."""
+
     system_prompt: str | None = None
     metric: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    models: Mapping[str, str | None] = field(default_factory=dict)
+    """Names that rows which are requests may ask for, and the adapter that each stands for."""
 
 
 def prepare_rows(
@@ -52,7 +62,7 @@ def prepare_rows(
     """
     if fetches_images:
         fetch_images(rows)
-    check = functools.lru_cache(maxsize=2)(functools.partial(_check_image, keep=keep_images))
+    check = functools.lru_cache(maxsize=8)(functools.partial(_check_image, keep=keep_images))
     for row in rows:
         if row["error"] is None:
             _prepare_row(row, task, check)
@@ -60,20 +70,24 @@ def prepare_rows(
 
 
 def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | None]) -> None:
-    image = row.get("image")
-    sample = Sample(
-        sample_id=row["sample_id"],
-        question=row["question"],
-        choices=tuple(row["choices"]),
-        image=row.get("image_url") if image is None else image,
-    )
+    sample = to_question(row)
     try:
-        messages = format_data(sample, system_prompt=task.system_prompt, prompt_template=task.prompt_template)
-        row["jpeg"] = None if image is None else check_image(image)
+        _check_model(row, task)
+        template = task.prompt_template if sample.choices else task.open_prompt_template
+        messages = format_data(
+            sample, system_prompt=task.system_prompt, prompt_template=template or task.prompt_template
+        )
+        row["jpegs"] = [None if image is None else check_image(image) for image in row["images"]]
     except ValueError as error:
         row["error"] = str(error)
     else:
         row["messages"] = json.dumps(messages, ensure_ascii=False)
+
+
+def _check_model(row: Row, task: Task) -> None:
+    model = json.loads(row.get("settings") or "{}").get("model")
+    if model is not None and model not in task.models:
+        raise ValueError(f"the model {model[:80]!r} does not exist; known: {', '.join(task.models)}")
 
 
 def _check_image(data: bytes, *, keep: bool) -> bytes | None:
@@ -120,14 +134,22 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
 
 
 def _make_request(row: Row, task: Task) -> GenerationRequest:
-    messages, image = row["messages"], row.get("image") or row.get("image_url")
+    messages = row["messages"]
     assert messages is not None
+    own = {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
+    template = {**task.chat_template_kwargs, **own.pop("chat_template_kwargs", {})}
     return GenerationRequest(
         request_id=row["sample_id"],
         messages=json.loads(messages),
-        images=[] if image is None else [cast(bytes, image)],  # or a URL, where one is passed on
-        **shared_options(task, Sampling),
+        images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
+        chat_template_kwargs=template,
+        adapter=task.models.get(own.pop("model", "")),
+        **shared_options(task, Sampling) | own,
     )
+
+
+def _unlisted(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def answered(completion: Completion) -> Row:
@@ -148,24 +170,28 @@ def score_row(row: Row, task: Task) -> Row:
     if row["error"] is not None:
         row["finish_reason"] = "error"
     elif row["answers"] and (prediction := row["prediction"]) is not None:
-        row["metric"] = task.metric
-        row["score"] = metrics.score(task.metric, prediction, row["answers"]).value
+        scored = metrics.score(
+            row.get("own_metric") or task.metric, prediction, row["answers"], row["choices"]
+        )
+        row["metric"], row["score"] = scored.metric, scored.value
     return row
 
 
 def asked(row: Row) -> dict[str, Any]:
     """Return what `_in.json` records of a row: the question as it was put to the model."""
-    messages = row.get("messages")
+    messages, jpegs = row.get("messages"), row.get("jpegs") or []
+    names = [name for name, jpeg in zip(image_names(row["sample_id"]), jpegs, strict=False) if jpeg]
     return {
         **pick(row, ASKED_COLUMNS),
         "messages": json.loads(messages) if messages else None,
-        "image": f"{row['sample_id']}_img.jpg" if row.get("jpeg") else None,
+        "image": names[0] if names else None,
+        **({"images": names} if len(jpegs) > 1 else {}),
     }
 
 
 def save_rows(rows: Sequence[Row], folder: ResultFolder) -> None:
     """Write finished rows to the output folder; a row that was not asked leaves no `_img.jpg`."""
-    folder.save(rows, map(asked, rows), (row.get("jpeg") for row in rows))
+    folder.save(rows, map(asked, rows), (row.get("jpegs") or [] for row in rows))
 
 
 def process_single_sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmray.metrics.definitions import check_answers
+from vlmray.metrics.benchmarks import check_answers
 
 BLEU = "bleu"
 

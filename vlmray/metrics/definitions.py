@@ -20,6 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmray.metrics.benchmarks import (
+    check_answers,
+    mmmu_choice,
+    mmmu_open,
+    mmstar_accuracy,
+    ocrbench_accuracy,
+    ocrbench_formula,
+    vqav2_accuracy,
+)
 from vlmray.schema import Score
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -42,7 +51,7 @@ _CHOICE = re.compile(
 )
 
 
-def score(metric_name: str, prediction: str, answers: Sequence[str]) -> Score:
+def score(metric_name: str, prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> Score:
     """Score a prediction against its accepted answers with the metric of that name.
 
     >>> score("relaxed_accuracy", "104", ["100"])
@@ -54,6 +63,8 @@ def score(metric_name: str, prediction: str, answers: Sequence[str]) -> Score:
     """
     if metric_name not in METRICS:
         raise ValueError(f"unknown metric {metric_name!r}; known: {', '.join(METRICS)}")
+    if metric_name == "mmmu_choice":  # which reads an answer by its choices
+        return Score(metric=metric_name, value=mmmu_choice(prediction, answers, choices))
     return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers))
 
 
@@ -223,14 +234,6 @@ def _best_of(metric: Callable[[str, str], float]) -> Metric:
     return best
 
 
-def check_answers(answers: Sequence[str]) -> None:
-    """Refuse accepted answers that are none, or a string in place of a list."""
-    if isinstance(answers, str):  # A sequence too: its letters would be taken for answers.
-        raise TypeError(f"answers must be a sequence of strings, got the string {answers!r}")
-    if not answers:
-        raise ValueError("no answers to score against")
-
-
 def _parse_official(text: str) -> float | None:
     """Parse a number as the pix2struct function does: all trailing % go and divide by 100 once."""
     try:
@@ -289,5 +292,11 @@ METRICS: dict[str, Metric] = {
     "rouge": _best_of(rouge),
     "vqa_accuracy": vqa_accuracy,
     "choice_accuracy": _best_of(choice_accuracy),
+    "vqav2_accuracy": vqav2_accuracy,
+    "mmstar_accuracy": _best_of(mmstar_accuracy),
+    "ocrbench_accuracy": _best_of(ocrbench_accuracy),
+    "ocrbench_formula": _best_of(ocrbench_formula),
+    "mmmu_choice": mmmu_choice,
+    "mmmu_open": _best_of(mmmu_open),
 }
 """Every metric by name, from a prediction and its accepted answers to a value from 0 to 1."""

@@ -24,6 +24,7 @@ from vlmray.models.families import family_of
 from vlmray.models.processors import load_processor
 from vlmray.models.prompts import ChatPrompts
 from vlmray.models.source import warn_of_settings
+from vlmray.models.templates.chat import use_template
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
@@ -93,6 +94,7 @@ def load_checkpoint(
         max_pixels=config.max_pixels,
         trust_remote_code=config.trust_remote_code,
     )
+    use_template(processor, config)
     if adapter is not None:
         model = attach_adapter(model, adapter)
     return model, processor

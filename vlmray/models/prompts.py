@@ -103,9 +103,17 @@ class ChatPrompts:
         return processor
 
 
-def template_options(processor: Any, request: GenerationRequest) -> dict[str, Any]:
-    """Return what the chat template is told beside the messages, of variables those that it names."""
-    template = processor.chat_template
+def template_options(
+    processor: Any, request: GenerationRequest, chat_template: str | None = None
+) -> dict[str, Any]:
+    """Return what the chat template is told beside the messages, of variables those that it names.
+
+    Args:
+        processor: Has the model's template.
+        request: Names variables.
+        chat_template: Is used in the place of the model's, where there is one.
+    """
+    template = chat_template or processor.chat_template
     text = template.get("default", "") if isinstance(template, dict) else template or ""
     known = {
         name: value
@@ -115,6 +123,7 @@ def template_options(processor: Any, request: GenerationRequest) -> dict[str, An
     return known | {
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,
+        **({"chat_template": chat_template} if chat_template else {}),
     }
 
 

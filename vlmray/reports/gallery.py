@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,8 +38,8 @@ class GalleryItem:
     score: float | None = None
     error: str | None = None
     family: str | None = None
-    image: bytes | None = None
-    """Encoded image of any size; the page carries a thumbnail."""
+    images: tuple[bytes, ...] = ()
+    """Encoded images of any size; the page carries thumbnails."""
 
     num_completion_tokens: int | None = None
     beside: tuple[tuple[str, str], ...] = ()
@@ -50,7 +51,7 @@ class GalleryItem:
         return verdict_of(self.score, self.error)
 
     @classmethod
-    def from_row(cls, row: Row, image: bytes | None = None) -> GalleryItem:
+    def from_row(cls, row: Row, images: Sequence[bytes] = ()) -> GalleryItem:
         """Make the card of a result row, whose columns have the names of the fields."""
         answers = row.get("answers")
         return cls(
@@ -61,7 +62,7 @@ class GalleryItem:
             score=read_number(row.get("score")),
             error=row.get("error"),
             family=row.get("family"),
-            image=image,
+            images=tuple(images),
             num_completion_tokens=row.get("num_completion_tokens"),
         )
 
@@ -137,6 +138,8 @@ def _encode(picture: Image.Image, image_format: str, **options: Any) -> tuple[st
     return f"image/{image_format.lower()}", buffer.getvalue()
 
 
-def thumbnail(image: bytes | None) -> str | None:
-    """Return a small copy of an image as a data URI, or None where there is no image."""
-    return None if image is None else thumbnail_data_uri(image)
+def thumbnails(images: Sequence[bytes]) -> list[str | None]:
+    """Return small copies of a card's images as data URIs, together as large as one; None for a bad one."""
+    share = max(1, len(images))
+    size = {"max_width": 480 // share, "max_bytes": THUMBNAIL_MAX_BYTES // share}
+    return [thumbnail_data_uri(image, **size) for image in images]

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vlmray.reports.gallery import VERDICT_LABELS, Gallery, thumbnail
+from vlmray.reports.gallery import VERDICT_LABELS, Gallery, thumbnails
 from vlmray.reports.lanes import LanePlot, draw_lanes
 from vlmray.reports.plots import PATH_SIZE, Drawing, Plot, draw, list_values
 from vlmray.reports.tables import Column, Mark, Table
@@ -73,7 +73,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(clean=clean_text, excerpt=excerpt, sha256=_sha256, thumbnail=thumbnail)
+    environment.filters.update(clean=clean_text, excerpt=excerpt, sha256=_sha256, thumbnails=thumbnails)
     environment.filters.update(draw=_draw, value_table=_value_table, group_plots=_group_plots)
     environment.tests.update(
         gallery=lambda section: isinstance(section, Gallery),

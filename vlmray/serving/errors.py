@@ -1,40 +1,18 @@
-"""Errors in the shape of OpenAI's API."""
+"""Errors on their way to clients."""
 
 from __future__ import annotations
 
 from fastapi.responses import JSONResponse, Response
 
-from vlmray.serving.protocol.answers import ErrorBody, ErrorDetail
-
-_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
+from vlmray.protocol.answers import ErrorBody
+from vlmray.protocol.errors import ApiError
 
 
 class BusyError(Exception):
     """There is no room for the request now."""
 
 
-class ApiError(Exception):
-    """An answer that is an error."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_s: int = 0,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.detail = ErrorDetail(
-            message=message, type=_TYPES.get(status, "invalid_request_error"), param=param, code=code
-        )
-        self.headers = {"Retry-After": str(retry_s)} if retry_s else {}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-
-    def response(self) -> Response:
-        """Write it as OpenAI does."""
-        body = ErrorBody(error=self.detail).model_dump()
-        return JSONResponse(body, status_code=self.status, headers=self.headers)
+def to_response(error: ApiError) -> Response:
+    """Write an error as OpenAI does."""
+    body = ErrorBody(error=error.detail).model_dump()
+    return JSONResponse(body, status_code=error.status, headers=error.headers)

@@ -23,13 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vlmray.config import ServeConfig
 from vlmray.images.decoding import ImageError, decode_image
 from vlmray.images.reading import read_image_bytes
-from vlmray.schema import Completion, GenerationRequest
-from vlmray.serving.adapters import AdapterCatalog
-from vlmray.serving.backend import Backend, Reply
-from vlmray.serving.errors import ApiError, BusyError
-from vlmray.serving.monitoring import Count, Figures, Metrics, exposition
-from vlmray.serving.pace import Pace
-from vlmray.serving.protocol.answers import (
+from vlmray.protocol.answers import (
     AnswerMessage,
     ChatCompletion,
     Choice,
@@ -39,7 +33,14 @@ from vlmray.serving.protocol.answers import (
     ModelList,
     Usage,
 )
-from vlmray.serving.protocol.request import ChatRequest, count_chars, image_sources, sampling, to_messages
+from vlmray.protocol.errors import ApiError
+from vlmray.protocol.request import ChatRequest, count_chars, image_sources, sampling, to_messages
+from vlmray.schema import Completion, GenerationRequest
+from vlmray.serving.adapters import AdapterCatalog
+from vlmray.serving.backend import Backend, Reply
+from vlmray.serving.errors import BusyError
+from vlmray.serving.monitoring import Count, Figures, Metrics, exposition
+from vlmray.serving.pace import Pace
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class Gateway:
             max_new_tokens=limit,
             stop=chat.stop_texts,
             stop_token_ids=tuple(chat.stop_token_ids or ()),
-            chat_template_kwargs=chat.template_kwargs,
+            chat_template_kwargs={**(config.chat_template_kwargs or {}), **chat.template_kwargs},
             seed=random.getrandbits(32) if chat.seed is None else chat.seed,
             adapter=adapter,
             **sampling(chat),

@@ -33,6 +33,7 @@ from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.errors import OptionError, RunError
 from vlmray.models.source import ModelSource
+from vlmray.models.templates.chat import check_template, with_template
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.address import check_port, is_loopback
 from vlmray.serving.gateway import Gateway
@@ -213,11 +214,12 @@ def _check_model(config: ServeConfig) -> ServeConfig:
         FakeEngine.parse_model_id(config.model_id)
         return config
     model = ModelSource.open(config.model_id)
+    check_template(config, model.folder)
     adapters = config.adapter_paths()
     AdapterCatalog(model.path, adapters, config.adapter_dir).check()
     check_engine(config, config.model_id, [path for path in adapters.values() if "://" not in path])
     return dataclasses.replace(
-        config,
+        with_template(config),
         model_id=model.address,
         served_model_name=config.base_name,
         adapters=",".join(f"{name}={absolute_uri(path)}" for name, path in adapters.items()) or None,

@@ -17,6 +17,7 @@ _FINGERPRINTS = {
     "adapter_fingerprint": ("weights", "adapter"),
     "dataset_fingerprint": ("data", "dataset_name"),
     "images_fingerprint": ("image files", "dataset_name"),
+    "chat_template_fingerprint": ("text", "chat_template"),
 }
 """Options that say what a name stood for: of what, and the option that is the name."""
 

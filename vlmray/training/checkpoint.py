@@ -117,6 +117,7 @@ def _with_images(probes: Sequence[Feature], answered: Sequence[dict[str, Any]]) 
         {
             **row,
             "messages": feature["messages"],
+            "answer": feature["answer"],
             "images": [_encode_png(image) for image in feature["images"]],
         }
         for feature, row in zip(probes, answered, strict=True)

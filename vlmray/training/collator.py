@@ -15,7 +15,7 @@ Shapes: `B` rows, `T` tokens of the longest, `P` patches or images of all rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -81,6 +81,7 @@ class DataCollatorForVLMSFT:
         vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
             which is then one for `VisionCache.encode`. None: pixels of all images.
         errors: What `errors` begins with, of rows that were left out before.
+        train_on: Which answers of a conversation are supervised: all, or the last alone.
 
     Raises:
         ValueError: `max_length` below 1, or a tokenizer without a padding token.
@@ -98,6 +99,7 @@ class DataCollatorForVLMSFT:
         max_model_len: int | None = None,
         vision_cache: VisionCache | None = None,
         errors: Mapping[str, str] | None = None,
+        train_on: Literal["all", "last"] = "all",
     ) -> None:
         if max_length is not None and max_length < 1:
             raise OptionError("max_length", f"must be at least 1, got {max_length}")
@@ -108,6 +110,7 @@ class DataCollatorForVLMSFT:
         self.max_model_len = max_model_len
         self.vision_cache = vision_cache
         self.errors = dict(errors or {})
+        self.train_on = train_on
         self._prompts = ChatPrompts(processor)
         self._special_token = match_any(self._prompts.special_tokens)
 
@@ -131,7 +134,8 @@ class DataCollatorForVLMSFT:
         """Encode one conversation, labels included.
 
         Args:
-            messages: Turns of which the last is an assistant's; every assistant turn is supervised.
+            messages: Turns of which the last is an assistant's; every assistant turn is supervised,
+                or the last.
             images: RGB images, one for each placeholder, in order.
 
         Returns:
@@ -147,7 +151,8 @@ class DataCollatorForVLMSFT:
         self._check_conversation(turns, images)
         parts: list[_Part] = []
         start, done, unseen = 0, "", list(images)
-        for place in [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]:
+        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for place in places if self.train_on == "all" else places[-1:]:
             num_images = _count_images(turns[start:place])
             prompt = self._prompts.render(turns[:place], add_generation_prompt=True)
             parts.append(_Part(_text_after(done, prompt), unseen[:num_images]))

@@ -56,12 +56,14 @@ class Evaluation:
                 "prediction": completion.text,
                 "error": completion.error,
                 "num_completion_tokens": completion.num_completion_tokens,
-                "score": metrics.score(self.metric, completion.text, feature["answers"]).value
-                if completion.error is None
-                else None,
+                "score": self._score(completion.text, feature) if completion.error is None else None,
             }
             for feature, completion in zip(features, completions, strict=True)
         ]
+
+    def _score(self, text: str, feature: Feature) -> float:
+        metric = feature.get("own_metric") or self.metric
+        return metrics.score(metric, text, feature["answers"], feature.get("choices") or ()).value
 
 
 def is_good(feature: Feature | None) -> TypeGuard[Feature]:

@@ -54,7 +54,7 @@ class TrainingRun:
             num_samples=len(data.train),
             num_eval_samples=len(data.evaluation or ()),
             metric=data.train.spec.metric,
-            image_optional=data.train.spec.image_optional or data.train.spec.image_column is None,
+            image_optional=data.train.spec.may_lack_images,
             lengths=estimate_lengths(data.train, config.max_pixels) if groups else None,
             **options,
         )

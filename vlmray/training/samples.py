@@ -1,7 +1,7 @@
 """Training samples: questions and answers about one image, as the chat that the model is to learn.
 
     rows -> group_turns -> Conversations.read -> open_images -> to_feature -> the collator
-                           messages, image bytes  pixels         PIL image
+                           messages, image bytes  pixels         PIL images
 
 The questions are worded exactly as inference words them. A sample whose image is broken or whose answer
 is missing gets an `error`, travels on untouched and is counted in the end. No Ray here, and no torch.
@@ -9,8 +9,10 @@ is missing gets an `error`, travels on untouched and is counted in the end. No R
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +22,20 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from vlmray.dataset.chat.marks import count_marks
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import fetch_images, read_rows
-from vlmray.dataset.samples import read_texts
+from vlmray.dataset.rows import fetch_images, image_columns, read_rows, to_question
+from vlmray.dataset.samples import read_texts, to_sample
+from vlmray.dataset.slices import sample_id
 from vlmray.dataset.sources import Source
 from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image, image_size
-from vlmray.schema import GenerationRequest, Row, Sample
+from vlmray.schema import GenerationRequest, Row
 
 Feature = Mapping[str, Any]
-"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`."""
+"""A sample as the collator takes it: `sample_id`, and `messages` with `images`, or `error`. `answer` is the
+place of the turn that the sample's answers are about."""
 
 Features = Sequence[Feature | None]
 """Samples of a batch; None is an empty slot."""
@@ -41,12 +46,14 @@ SAMPLE_SCHEMA = pa.schema(
         "question": pa.string(),
         "answers": pa.list_(pa.string()),
         "family": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "own_metric": pa.string(),
+        "conversation": pa.string(),
         "messages": pa.string(),
-        "image": pa.binary(),
-        "image_url": pa.string(),
-        "pixels": pa.binary(),
-        "width": pa.int32(),
-        "height": pa.int32(),
+        "images": pa.list_(pa.large_binary()),
+        "image_urls": pa.list_(pa.string()),
+        "pixels": pa.list_(pa.large_binary()),
+        "sizes": pa.list_(pa.list_(pa.int32())),
         "error": pa.string(),
     }
 )
@@ -56,14 +63,15 @@ SAMPLE_SCHEMA = pa.schema(
 class SampleRow(Row, total=False):
     """A sample on its way to a training worker: the first of its rows, all their turns as messages."""
 
-    pixels: bytes | None
-    """RGB, row by row."""
+    pixels: list[bytes]
+    """Of each image: RGB, row by row."""
 
-    width: int
-    height: int
+    sizes: list[list[int]]
+    """Width and height of each image."""
 
 
 _NO_IMAGE: tuple[Any, ...] = (None, [], {"bytes": None, "path": None})
+_KEPT = ("sample_id", "question", "answers", "family", "choices", "own_metric")
 _ROWS_PER_READ = 256
 _CHARS_PER_TOKEN, _PIXELS_PER_TOKEN = 4, 28 * 28  # Qwen2.5-VL's, and good enough for others
 
@@ -137,17 +145,13 @@ class Conversations:
 
     def _turn(self, row: Row, turn: int) -> list[dict[str, Any]]:
         """Word one question and its answer; the image and the system prompt come with the first."""
-        sample = Sample(
-            sample_id=row["sample_id"],
-            question=row["question"],
-            choices=tuple(row["choices"]),
-            answers=tuple(row["answers"]),
-            image=row.get("image") or row.get("image_url"),
-        )
+        sample = to_question(row)
+        if turn and count_marks(sample.question):
+            raise ValueError("a question with a place for an image cannot follow another; use --max_turns 1")
         return format_data(
-            sample if turn == 0 else replace(sample, image=None),
+            sample if turn == 0 else replace(sample, images=()),
             system_prompt=self.system_prompt if turn == 0 else None,
-            prompt_template=self.spec.prompt_template,
+            prompt_template=self.spec.template_of(sample.choices),
             with_answer=True,
         )
 
@@ -172,7 +176,7 @@ def _group(
     group: list[int] = []
     last = None
     for index, image in zip(selected, _images(source, spec, selected), strict=True):
-        if group and (image in _NO_IMAGE or image != last or len(group) == max_turns):
+        if group and (image is None or image != last or len(group) == max_turns):
             yield group
             group = []
         group.append(index)
@@ -182,13 +186,14 @@ def _group(
 
 def _images(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Iterator[Any]:
     """Yield what tells the image of each row from others."""
-    column = source.same_image_column or spec.image_column
+    columns = image_columns(source, spec)
     for start in range(0, len(selected), _ROWS_PER_READ):
         indices = selected[start : start + _ROWS_PER_READ]
-        if column is None:
+        if not columns:
             yield from (None for _ in indices)
-        else:
-            yield from (row[column] for row in source.read(indices, [column]))
+        for row in source.read(indices, columns) if columns else ():
+            images = [image for image in row.values() if image not in _NO_IMAGE]
+            yield images or None
 
 
 def estimate_lengths(samples: Conversations, max_pixels: int | None = None) -> Sequence[int]:
@@ -201,15 +206,15 @@ def estimate_lengths(samples: Conversations, max_pixels: int | None = None) -> S
     lengths = array("l")
     for start in range(0, len(samples), _ROWS_PER_READ):
         for row in samples.read(range(start, min(start + _ROWS_PER_READ, len(samples)))):
-            area = _area(row) if max_pixels is None else min(_area(row), max_pixels)
-            lengths.append(len(row["messages"] or "") // _CHARS_PER_TOKEN + area // _PIXELS_PER_TOKEN)
+            areas = [min(_area(image), max_pixels or sys.maxsize) for image in row["images"] or ()]
+            lengths.append(len(row["messages"] or "") // _CHARS_PER_TOKEN + sum(areas) // _PIXELS_PER_TOKEN)
     return lengths
 
 
-def _area(row: Row) -> int:
-    """Return width times height of a sample's image; 0 where there is none, or a broken one."""
+def _area(image: bytes | None) -> int:
+    """Return width times height of an image; 0 where it is not here, or broken."""
     try:
-        return math.prod(image_size(row["image"])) if row["image"] else 0
+        return math.prod(image_size(image)) if image else 0
     except ValueError:
         return 0
 
@@ -220,6 +225,8 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
     Raises:
         ValueError: no answer column is known, or no selected row has an answer in it.
     """
+    if spec.form and _brings_answer(source, spec, split, selected):
+        return
     if spec.answer_column is None:
         raise OptionError(
             "answer_column", "is needed to train", f"the columns are {', '.join(source.column_names)}"
@@ -236,20 +243,29 @@ def check_answers(source: Source, spec: DatasetSpec, split: str, selected: Seque
     raise OptionError("answer_column", f": {problem}", hint)
 
 
+def _brings_answer(source: Source, spec: DatasetSpec, split: str, selected: Sequence[int]) -> bool:
+    """Tell whether a conversation ends with an answer."""
+    for index in selected:
+        with contextlib.suppress(ValueError):
+            (row,) = source.read([index])
+            if any(answer.strip() for answer in to_sample(row, spec, sample_id(split, index)).answers):
+                return True
+    return False
+
+
 def open_images(rows: Sequence[SampleRow]) -> list[SampleRow]:
     """Fetch and decode the images of samples: their pixels take the place of the encoded bytes."""
     asked = [row for row in rows if row.get("sample_id") and row["error"] is None]
     fetch_images(asked)
     for row in asked:
-        data = row.pop("image", None)
-        if row["error"] is not None or data is None:
-            continue
+        images = row.pop("images")
         try:
-            picture = decode_image(data)
+            pictures = [decode_image(image) for image in images if image and row["error"] is None]
         except ValueError as error:
             row["error"] = str(error)
         else:
-            row |= {"pixels": picture.tobytes(), "width": picture.width, "height": picture.height}
+            row["pixels"] = [picture.tobytes() for picture in pictures]
+            row["sizes"] = [list(picture.size) for picture in pictures]
     return list(rows)
 
 
@@ -257,24 +273,31 @@ def to_feature(row: SampleRow) -> Feature | None:
     """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
     if not row.get("sample_id"):
         return None
-    feature = {name: row.get(name) for name in ("sample_id", "question", "answers", "family")}
+    feature = {
+        name: row.get(name)
+        for name in ("sample_id", "question", "answers", "family", "choices", "own_metric")
+    }
     if row["error"] is not None:
         return {**feature, "error": row["error"]}
-    images, messages = [], row["messages"]
-    if (pixels := row.get("pixels")) is not None:
-        size = (row["width"], row["height"])
-        images.append(Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1))
+    messages = row["messages"]
     assert messages is not None
-    return {**feature, "messages": json.loads(messages), "images": images}
+    images = [
+        Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+        for pixels, (width, height) in zip(row["pixels"], row["sizes"], strict=True)
+    ]
+    turns = json.loads(messages)
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answer = places[-1] if row.get("conversation") else places[0]
+    return {**feature, "messages": turns, "images": images, "answer": answer}
 
 
 def first_question(feature: Feature, max_new_tokens: int) -> GenerationRequest:
-    """Make the request that asks the first question of a sample."""
-    messages = feature["messages"]
-    end = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+    """Make the request that a sample's answers are to: its first question, or the last of a conversation."""
+    messages = feature["messages"][: feature["answer"]]
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
     return GenerationRequest(
         request_id=feature["sample_id"],
-        messages=messages[:end],
-        images=list(feature["images"]),
+        messages=messages,
+        images=list(feature["images"][:num_images]),
         max_new_tokens=max_new_tokens,
     )

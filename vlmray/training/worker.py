@@ -207,6 +207,7 @@ class WorkerSession:
             max_model_len=find_max_model_len(model.config),
             vision_cache=cache if run.num_steps > plan.steps_per_epoch else None,
             errors=earlier.errors,
+            train_on=config.train_on or "all",
         )
         self.evaluation = Evaluation(
             read=functools.partial(_read_evaluation, run, worker) if run.num_eval_samples else None,
@@ -216,6 +217,7 @@ class WorkerSession:
                 max_model_len=find_max_model_len(model.config),
                 vision_cache=cache,
                 errors=earlier.eval_errors,
+                train_on=config.train_on or "all",
             ),
             metric=run.metric,
             num_answered=config.eval_samples,

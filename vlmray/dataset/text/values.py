@@ -84,9 +84,24 @@ def printable(value: object) -> str:
     return str("" if value is None else value).encode("utf-8", "replace").decode()
 
 
+class Written(str):
+    """A number of JSON, as it is written."""
+
+    __slots__ = ()
+
+
 def parse_json(text: str) -> Any:
     """Read JSON with its numbers as they are written; NaN is no value."""
-    return json.loads(text, parse_float=str, parse_int=str, parse_constant=_constant)
+    return json.loads(text, parse_float=Written, parse_int=Written, parse_constant=_constant)
+
+
+def with_numbers(value: Any) -> Any:
+    """Return what JSON holds, with its numbers as numbers."""
+    if isinstance(value, Written):
+        return json.loads(value)
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return {name: with_numbers(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _constant(name: str) -> str | None:

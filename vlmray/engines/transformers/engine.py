@@ -49,6 +49,7 @@ from vlmray.models.checks import check_adapter_folder
 from vlmray.models.inputs import encode_text, row_signature
 from vlmray.models.loading import find_max_model_len, load_checkpoint
 from vlmray.models.prompts import ChatPrompts, template_options
+from vlmray.models.templates.chat import AdapterTemplates
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2  # threads; resizing in PIL and numpy releases the interpreter lock
@@ -69,6 +70,7 @@ class TransformersEngine:
             A beginning that rows share counts once, and for each of the others what its copy takes.
             None: what the memory holds (see `vlmray.engines.transformers.memory`).
         verifies: Whether each adapter that is loaded is compared with what PEFT makes of it.
+        templates: Chat templates of adapters that were trained with another than the base's.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class TransformersEngine:
         batch_size: int = 16,
         max_batch_tokens: int | None = None,
         verifies: bool = False,
+        templates: AdapterTemplates | None = None,
     ) -> None:
         if batch_size < 1:
             raise OptionError("batch_size", f"must be at least 1, got {batch_size}")
@@ -91,6 +94,7 @@ class TransformersEngine:
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
         self._adapters: dict[str | None, Adapter | None] = {None: None}
         self._verifies = verifies
+        self._templates = AdapterTemplates() if templates is None else templates
         self._encoders = ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode")
         # Questions on one image are of like length, so they come close together.
         self._decode = functools.lru_cache(maxsize=8)(decode_image)
@@ -141,6 +145,7 @@ class TransformersEngine:
             batch_size=batch_size,
             max_batch_tokens=max_batch_tokens,
             verifies=config.verify_adapter,
+            templates=AdapterTemplates(config),
         )
         for path in adapters if config.verify_adapter else ():
             engine._load(path)
@@ -164,6 +169,7 @@ class TransformersEngine:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter_folder(path, self.model.config.name_or_path)
         self._adapters[name] = self._load(path)
+        self._templates.add(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that `load_adapter` loaded, and free its memory.
@@ -173,6 +179,7 @@ class TransformersEngine:
         """
         if self._adapters.pop(name, None) is None:
             raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
+        self._templates.pop(name, None)
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
         """Word requests, put them in order, and begin to encode the first batch."""
@@ -231,6 +238,7 @@ class TransformersEngine:
     def _use_as_default(self, path: str) -> None:
         """Let an adapter answer what names none."""
         self._adapters[None] = self._load(path)
+        self._templates.add(None, path)
 
     def _load(self, path: str) -> Adapter:
         """Load an adapter; where adapters are verified, refuse one that answers otherwise than by PEFT."""
@@ -261,7 +269,8 @@ class TransformersEngine:
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
-        prompt = self.prompts.render(request.messages, **template_options(self.processor, request))
+        template = self._templates.get(request.adapter)
+        prompt = self.prompts.render(request.messages, **template_options(self.processor, request, template))
         row.prompt, row.tail = self.prompts.readable(prompt), prompt
         row.num_tokens = self._count_tokens(prompt)
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded

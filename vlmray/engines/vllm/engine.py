@@ -32,6 +32,7 @@ from vlmray.engines.vllm.running import Event, RunningLLM, is_dead
 from vlmray.engines.vllm.sampling import read_settings
 from vlmray.errors import OptionError
 from vlmray.models.processors import load_processor
+from vlmray.models.templates.chat import AdapterTemplates, use_template
 from vlmray.schema import Completion, GenerationRequest
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class VLLMEngine:
         processor: As `vlmray.models.processors.load_processor` gives it.
         max_adapters: The most that are loaded at a time.
         expected: What PEFT makes of each adapter that may be loaded; None: any may be, unverified.
+        templates: Chat templates of adapters that were trained with another than the base's.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class VLLMEngine:
         processor: Any,
         max_adapters: int,
         expected: Mapping[str, Scores] | None = None,
+        templates: AdapterTemplates | None = None,
     ) -> None:
         self.processor = processor
         self.max_model_len: int | None = running.llm.model_config.max_model_len
         self._guard, self._loop, self._running = guard, loop, running
-        self._opener = Opener(processor)
+        self._templates = AdapterTemplates() if templates is None else templates
+        self._opener = Opener(processor, self._templates)
         self._adapters: dict[str | None, LoRARequest | None] = {None: None}
         self._max_adapters = max_adapters
         self._expected = expected
@@ -115,6 +119,7 @@ class VLLMEngine:
             max_pixels=config.max_pixels,
             trust_remote_code=config.trust_remote_code,
         )
+        use_template(processor, config)
         max_adapters += len(own)
         known = [*adapters, *own]
         args = engine_args(
@@ -134,7 +139,8 @@ class VLLMEngine:
             loop.close()
             guard.close()
             raise
-        engine = cls(guard, loop, running, processor, max_adapters, expected)
+        templates = AdapterTemplates(config)
+        engine = cls(guard, loop, running, processor, max_adapters, expected, templates)
         try:
             engine._check_scores()
             for number, path in enumerate(adapters if expected is not None else ()):
@@ -163,6 +169,7 @@ class VLLMEngine:
             raise ValueError(f"an adapter named {name!r} is loaded already; known: {self._known_adapters()}")
         check_adapter(path, self._running.llm.model_config.model)
         self._adapters[name] = self._add_adapter(name, path)
+        self._templates.add(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter that `load_adapter` loaded, and free its memory.
@@ -173,6 +180,7 @@ class VLLMEngine:
         adapter = self._adapters.pop(name, None)
         if adapter is None:
             raise ValueError(f"no adapter named {name!r} is loaded; known: {self._known_adapters()}")
+        self._templates.pop(name, None)
         self._run(self._running.remove_adapter(adapter))
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
@@ -268,6 +276,7 @@ class VLLMEngine:
     def _use_as_default(self, path: str) -> None:
         """Let an adapter answer what names none."""
         self._adapters[None] = self._add_adapter("default", path)
+        self._templates.add(None, path)
 
     def _check_scores(self) -> None:
         """Refuse a model whose scores are no numbers: vLLM would answer it with the first token of all."""

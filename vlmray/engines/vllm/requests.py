@@ -7,7 +7,7 @@ wrote.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,17 +55,22 @@ class Opener:
 
     Args:
         processor: As `vlmray.models.processors.load_processor` gives it.
+        templates: Chat templates of adapters that have one of their own.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, templates: Mapping[str | None, str]) -> None:
         self._processor = processor
+        self._templates = templates
         self._prompts = ChatPrompts(processor)
 
     def open(self, row: AsyncRow, max_model_len: int | None) -> None:
         """Check a request, and make tokens of its prompt; whatever is wrong with it is raised."""
         request = row.request
         check_request(request)
-        prompt = self._prompts.render(request.messages, **template_options(self._processor, request))
+        template = self._templates.get(request.adapter)
+        prompt = self._prompts.render(
+            request.messages, **template_options(self._processor, request, template)
+        )
         row.prompt = self._prompts.readable(prompt)
         row.token_ids = self._prompts.processor_for(prompt).tokenizer(prompt)["input_ids"]
         limit_answer(request, len(row.token_ids), max_model_len)  # before its images are looked at

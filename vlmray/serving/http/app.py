@@ -14,13 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from vlmray import __version__
-from vlmray.serving.errors import ApiError
+from vlmray.protocol.answers import ChatCompletion, ErrorBody, ModelCard, ModelList
+from vlmray.protocol.errors import ApiError
+from vlmray.protocol.request import ChatRequest, read_request
+from vlmray.serving.errors import to_response
 from vlmray.serving.gateway import Gateway
 from vlmray.serving.http.body import read_body
 from vlmray.serving.http.docs import render_docs
 from vlmray.serving.http.middleware import CHAT, Counted, Guard, Tidy
-from vlmray.serving.protocol.answers import ChatCompletion, ErrorBody, ModelCard, ModelList
-from vlmray.serving.protocol.request import ChatRequest, read_request
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -154,14 +155,14 @@ def _read_page() -> str:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
+        return to_response(error)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         found = ApiError(error.status_code, str(error.detail))
         found.headers.update(error.headers or {})
-        return found.response()
+        return to_response(found)
 
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> Response:
-        return ApiError(500, "the server failed; its log says why").response()
+        return to_response(ApiError(500, "the server failed; its log says why"))

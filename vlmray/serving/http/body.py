@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import Request
 
-from vlmray.serving.errors import ApiError
-from vlmray.serving.protocol.words import describe, path_of
+from vlmray.protocol.errors import ApiError
+from vlmray.protocol.words import describe, path_of
 
 _EXPECTED = "send a JSON object with model and messages, as Content-Type: application/json"
 

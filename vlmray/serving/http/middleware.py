@@ -11,7 +11,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
-from vlmray.serving.errors import ApiError
+from vlmray.protocol.errors import ApiError
+from vlmray.serving.errors import to_response
 from vlmray.serving.monitoring import CLIENT_LEFT, Count, Metrics
 
 CHAT = "/v1/chat/completions"
@@ -102,12 +103,12 @@ class Guard:
             refusal = ApiError(
                 401, f"{found}; send it as 'Authorization: Bearer KEY'", code="invalid_api_key"
             )
-            await refusal.response()(scope, receive, send)
+            await to_response(refusal)(scope, receive, send)
             return
         error = ApiError(413, f"the body is larger than {self.max_bytes} bytes")
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self.max_bytes:
-            await error.response()(scope, receive, send)
+            await to_response(error)(scope, receive, send)
             return
         num_bytes, started = 0, False
 
@@ -127,7 +128,7 @@ class Guard:
 
         await self.app(scope, counted, watched)
         if num_bytes > self.max_bytes and not started:
-            await error.response()(scope, receive, send)
+            await to_response(error)(scope, receive, send)
 
     def _admits(self, authorization: bytes) -> bool:
         """Tell whether a header holds the API key, in time that does not depend on what it holds."""

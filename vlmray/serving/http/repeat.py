@@ -13,7 +13,8 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from vlmray.serving.errors import ApiError
+from vlmray.protocol.errors import ApiError
+from vlmray.serving.errors import to_response
 from vlmray.serving.http.middleware import CHAT, Receive, Send
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares"}
@@ -95,7 +96,7 @@ class _Request:
             return
         if not self.begun:
             error = ApiError(503, "the server has lost the request; send it again", retry_s=1)
-            await error.response()(scope, self._receive, self._send)
+            await to_response(error)(scope, self._receive, self._send)
         elif self._is_stream:
             body = {"error": ApiError(500, "the answer broke off").detail.model_dump()}
             event = f"data: {json.dumps(body)}\n\n".encode()

@@ -21,25 +21,22 @@ from pydantic import (
     model_validator,
 )
 
-from vlmray.serving.errors import ApiError
-from vlmray.serving.protocol.fields import find_unsupported
-from vlmray.serving.protocol.words import MARK, describe, explain
+from vlmray.protocol.errors import ApiError
+from vlmray.protocol.fields import find_unsupported
+from vlmray.protocol.templates import is_taken
+from vlmray.protocol.words import MARK, describe, explain
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_TOKENS = 128
 MAX_TEMPLATE_CHARS = 10_000
 """Of `chat_template_kwargs`, written as JSON."""
 
-_TEMPLATE_ARGUMENTS = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
-    "load_audio_from_video", "messages", "processor_kwargs", "return_assistant_tokens_mask", "return_dict",
-    "return_tensors", "self", "tokenize", "tools",
-}  # fmt: skip
-"""What chat templates are called with already; beside special tokens, whose names end with `_token`."""
-
 _OTHER_PARTS = {
     "input_text": 'is of the Responses API; here it is {"type": "text", "text": "..."}',
     "input_image": 'is of the Responses API; here it is {"type": "image_url", "image_url": {"url": "..."}}',
+    "video_url": "is not supported: it is a video; send its frames as images",
+    "input_video": "is not supported: it is a video; send its frames as images",
+    "video": "is not supported: it is a video; send its frames as images",
     "image": 'is not known; write {"type": "image_url", "image_url": {"url": "..."}}',
 }
 
@@ -215,7 +212,7 @@ class ChatRequest(BaseModel):
     @classmethod
     def _check_template_kwargs(cls, found: dict[str, Any] | None) -> dict[str, Any] | None:
         for name in found or {}:
-            if name in _TEMPLATE_ARGUMENTS or name.endswith("_token"):
+            if is_taken(name):
                 raise ValueError(f"has {name!r}, which is no variable of a chat template")
         if _is_deep(found):
             raise ValueError("is nested too deeply")

@@ -1,0 +1,183 @@
+"""OpenAI's batch files: a line out for each line in, in order, whatever is wrong with some of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletion
+
+from helpers.rows import make_image
+from vlmray.benchmark.plan import plan_benchmark
+from vlmray.config import BenchmarkConfig, FinetuneConfig, InferConfig
+from vlmray.dataset.rows import read_rows
+from vlmray.dataset.selection import describe_columns
+from vlmray.engines.fake import FakeEngine
+from vlmray.errors import OptionError
+from vlmray.finetune.plan import open_training_data
+from vlmray.inference import stages
+from vlmray.inference.job import run_inference
+from vlmray.inference.plan import InferenceRun, plan_inference
+from vlmray.inference.requests.output import write_output
+from vlmray.schema import GenerationRequest
+
+NUM_REQUESTS = 200
+
+
+def _uri(number: int) -> str:
+    return f"data:image/png;base64,{base64.b64encode(make_image(number)).decode()}"
+
+
+def _body(number: int, **fields: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": _uri(number)}}] * (number % 3)
+    content = [*parts, {"type": "text", "text": f"Question {number}?"}]
+    return {"model": "fake", "messages": [{"role": "user", "content": content}], **fields}
+
+
+def _line(number: int, **fields: Any) -> dict[str, Any]:
+    line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/chat/completions"}
+    return {**line, "body": _body(number), **fields}
+
+
+BROKEN: dict[int, tuple[dict[str, Any], str]] = {
+    3: ({"body": None}, "body is NoneType; expected a request of /v1/chat/completions"),
+    20: ({"body": "Why?"}, "body is a text; expected a request"),
+    33: ({"custom_id": 33}, "custom_id is missing; every request of a batch has one, a text"),
+    41: ({"method": "GET"}, "method is 'GET'; expected POST"),
+    60: ({"url": "/v1/embeddings"}, "url is '/v1/embeddings'; expected /v1/chat/completions"),
+    77: ({"body": {"model": "fake"}}, "messages is missing"),
+    90: ({"body": _body(1, model="gpt-9")}, "the model 'gpt-9' does not exist; known: fake"),
+    130: ({"body": _body(1, stream=True)}, "stream is for a client that waits"),
+    150: ({"body": {**_body(1), "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}}, "cannot identify"),
+    199: ({"body": {**_body(1), "messages": [{"role": "user", "content": [
+        {"type": "video_url", "video_url": {"url": "a.mp4"}}]}]}}, "it is a video"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    lines = [_line(number, **BROKEN.get(number, ({}, ""))[0]) for number in range(NUM_REQUESTS)]
+    path = tmp_path / "batch.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+def _plan(path: Path, **options: Any) -> InferenceRun:
+    fake = {"engine": "fake", "model_id": "fake", "sample_slices": "[:]"}
+    config = InferConfig(
+        **{**fake, "output_dir": str(path.parent / "out"), **options}, dataset_name=str(path)
+    )
+    return plan_inference(config)
+
+
+def _answer(run: InferenceRun, num_rows: int) -> None:
+    """Answer and write the first pending rows, as a run that ends there."""
+    rows = read_rows(run.source, run.spec, run.config.dataset_split, run.pending[:num_rows])
+    rows = stages.generate_rows(stages.prepare_rows(rows, run.task), FakeEngine(), run.task)
+    stages.save_rows([stages.score_row(row, run.task) for row in rows], run.folder)
+
+
+def test_a_run_that_died_leaves_a_line_for_each_request(batch: Path) -> None:
+    run = _plan(batch)
+    line = describe_columns(run.source, run.spec)
+    assert line.startswith("request from 'body'; ")
+    _answer(run, 95)
+    resumed = _plan(batch)
+    tried_again = sum(number < 95 for number in BROKEN)
+    assert len(resumed.pending) == NUM_REQUESTS - 95 + tried_again
+    _answer(resumed, NUM_REQUESTS)
+    write_output(resumed)
+    lines = [json.loads(line) for line in (batch.parent / "out" / "batch_output.jsonl").open()]
+    ids = [33 if number == 33 else f"id-{number}" for number in range(NUM_REQUESTS)]
+    assert [line["custom_id"] for line in lines] == ids
+    assert len({line["id"] for line in lines}) == NUM_REQUESTS
+    assert [number for number, line in enumerate(lines) if line["error"]] == sorted(BROKEN)
+    for number, line in enumerate(lines):
+        if number in BROKEN:
+            assert line["response"] is None
+            assert BROKEN[number][1] in line["error"]["message"]
+            assert line["error"]["code"] == "invalid_request"
+        else:
+            answer = ChatCompletion.model_validate(line["response"]["body"])
+            assert line["response"]["status_code"] == 200
+            assert answer.choices[0].message.content
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens > 0
+    texts = [
+        line["response"]["body"]["choices"][0]["message"]["content"] for line in lines if line["response"]
+    ]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_job_writes_the_lines_at_its_end_and_overwriting_takes_them_away(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_text("\n".join(json.dumps(_line(number)) for number in range(6)), encoding="utf-8")
+    _answer(_plan(path, sample_slices="[1:4]"), 3)
+    output = tmp_path / "out" / "batch_output.jsonl"
+    assert run_inference(_plan(path, sample_slices="[1:4]")).num_answered == 3
+    assert [json.loads(line)["custom_id"] for line in output.open()] == ["id-1", "id-2", "id-3"]
+    _answer(_plan(path), 3)
+    assert run_inference(_plan(path)).num_resumed == 6
+    assert [json.loads(line)["custom_id"] for line in output.open()] == [f"id-{n}" for n in range(6)]
+    _plan(path, overwrite=True)
+    assert not output.exists()
+
+
+def _request(path: Path, body: dict[str, Any], **options: Any) -> GenerationRequest:
+    path.write_text(json.dumps(_line(0, body=body)), encoding="utf-8")
+    run = _plan(path, **options)
+    rows = stages.prepare_rows(read_rows(run.source, run.spec, "test", [0]), run.task)
+    assert rows[0]["error"] is None
+    return stages.make_requests(rows, run.task)[0]
+
+
+def test_what_a_request_says_of_its_answer_counts(tmp_path: Path) -> None:
+    said = {
+        "max_tokens": 7, "temperature": 0.5, "seed": 11, "stop": ["a", "b"], "top_k": -1,
+        "chat_template_kwargs": {"n": 3, "own": "1"}, "min_tokens": 2,
+    }  # fmt: skip
+    path = tmp_path / "batch.jsonl"
+    options: dict[str, Any] = {
+        "max_new_tokens": 99, "seed": 5, "temperature": 0.1, "chat_template_kwargs": {"n": 1, "all": True},
+        "system_prompt": "Be brief.",
+    }  # fmt: skip
+    request = _request(path, _body(2, **said), **options)
+    assert (request.max_new_tokens, request.temperature, request.seed) == (7, 0.5, 11)
+    assert (request.stop, request.top_k, request.min_new_tokens) == (("a", "b"), 0, 2)
+    assert request.chat_template_kwargs == {"n": 3, "own": "1", "all": True}
+    assert [message["role"] for message in request.messages] == ["system", "user"]
+    assert request.images == [make_image(2)] * 2
+    plain = _request(path, _body(2), **options)
+    assert (plain.max_new_tokens, plain.temperature, plain.seed) == (99, 0.1, 5)
+
+
+def test_a_request_asks_for_the_base_or_the_adapter(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    for name, adapter in (("fake", None), ("mine", "adapter"), ("runs/mine", "adapter")):
+        assert _request(path, _body(1, model=name), adapter="runs/mine").adapter == adapter
+    assert _request(path, _body(1)).adapter is None
+
+
+def test_images_are_data_or_urls(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    part = {"type": "image_url", "image_url": {"url": "/etc/hostname"}}
+    path.write_text(
+        json.dumps(_line(0, body={**_body(0), "messages": [{"role": "user", "content": [part]}]}))
+    )
+    run = _plan(path)
+    (row,) = read_rows(run.source, run.spec, "test", [0])
+    assert row["error"] == "messages[0].content[0].image_url.url is neither a data URI nor an http(s) URL"
+
+
+def test_other_jobs_refuse_a_batch(batch: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--dataset_name holds batch requests, which vlmray infer answers"):
+        open_training_data(FinetuneConfig(dataset_name=str(batch), model_id="tiny-random"))
+    config = BenchmarkConfig(
+        dataset_name=str(batch), sample_slices="[:]", engine="fake", models="a=fake", output_dir=str(tmp_path)
+    )
+    with pytest.raises(OptionError, match="--dataset_name holds batch requests, which vlmray infer answers"):
+        plan_benchmark(config)

@@ -1,0 +1,1 @@
+"""Rows that say where their images belong, and rows that bring a whole conversation."""

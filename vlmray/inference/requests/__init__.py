@@ -1,0 +1,1 @@
+"""Runs over OpenAI's batch files: a line out for each line in."""
