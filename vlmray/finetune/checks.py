@@ -149,10 +149,10 @@ def _first_logits(model: Any, processor: Any, row: Mapping[str, Any]) -> torch.T
     (request,) = _requests([row])
     prompts = ChatPrompts(processor)
     prompt = prompts.render(request.messages, add_generation_prompt=True)
-    encode = prompts.processor_for(prompt)
-    inputs = encode(text=[prompt], images=request.images or None, return_tensors="pt")
+    images: list[Any] = list(request.images)
+    inputs = {name: tensor.to(model.device) for name, tensor in prompts.encode(prompt, images).items()}
     with torch.inference_mode():
-        return model(**inputs.to(model.device)).logits[0, -1].float().cpu()
+        return model(**inputs).logits[0, -1].float().cpu()
 
 
 def _compare_logits(name: str, logits: torch.Tensor, before: torch.Tensor) -> Check:
