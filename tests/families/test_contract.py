@@ -15,6 +15,8 @@ import torch
 from peft import get_peft_model
 
 from helpers.families.contract import (
+    PADS_INEXACTLY,
+    WITHOUT_MERGER,
     WITHOUT_TEXT_ONLY,
     Checkpoint,
     ask,
@@ -33,9 +35,6 @@ from vlmray.models.lora import find_lora_targets, get_default_lora_config_for_qw
 from vlmray.models.merging import merge_adapter
 from vlmray.models.prompts import ChatPrompts
 from vlmray.training.collator import DataCollatorForVLMSFT
-
-PADS_INEXACTLY = ("mllama",)  # what is padded changes the losses of others, as with its own processor
-WITHOUT_MERGER = ("gemma3", "glm4v_moe")  # a bare parameter; names that PEFT takes for experts
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from pathlib import Path
 
@@ -11,8 +10,10 @@ import pytest
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
 from helpers.families import TINY
+from helpers.families.table import render_table
+from helpers.paths import ROOT
 from vlmray.errors import OptionError
-from vlmray.models import families, loading
+from vlmray.models import loading
 from vlmray.models.checks import check_packages
 from vlmray.models.families import ANY, FAMILIES, family_of
 from vlmray.models.loading import load_qwen_vl_model_and_processor
@@ -69,6 +70,7 @@ def test_packages_that_a_processor_needs_are_named(monkeypatch: pytest.MonkeyPat
     check_packages("X", {"model_type": "smolvlm"})
 
 
-def test_the_registry_loads_no_torch(tmp_path: Path) -> None:
-    assert json.dumps(sorted(FAMILIES))
-    assert not hasattr(families, "torch")
+def test_the_documented_table_is_what_the_contract_test_holds() -> None:
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    found = text.partition("<!-- families -->\n")[2].partition("<!-- /families -->")[0]
+    assert found == render_table(), "PYTHONPATH=.:tests python -m helpers.families.table writes it"

@@ -133,10 +133,10 @@ def find_lora_targets(model: Any, lora_config: LoraConfig) -> list[str]:
 
     modules = dict(model.named_modules())
     names = [name for name in modules if name and check_target_module_exists(lora_config, name)]
-    for target, pattern in _each_target(lora_config, family_of(model.config)).items():
+    for pattern, what in _each_target(lora_config, family_of(model.config)).items():
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(
-                f"no module of {type(model).__name__} is {target}; its linear layers: "
+                f"no module of {type(model).__name__} {what}; its linear layers: "
                 f"{_describe_linear_layers(model)}; pass the ones to adapt as --lora_target_modules, "
                 "suffixes (q_proj,v_proj) or a regex"
             )
@@ -235,16 +235,16 @@ def _parts_of(family: Family) -> dict[str, tuple[str, str]]:
 
 
 def _each_target(lora_config: LoraConfig, family: Family) -> dict[str, str]:
-    """Return in words what has to match something, each with its regex."""
+    """Return the patterns of which each has to match something, and in words what a match is."""
     targets = lora_config.target_modules
     if not isinstance(targets, str):
-        return {
-            f"the LoRA target {suffix!r}": rf"(?:.*\.)?{re.escape(suffix)}"
-            for suffix in sorted(targets or [])
-        }
-    parts = {what: pattern for pattern, what in _parts_of(family).values() if pattern in targets}
-    is_default = "|".join(parts.values()) == targets
-    return parts if is_default else {f"the LoRA target {targets!r}": targets}
+        names = sorted(targets or [])
+        return {rf"(?:.*\.)?{re.escape(name)}": f"matches the LoRA target {name!r}" for name in names}
+    known = {**dict(_PARTS.values()), **dict(_parts_of(family).values())}
+    parts = [pattern for pattern in known if pattern in targets]
+    if "|".join(parts) != targets:
+        return {targets: f"matches the LoRA target {targets!r}"}  # not the default
+    return {pattern: f"is {known[pattern]}" for pattern in parts}
 
 
 def _check_adaptable(model: Any, name: str, module: Any) -> None:

@@ -18,6 +18,8 @@ from vlmray.schema import GenerationRequest
 QUESTIONS = ("What is it?", "How many people are in the year?", "Which color?")
 SIZES = ((70, 40), (40, 64), (90, 50))
 WITHOUT_TEXT_ONLY = ("paligemma",)  # its processor wants an image
+WITHOUT_MERGER = ("gemma3", "glm4v_moe")  # a bare parameter; names that PEFT takes for experts
+PADS_INEXACTLY = ("mllama",)  # what is padded changes the losses of others, as with its own processor
 
 
 @dataclass(frozen=True)
