@@ -79,7 +79,8 @@ def lfm2_vl() -> Tiny:
         config={
             "model_type": "lfm2_vl",
             "text_config": {
-                **TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3,
+                **TEXT, "model_type": "lfm2", "num_hidden_layers": 3, "conv_L_cache": 3,
+                "layer_types": ["full_attention", "conv", "full_attention"],
                 "block_ff_dim": 96, "block_auto_adjust_ff_dim": False,
             },
             "vision_config": {
@@ -97,7 +98,7 @@ def lfm2_vl() -> Tiny:
         template="{{ bos_token }}" + chatml(image="<image>"),
         tokens=(*CHATML, "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
         named={"image_token": "<image>"},
-        bos="<|startoftext|>", eos="<|im_end|>", pad="<|pad|>",
+        embedding_scale=0.3, bos="<|startoftext|>", eos="<|im_end|>", pad="<|pad|>",
     )  # fmt: skip
 
 

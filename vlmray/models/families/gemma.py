@@ -12,9 +12,16 @@ _PALIGEMMA_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 
+# Its vision layers are wrapped, and the wrapped one is the linear layer.
+_GEMMA4 = {
+    "vision": r"model\.vision_tower\.encoder\.layers\.\d+"
+    r"\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.linear",
+    "merger": r"model\.embed_vision\.embedding_projection",
+}
+
 FAMILIES = (
     Family(model_types=("gemma3",)),
-    Family(model_types=("gemma4",), needs=("torchvision",)),
+    Family(model_types=("gemma4",), needs=("torchvision",), lora=_GEMMA4),
     Family(
         model_types=("paligemma",),
         chat_template=_PALIGEMMA_TEMPLATE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vlmray.models.families.base import Family
 
-# PEFT turns a pattern into suffixes for a mixture, and takes every gate_proj, up_proj and down_proj for one of
-# its experts; what is left to name is what no other part has a name in common with.
+# PEFT turns a pattern into suffixes for a mixture, and takes every gate_proj, up_proj and down_proj for one
+# of its experts; what is left to name is what no other part has a name in common with.
 _OUTSIDE_EXPERTS = {
     "language": r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
     "vision": r"model\.visual\.blocks\.\d+\.attn\.qkv",
