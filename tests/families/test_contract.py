@@ -35,6 +35,7 @@ from vlmray.models.lora import find_lora_targets, get_default_lora_config_for_qw
 from vlmray.models.merging import merge_adapter
 from vlmray.models.prompts import ChatPrompts
 from vlmray.training.collator import DataCollatorForVLMSFT
+from vlmray.training.vision_cache import VisionCache
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,22 @@ def test_rows_of_any_images_train_together_as_alone(tiny: Checkpoint) -> None:
         together = tiny.model(**batch).loss
     mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert together.item() == pytest.approx(mean.item(), rel=1e-4)
+
+
+def test_images_that_were_kept_encoded_train_as_pixels_do(tiny: Checkpoint) -> None:
+    tiny.model.requires_grad_(False)
+    cache = VisionCache.of(tiny.model, 1e9)
+    assert (cache is not None) == tiny.family.takes_image_features
+    if cache is None:
+        return
+    features = [sample(0, "red", 0), sample(2, "no", 1, 2), sample(3, "blue")]
+    expected = tiny.model(**collator_of(tiny)(features)).loss
+    collator = collator_of(tiny)
+    collator.vision_cache = cache
+    for num_encoded in (3, 3):
+        found = tiny.model(**cache.encode(collator(features))).loss
+        assert (cache.num_encoded, collator.errors) == (num_encoded, {})
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_every_part_of_an_adapter_learns_is_kept_and_merged(tiny: Checkpoint, tmp_path: Path) -> None:

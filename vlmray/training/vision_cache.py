@@ -26,7 +26,7 @@ from vlmray.models.adapters import base_of
 from vlmray.models.families import family_of
 from vlmray.models.inputs import check_placeholders, special_token_options
 from vlmray.models.prompts import ChatPrompts
-from vlmray.models.vision import encode_images, replace_pixels
+from vlmray.models.vision import count_levels, encode_images, replace_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class VisionCache:
         pixels = batch.get("pixel_values", grids[:0]).split(sizes)
         features = [self._features(*image) for image in zip(keys, pixels, grids, strict=True)]
         self.num_images += len(features)
-        return replace_pixels(batch, features)
+        return replace_pixels(batch, features, count_levels(self._model.config))
 
     def _features(self, key: bytes | None, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Return what the tower makes of an image: as it was kept, or now."""

@@ -27,7 +27,7 @@ from vlmray.engines.transformers.settings import least_new_tokens, own_processor
 from vlmray.models.adapters import base_of, use_adapters
 from vlmray.models.families.base import Family
 from vlmray.models.inputs import join_rows
-from vlmray.models.vision import encode_images, replace_pixels
+from vlmray.models.vision import count_levels, encode_images, replace_pixels
 
 _FULL = "full_attention"  # what the cache is made for
 _ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
@@ -161,8 +161,9 @@ class Forward:
         """Run images through the tower, a few at a time: a batch of many would take far more memory."""
         if "pixel_values" not in inputs or not self._family.takes_image_features:
             return inputs
-        features = encode_images(base_of(self.model), inputs["pixel_values"], inputs["image_grid_thw"])
-        return replace_pixels(inputs, features)
+        model = base_of(self.model)
+        features = encode_images(model, inputs["pixel_values"], inputs["image_grid_thw"])
+        return replace_pixels(inputs, features, count_levels(model.config))
 
     def _positions(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the positions of padded beginnings, for a model that would count the padding too."""

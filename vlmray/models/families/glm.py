@@ -13,6 +13,14 @@ _OUTSIDE_EXPERTS = {
 }
 
 FAMILIES = (
-    Family(model_types=("glm4v", "glm46v"), end_token="<|user|>", shares_prefix=True),
-    Family(model_types=("glm4v_moe",), end_token="<|user|>", shares_prefix=True, lora=_OUTSIDE_EXPERTS),
+    Family(
+        model_types=("glm4v", "glm46v"), end_token="<|user|>", shares_prefix=True, takes_image_features=True
+    ),
+    Family(
+        model_types=("glm4v_moe",),
+        end_token="<|user|>",
+        shares_prefix=True,
+        takes_image_features=True,
+        lora=_OUTSIDE_EXPERTS,
+    ),
 )

@@ -6,7 +6,9 @@ from vlmray.models.families.base import Family
 
 FAMILIES = (
     Family(model_types=("qwen2_5_vl",), shares_prefix=True, takes_image_features=True, packs_attention=True),
-    Family(model_types=("qwen2_vl",), shares_prefix=True),
-    Family(model_types=("qwen3_vl", "qwen3_vl_moe"), shares_prefix=True),
-    Family(model_types=("qwen3_5", "qwen3_5_moe")),  # layers of theirs are recurrent
+    Family(model_types=("qwen2_vl",), shares_prefix=True, takes_image_features=True),
+    Family(model_types=("qwen3_vl", "qwen3_vl_moe"), shares_prefix=True, takes_image_features=True),
+    Family(
+        model_types=("qwen3_5", "qwen3_5_moe"), takes_image_features=True
+    ),  # layers of theirs are recurrent
 )
