@@ -55,7 +55,7 @@ a line here; wings that stand side by side (inference, training, serving) do not
 
 WITH_RAY = {
     "cluster", "cluster.connection", "cluster.resources", "cluster.placement", "cluster.plans",
-    "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes",
+    "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes", "cluster.ending",
     "inference.job", "inference.pipeline", "inference.replica", "inference.endpoint.keeping",
     "inference.endpoint.watching",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
