@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from helpers.engines import make_image
 from helpers.families import TINY
@@ -99,6 +101,24 @@ def test_beginnings_are_not_shared_where_a_window_slides(
     assert not engine.forward.copies_rows
     assert min(each.num_prompt_tokens for each in found if each.num_prompt_tokens > 20) > 16
     assert [each.text for each in found] == [text_by_the_card(tiny, request) for request in requests]
+    engine.close()
+
+
+def test_what_stands_behind_an_image_is_read_as_there(tmp_path: Path) -> None:
+    tiny = load_tiny("llava", tmp_path)
+    backend = tiny.processor.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = tiny.processor.tokenizer
+    assert tokenizer.tokenize("What?")[0] != tokenizer.tokenize("<image>What?")[1]
+    engine = TransformersEngine(tiny.model, tiny.processor, batch_size=5)
+    requests = [dataclasses.replace(ask(n, 0, n % 2), images=ask(0, 0, 1).images) for n in range(4)]
+    for request in requests:  # the second image is the last of the turn
+        request.messages[0]["content"][:] = [request.messages[0]["content"][at] for at in (2, 0, 1)]
+    assert engine.forward.copies_rows
+    found = [completion.text for completion in engine.generate(requests)]
+    assert found == [text_by_the_card(tiny, request) for request in requests]
     engine.close()
 
 

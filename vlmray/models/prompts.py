@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import normalizers
 
-from vlmray.models.inputs import encode_text, special_token_options
+from vlmray.models.inputs import check_placeholders, encode_text, special_token_options
 from vlmray.schema import GenerationRequest
 
 if TYPE_CHECKING:
@@ -74,6 +74,19 @@ class ChatPrompts:
     ) -> dict[str, torch.Tensor]:
         """Turn a rendered prompt, or a stretch of one, into a row: `vlmray.models.inputs.encode_text`."""
         return encode_text(self.processor_for(prompt), prompt, images, continues=continues)
+
+    def encode_behind_image(self, text: str) -> dict[str, torch.Tensor]:
+        """Turn what stands behind an image into a row, as a tokenizer reads it there.
+
+        Alone, some tokenizers would put a space before it.
+        """
+        image = self._processor.image_token
+        ids = self.processor_for(text).tokenizer(
+            image + text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
+        )
+        row = {name: tensor[:, 1:] for name, tensor in ids.items()}
+        check_placeholders(self._processor, row)
+        return row
 
     def tokenize(self, prompt: str, *, continues: bool = False) -> list[int]:
         """Return the tokens of a rendered prompt, or a stretch of one, in which an image is one."""

@@ -285,7 +285,7 @@ class TransformersEngine:
             if row.head is None:
                 row.encoded = self._encoders.submit(self._encode, row.tail, row.request.images)
             else:
-                row.encoded = self._encoders.submit(self.prompts.encode, row.tail, continues=True)
+                row.encoded = self._encoders.submit(self.prompts.encode_behind_image, row.tail)
 
     def _encode(self, text: str, images: Sequence[Image | bytes]) -> dict[str, torch.Tensor]:
         """Turn a text and its images into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
