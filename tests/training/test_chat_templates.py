@@ -133,3 +133,22 @@ def test_a_token_that_starts_a_sequence_stands_once_at_its_start(tiny_model: Pat
     row = DataCollatorForVLMSFT(processor).encode(feature["messages"], feature["images"])
     assert (row["input_ids"][0] == start).nonzero().tolist() == [[0]]
     check_prompts(processor, feature, row["input_ids"][0], row["labels"][0])
+
+
+def test_what_follows_an_answer_is_read_as_there(tiny_model: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    processor = load_processor(str(tiny_model))
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    feature = feature_of("How many?", "2,008", "Sure?", "yes")
+    row = DataCollatorForVLMSFT(processor).encode(feature["messages"], [])
+    asked = processor.apply_chat_template(feature["messages"][2:3], add_generation_prompt=True)
+    question = "\n" + asked[asked.index("<|im_start|>user") :]
+    alone = processor.tokenizer(question)["input_ids"]
+    behind = processor.tokenizer(END + question)["input_ids"][1:]
+    is_context = (row["labels"][0] == -100).tolist()
+    starts = [n for n in range(1, len(is_context)) if is_context[n - 1] != is_context[n]]
+    found = row["input_ids"][0, starts[1] : starts[2]].tolist()
+    assert found == behind != alone

@@ -203,7 +203,7 @@ class DataCollatorForVLMSFT:
         What stands between two answers is the end of a turn, the next question and the next prompt.
         """
         # All texts in one call: the calls take longer than the tokens.
-        plain = iter(self._tokenize([part.text for part in parts[1:] if not part.images]))
+        plain = iter(self._tokenize([part for part in parts[1:] if not part.images]))
         segments = [self._encode_text(parts[0].text, parts[0].images)]
         for part in parts[1:]:
             if part.images:
@@ -213,11 +213,17 @@ class DataCollatorForVLMSFT:
             segments.append({**segment, "labels": segment["input_ids"]} if part.is_answer else segment)
         return segments
 
-    def _tokenize(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Turn texts into ids (1, T) without tokens that start or end a sequence."""
+    def _tokenize(self, parts: Sequence[_Part]) -> Iterator[dict[str, torch.Tensor]]:
+        """Turn texts into ids (1, T) without tokens that start or end a sequence.
+
+        What stands behind an answer is read behind its end token: alone, some tokenizers put a space before.
+        """
+        before = self._answers.end_token if parts else ""
+        texts = [part.text if part.is_answer else before + part.text for part in parts]
         tokenizer = self._prompts.processor_for(*texts).tokenizer
-        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-            ids = torch.tensor([row], dtype=torch.long)
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for part, row in zip(parts, rows, strict=True):
+            ids = torch.tensor([row if part.is_answer or not before else row[1:]], dtype=torch.long)
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _check_conversation(self, turns: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:

@@ -54,6 +54,12 @@ class Answers:
             )
         return str(eos if eos in special or not special else special[0])
 
+    @functools.cached_property
+    def end_token(self) -> str:
+        """The last token of `end`; empty where the tokenizer does not know it as a special one."""
+        found = match_any(self._prompts.special_tokens).findall(self.end)
+        return str(found[-1]) if found else ""
+
     def write(self, answer: str) -> str:
         """Return an answer as the model shall write it."""
         return (answer.strip() if self._strips else answer) + self.end
