@@ -59,7 +59,8 @@ WITH_RAY = {
     "inference.job", "inference.pipeline", "inference.replica", "inference.endpoint.keeping",
     "inference.endpoint.watching",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
-    "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking", "demo.job",
+    "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking",
+    "benchmark.suite.job", "demo.job",
 }  # fmt: skip
 """Modules that may import Ray; all others run, and are tested, without."""
 
