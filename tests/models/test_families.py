@@ -14,7 +14,7 @@ from helpers.families.table import render_table
 from helpers.paths import ROOT
 from vlmray.errors import OptionError
 from vlmray.models import loading
-from vlmray.models.checks import check_packages
+from vlmray.models.checks import check_model_folder, check_packages
 from vlmray.models.families import ANY, FAMILIES, family_of
 from vlmray.models.loading import load_qwen_vl_model_and_processor
 
@@ -68,6 +68,16 @@ def test_packages_that_a_processor_needs_are_named(monkeypatch: pytest.MonkeyPat
     absent.clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     check_packages("X", {"model_type": "smolvlm"})
+
+
+def test_a_folder_is_refused_for_what_its_processor_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "config.json").write_text('{"model_type": "lfm2_vl"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(OptionError, match="the processor of lfm2_vl needs torchvision; pip install torchv"):
+        check_model_folder(str(tmp_path))
 
 
 def test_the_documented_table_is_what_the_contract_test_holds() -> None:
