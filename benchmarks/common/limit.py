@@ -93,7 +93,7 @@ def count_work(
         requests: What was asked.
         completions: What was answered; asked again where it is not given.
     """
-    work, image_processor = Work.of(engine.model), engine.processor.image_processor
+    work = Work.of(engine.model)
     total = 0.0
     seen: dict[tuple[Any, ...], int] = {}
     for completion, request in zip(completions or engine.generate(requests), requests, strict=True):
@@ -103,7 +103,7 @@ def count_work(
         key = (before, *request.images)
         if key not in seen:
             seen[key] = num_head = num_prompt - num_tail
-            total += work.see(sum(count_visual_tokens(image_processor, image) for image in request.images))
+            total += work.see(sum(count_visual_tokens(engine.processor, image) for image in request.images))
             total += work.read(num_head, num_head / 2)
         total += work.read(num_tail + num_answer - 1, num_prompt + num_answer / 2)  # the last is not read
         total += work.score(num_answer)

@@ -27,7 +27,6 @@ from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.images.decoding import decode_image
 from vlmray.inference.stages import Task, make_requests, prepare_rows
 from vlmray.models.adapters import use_adapters
-from vlmray.models.inputs import encode_text
 from vlmray.models.prompts import template_options
 from vlmray.models.source import resolve_model_id
 from vlmray.schema import GenerationRequest
@@ -121,7 +120,7 @@ def parting(engine: TransformersEngine, request: GenerationRequest, first: str, 
     place = next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     prompt = engine.prompts.render(request.messages, **template_options(engine.processor, request))
     images = [decode_image(image) if isinstance(image, bytes) else image for image in request.images]
-    row = encode_text(engine.prompts.processor_for(prompt), prompt, images)
+    row = engine.prompts.encode(prompt, images)
     length = row["input_ids"].shape[1]
     said = {
         "input_ids": torch.tensor([one[:place]], dtype=torch.long),

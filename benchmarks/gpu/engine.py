@@ -73,7 +73,7 @@ def _measure_engine(
     setting: Setting, model: Any, processor: Any, requests: Sequence[GenerationRequest]
 ) -> Iterator[tuple[str, Any]]:
     """Yield what the engine does, what it could, and where its time goes; return its rate."""
-    family_of(model.config.model_type).prepare(model)  # as loading does
+    family_of(model.config).prepare(model)  # as loading does
     pack_attention(model)
     engine = TransformersEngine(model, processor, batch_size=BATCH_SIZE)
     yield "max_batch_tokens", engine.batcher.max_batch_tokens

@@ -28,7 +28,7 @@ def measure(setting: Setting) -> Figures:
     model = make_random_model(
         setting.scale.large, setting.processor, device=setting.device, dtype=setting.dtype
     )
-    family_of(model.config.model_type).prepare(model)
+    family_of(model.config).prepare(model)
     pack_attention(model)
     processor = setting.load_processor()
     on_gpu = setting.device == "cuda"

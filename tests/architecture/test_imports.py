@@ -68,8 +68,7 @@ WITH_RAY = {
 
 WITH_TORCH = {
     "models.adapters", "models.loading", "models.inputs", "models.vision", "models.processors",
-    "models.families", "models.families.base", "models.families.patch_embedding",
-    "models.families.qwen2_5_vl",
+    "models.prompts", "models.families.answers", "models.families.patch_embedding",
     "training.worker", "training.trainer", "training.evaluation", "training.checkpoint",
     "training.collator", "training.vision_cache", "training.arguments", "training.optimizers",
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",

@@ -18,6 +18,7 @@ from helpers.adapters import build_adapter
 from helpers.paths import REAL_PROCESSOR, needs_real_processor
 from vlmray.builtin.random_models import build_tiny_random_model
 from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.errors import OptionError
 from vlmray.models import loading, processors
 from vlmray.models.adapters import attach_adapter
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
@@ -134,7 +135,7 @@ def test_a_missing_package_that_is_not_for_video_is_reported(
 
     monkeypatch.setattr(processors.AutoProcessor, "from_pretrained", refuse)
     monkeypatch.setattr(processors, "PROCESSOR_MAPPING", {})
-    with pytest.raises(ImportError, match="sentencepiece"):
+    with pytest.raises(OptionError, match=r"does not load \(requires the sentencepiece library\); install"):
         load_processor(str(tiny_model))
 
 

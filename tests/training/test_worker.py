@@ -29,8 +29,9 @@ from helpers.finetuning import (
 from helpers.trainings import PIXELS, Interruption, differ, interrupted_at, spoil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
 from vlmray.models.processors import load_processor
+from vlmray.training import trainer
 from vlmray.training.run import TrainingRun
-from vlmray.training.trainer import DivergedError
+from vlmray.training.trainer import DivergedError, NothingLearnedError
 from vlmray.training.worker import LocalWorker, Outcome, WorkerSession, train_loop_per_worker
 
 pytestmark = pytest.mark.usefixtures("spare_time")
@@ -205,6 +206,21 @@ def test_training_goes_on_after_a_step_of_bad_samples_alone(tiny_model: Path, tm
     assert losses[5] < losses[0]
     assert all(bool(weight.isfinite().all()) for weight in
                load_file(tmp_path / "adapter_model.safetensors").values())  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_rows", "at_first"), [(4, 32), (20, 6)])
+def test_a_run_that_learns_nothing_ends(
+    tiny_model: Path, num_rows: int, at_first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_FAILED_AT_FIRST", at_first)
+    config = make_config(tiny_model, sample_slices=f"[:{num_rows}]", max_steps=num_rows // 2)
+    data = spoil(config, dict.fromkeys(range(num_rows), "empty answer"))
+    expected = min(num_rows, at_first)
+    with pytest.raises(
+        NothingLearnedError,
+        match=rf"^none of the first {expected} samples can be trained on; train-.*: empty",
+    ):
+        train(config, data=data)
 
 
 @pytest.mark.parametrize("logging_steps", [1, 5])

@@ -115,7 +115,7 @@ def _conversations(questions: Selection, max_turns: int) -> Conversations:
 def _check_lora_targets(config: FinetuneConfig, model: ModelSource) -> None:
     """Look for the adapter's targets in the model's architecture, before any worker loads its weights."""
     skeleton = lora.build_skeleton(model.path, trust_remote_code=config.trust_remote_code)
-    lora.find_lora_targets(skeleton, lora_config_of(config))
+    lora.find_lora_targets(skeleton, lora_config_of(config, skeleton))
 
 
 def _fingerprint_images(samples: Conversations) -> str | None:

@@ -33,7 +33,7 @@ from vlmray.training.samples import (
     open_images,
     to_feature,
 )
-from vlmray.training.trainer import DivergedError
+from vlmray.training.trainer import DivergedError, NothingLearnedError
 from vlmray.training.worker import TrainingMistake, train_loop_per_worker
 
 _SAMPLES_PER_TASK = 16
@@ -140,7 +140,7 @@ def train_on_ray(config: dict[Any, Any]) -> dict[str, Any]:
     """
     try:
         outcome = train_loop_per_worker(config, RayWorker(config["run"], config["shards"], config["board"]))
-    except (TrainingMistake, DivergedError) as mistake:
+    except (TrainingMistake, DivergedError, NothingLearnedError) as mistake:
         return {"mistake": str(mistake)}  # raised, it would be tried again and again
     return dataclasses.asdict(outcome)
 

@@ -7,6 +7,7 @@ headers (eight bytes of length, then JSON); no weight is read.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from vlmray.errors import OptionError, mistake_in
 from vlmray.models.adapter_kinds import tell_kind
+from vlmray.models.families import family_of
 from vlmray.storage.hub import local_folder
 from vlmray.storage.weights import check_not_a_pointer, check_whole, read_tensor_shapes
 
@@ -74,10 +76,10 @@ def check_model_folder(model_id: str) -> None:
     with mistake_in("model_id"):
         for path in _side_files(folder):
             check_not_a_pointer(path)
-    _check_config(model_id, folder)
+    model_config = _check_config(model_id, folder)
     with mistake_in("model_id"):
         check_whole(folder)
-    _check_processor(model_id, folder)
+    _check_processor(model_id, folder, model_config)
 
 
 def check_model_kind(model_id: str, config: Mapping[str, Any]) -> None:
@@ -149,15 +151,37 @@ def _check_hub_id(model_id: str) -> None:
         )
 
 
-def _check_config(model_id: str, folder: Path) -> None:
-    check_model_kind(model_id, _read_json(folder / "config.json", option="model_id", value=model_id))
+def _check_config(model_id: str, folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "config.json", option="model_id", value=model_id)
+    check_model_kind(model_id, config)
+    check_packages(model_id, config)
+    return config
+
+
+def check_packages(model_id: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose processor needs packages that are not here.
+
+    Args:
+        model_id: As the user gave it.
+        config: Content of `config.json`.
+
+    Raises:
+        ValueError: It names the packages.
+    """
+    missing = [name for name in family_of(config).needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            "model_id",
+            f"{model_id}: the processor of {config.get('model_type')} needs {' and '.join(missing)}",
+            f"pip install {' '.join(missing)}, or 'vlmray[vision]'",
+        )
 
 
 def _side_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file())
 
 
-def _check_processor(model_id: str, folder: Path) -> None:
+def _check_processor(model_id: str, folder: Path, model_config: Mapping[str, Any]) -> None:
     """Check that what is beside the weights is there, and JSON where it has to be."""
     configs = [
         _read_json(path, option="model_id", value=model_id)
@@ -168,7 +192,8 @@ def _check_processor(model_id: str, folder: Path) -> None:
         return  # which may call their files whatever they like
     for what, patterns in (("tokenizer", _TOKENIZERS), ("image processor", _PROCESSORS)):
         _require(model_id, folder, what, patterns)
-    if not any(config.get("chat_template") for config in configs):
+    has_template = family_of(model_config).chat_template or any(each.get("chat_template") for each in configs)
+    if not has_template:
         _require(model_id, folder, "chat template", _TEMPLATES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
 from vlmray.config import LoadingConfig
 from vlmray.errors import OptionError
 from vlmray.models.adapters import attach_adapter
-from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind
+from vlmray.models.checks import check_adapter_folder, check_model_folder, check_model_kind, check_packages
 from vlmray.models.families import family_of
 from vlmray.models.processors import load_processor
 from vlmray.models.prompts import ChatPrompts
@@ -28,6 +29,8 @@ from vlmray.models.templates.chat import use_template
 from vlmray.schema import GenerationRequest
 from vlmray.storage import hub
 from vlmray.storage.hub import local_folder
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STRETCHED = ("linear", "dynamic", "yarn")
@@ -129,6 +132,7 @@ def check_model_type(model_id: str, *, trust_remote_code: bool = False) -> None:
     """
     config, _ = PreTrainedConfig.get_config_dict(str(local_folder(model_id) or model_id))
     check_model_kind(model_id, config)
+    check_packages(model_id, config)
     if trust_remote_code and "AutoModelForImageTextToText" in (config.get("auto_map") or {}):
         return
     model_type = str(config.get("model_type"))
@@ -197,11 +201,11 @@ def generate_text_from_sample(
         The answer without special tokens, and the prompt as the chat template wrote it.
     """
     messages = sample.messages if isinstance(sample, GenerationRequest) else list(sample)
-    images = sample.images if isinstance(sample, GenerationRequest) else _images_of(messages)
+    images: list[Any] = list(sample.images) if isinstance(sample, GenerationRequest) else _images_of(messages)
     prompts = ChatPrompts(processor)
     prompt = prompts.render(messages, add_generation_prompt=True)
-    encode = prompts.processor_for(prompt)
-    inputs = encode(text=[prompt], images=images or None, return_tensors="pt").to(device or model.device)
+    row = prompts.encode(prompt, images)
+    inputs: dict[str, Any] = {name: tensor.to(device or model.device) for name, tensor in row.items()}
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=max_new_tokens)
     with torch.inference_mode():
@@ -214,10 +218,10 @@ def first_logits(model: Any, processor: Any, request: GenerationRequest) -> torc
     """Return the logits (V,) of the first token of an answer, in float32 on the CPU, by a plain pass."""
     prompts = ChatPrompts(processor)
     prompt = prompts.render(request.messages, add_generation_prompt=True)
-    encode = prompts.processor_for(prompt)
-    inputs = encode(text=[prompt], images=request.images or None, return_tensors="pt")
+    images: list[Any] = list(request.images)
+    inputs = {name: tensor.to(model.device) for name, tensor in prompts.encode(prompt, images).items()}
     with torch.inference_mode():
-        return model(**inputs.to(model.device)).logits[0, -1].float().cpu()
+        return model(**inputs).logits[0, -1].float().cpu()
 
 
 def _images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
@@ -273,7 +277,14 @@ def _load_model(model_id: str, kwargs: dict[str, Any]) -> Any:
             "download or write the checkpoint again",
         )
     _leave_weights_as_they_are(model)
-    family_of(model.config.model_type).prepare(model)
+    family = family_of(model.config)
+    family.prepare(model)
+    if not family.is_tested:
+        logger.warning(
+            "%s: model type %r is not among the tested families (docs/families.md); rows go through it whole",
+            model_id,
+            model.config.model_type,
+        )
     warn_of_settings(model_id, vars(model.generation_config))
     return model.eval()
 

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlmray.errors import OptionError
+from vlmray.models.families import ANY, family_of
+from vlmray.models.families.base import Family
 from vlmray.models.merging import load_base_config
 
 if TYPE_CHECKING:
@@ -57,7 +59,13 @@ MERGER_TARGETS = (
 )
 """Linear layers between vision encoder and language model."""
 
-_PARTS = {LANGUAGE_TARGETS: "", VISION_TARGETS: " (--lora_vision)", MERGER_TARGETS: " (--lora_merger)"}
+_PARTS = {
+    "language": (LANGUAGE_TARGETS, "an attention or MLP projection of the language model"),
+    "vision": (VISION_TARGETS, "an attention or MLP projection of the vision encoder (--lora_vision)"),
+    "merger": (MERGER_TARGETS, "a linear layer between vision encoder and language model (--lora_merger)"),
+}
+"""What can be adapted by an option: where it is in most families, and what it is."""
+
 _MAX_LISTED = 8
 _PATH_SEGMENT_WITH_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _IN_VISION_ENCODER = re.compile(rf"(?:^|.*\.){_TOWER}\.(?!.*(?:merger|vision_adapter)).+")
@@ -71,6 +79,7 @@ def get_default_lora_config_for_qwen_vl(
     target_modules: str | None = None,
     lora_vision: bool = False,
     lora_merger: bool = False,
+    family: Family = ANY,
 ) -> LoraConfig:
     """Make the LoRA configuration: by default the language model's projections and nothing of the vision.
 
@@ -84,6 +93,7 @@ def get_default_lora_config_for_qwen_vl(
             which PEFT finds in every part of the model, or one regex for whole module names.
         lora_vision: Adapt the vision encoder's blocks too.
         lora_merger: Adapt the linear layers between vision encoder and language model too.
+        family: What is known of the model.
 
     Raises:
         ValueError: `target_modules` beside `lora_vision` or `lora_merger`, empty, or no regex.
@@ -96,7 +106,8 @@ def get_default_lora_config_for_qwen_vl(
             f"{target_modules} says which modules are adapted, and so do --lora_vision and --lora_merger",
             "pass one or the other",
         )
-    parts = [LANGUAGE_TARGETS] + [VISION_TARGETS] * lora_vision + [MERGER_TARGETS] * lora_merger
+    wanted = {"language": True, "vision": lora_vision, "merger": lora_merger}
+    parts = [pattern for part, (pattern, _) in _parts_of(family).items() if wanted[part]]
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -122,12 +133,12 @@ def find_lora_targets(model: Any, lora_config: LoraConfig) -> list[str]:
 
     modules = dict(model.named_modules())
     names = [name for name in modules if name and check_target_module_exists(lora_config, name)]
-    for target, pattern in _each_target(lora_config).items():
+    for pattern, what in _each_target(lora_config, family_of(model.config)).items():
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(
-                f"no module of {type(model).__name__} matches the LoRA target {target!r}"
-                f"{_PARTS.get(target, '')}; its linear layers: {_describe_linear_layers(model)}; pass the "
-                "ones to adapt as --lora_target_modules, suffixes (q_proj,v_proj) or a regex"
+                f"no module of {type(model).__name__} {what}; its linear layers: "
+                f"{_describe_linear_layers(model)}; pass the ones to adapt as --lora_target_modules, "
+                "suffixes (q_proj,v_proj) or a regex"
             )
     for name in names:
         _check_adaptable(model, name, modules[name])
@@ -218,15 +229,22 @@ def _parse_targets(text: str) -> str | list[str]:
     return text
 
 
-def _each_target(lora_config: LoraConfig) -> dict[str, str]:
-    """Return the patterns or suffixes of which each has to match something, with the regex of each."""
+def _parts_of(family: Family) -> dict[str, tuple[str, str]]:
+    """Return the pattern of each part of a model, and what the part is."""
+    return {part: (family.lora.get(part, pattern), what) for part, (pattern, what) in _PARTS.items()}
+
+
+def _each_target(lora_config: LoraConfig, family: Family) -> dict[str, str]:
+    """Return the patterns of which each has to match something, and in words what a match is."""
     targets = lora_config.target_modules
     if not isinstance(targets, str):
-        return {suffix: rf"(?:.*\.)?{re.escape(suffix)}" for suffix in sorted(targets or [])}
-    parts = [part for part in _PARTS if part in targets]
+        names = sorted(targets or [])
+        return {rf"(?:.*\.)?{re.escape(name)}": f"matches the LoRA target {name!r}" for name in names}
+    known = {**dict(_PARTS.values()), **dict(_parts_of(family).values())}
+    parts = [pattern for pattern in known if pattern in targets]
     if "|".join(parts) != targets:
-        parts = [targets]  # not the default
-    return {part: part for part in parts}
+        return {targets: f"matches the LoRA target {targets!r}"}  # not the default
+    return {pattern: f"is {known[pattern]}" for pattern in parts}
 
 
 def _check_adaptable(model: Any, name: str, module: Any) -> None:

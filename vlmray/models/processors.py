@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, PreTrainedConfig
 
-from vlmray.errors import OptionError
+from vlmray.errors import OptionError, one_line
+from vlmray.models.families import family_of
 
 
 def load_processor(
@@ -33,18 +34,21 @@ def load_processor(
     """
     try:
         processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # which of them, depends on the class
         processor = _load_processor_without_video(model_id, error, trust_remote_code=trust_remote_code)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         processor.image_processor = AutoImageProcessor.from_pretrained(
             model_id, backend="pil", trust_remote_code=trust_remote_code
         )
+    if getattr(processor, "chat_template", None) is None:
+        config, _ = PreTrainedConfig.get_config_dict(model_id)
+        processor.chat_template = family_of(config).chat_template
     processor.tokenizer.padding_side = "left"
     _set_pixel_limits(processor.image_processor, min_pixels, max_pixels)
     return processor
 
 
-def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_remote_code: bool) -> Any:
+def _load_processor_without_video(model_id: str, cause: Exception, *, trust_remote_code: bool) -> Any:
     """Load a processor whose video part cannot be imported, without that part.
 
     transformers has video processors for torchvision only, and AutoProcessor gives up where it is not
@@ -54,7 +58,13 @@ def _load_processor_without_video(model_id: str, cause: ImportError, *, trust_re
     config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     base: Any = PROCESSOR_MAPPING.get(type(config), None)
     if base is None or "video_processor" not in base.get_attributes():
-        raise cause
+        if not isinstance(cause, ImportError):
+            raise cause
+        raise OptionError(
+            "model_id",
+            f"{model_id}: its processor does not load ({one_line(cause, 300)})",
+            "install the package that is named, or pip install 'vlmray[vision]'",
+        ) from cause
     attributes = [name for name in base.get_attributes() if name != "video_processor"]
     # The name is kept because save_pretrained writes it, for AutoProcessor to find elsewhere.
     members = {"get_attributes": classmethod(lambda cls: list(attributes))}

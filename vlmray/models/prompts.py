@@ -1,6 +1,6 @@
-"""Conversations to prompts: what a chat template writes is structure, what people wrote is text.
+"""Conversations to prompts and rows: what a chat template writes is structure, what people wrote is text.
 
-    messages -> render -> prompt -> processor_for(prompt) -> encode_text -> row
+    messages -> render -> prompt -> encode -> row
 
 A template puts its special tokens and the texts of a conversation into one string, and a tokenizer that reads
 it takes `<|im_end|>` in a question for the end of a turn. So special tokens in a text are written as marks
@@ -15,11 +15,16 @@ import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import normalizers
 
+from vlmray.models.inputs import check_placeholders, encode_text, special_token_options
 from vlmray.schema import GenerationRequest
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
 
 _ESCAPE = "\U00100000"
 """What marks begin with; where a text itself has it, it is marked too."""
@@ -63,6 +68,31 @@ class ChatPrompts:
     def readable(self, prompt: str) -> str:
         """Return a prompt with the texts as people wrote them."""
         return self._marked.sub(lambda match: self._tokens[match[0]], prompt) if _ESCAPE in prompt else prompt
+
+    def encode(
+        self, prompt: str, images: Sequence[Image] = (), *, continues: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Turn a rendered prompt, or a stretch of one, into a row: `vlmray.models.inputs.encode_text`."""
+        return encode_text(self.processor_for(prompt), prompt, images, continues=continues)
+
+    def encode_behind_image(self, text: str) -> dict[str, torch.Tensor]:
+        """Turn what stands behind an image into a row, as a tokenizer reads it there.
+
+        Alone, some tokenizers would put a space before it.
+        """
+        image = self._processor.image_token
+        ids = self.processor_for(text).tokenizer(
+            image + text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False
+        )
+        row = {name: tensor[:, 1:] for name, tensor in ids.items()}
+        check_placeholders(self._processor, row)
+        return row
+
+    def tokenize(self, prompt: str, *, continues: bool = False) -> list[int]:
+        """Return the tokens of a rendered prompt, or a stretch of one, in which an image is one."""
+        tokenizer = self.processor_for(prompt).tokenizer
+        ids = tokenizer(prompt, **special_token_options(tokenizer, prompt, continues=continues))["input_ids"]
+        return list(ids)
 
     def processor_for(self, *prompts: str) -> Any:
         """Return the processor that encodes rendered prompts, or stretches of them."""

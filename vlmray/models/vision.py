@@ -22,7 +22,9 @@ PATCHES_PER_PASS = 8192
 def encode_images(
     model: Any, pixels: torch.Tensor, grids: torch.Tensor, *, num_patches: int = PATCHES_PER_PASS
 ) -> list[torch.Tensor]:
-    """Return what the tower makes of each image: (visual tokens, width of the language model).
+    """Return what the tower makes of each image: (visual tokens, levels x width of the language model).
+
+    A level is what goes into one layer of the language model, of most towers into the first alone.
 
     Args:
         model: The base model, of a type with `get_image_features`.
@@ -34,13 +36,26 @@ def encode_images(
     for start, end in _passes(sizes := grids.prod(-1).tolist(), num_patches):
         first = sum(sizes[:start])
         part = pixels[first : first + sum(sizes[start:end])]
-        features += model.get_image_features(part, grids[start:end]).pooler_output
+        outputs = model.get_image_features(part, grids[start:end])
+        levels = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or [])]
+        features += [torch.cat(image, dim=-1) for image in zip(*levels, strict=True)]
     return features
 
 
-def replace_pixels(batch: dict[str, Any], features: Sequence[torch.Tensor]) -> dict[str, Any]:
+def count_levels(config: Any) -> int:
+    """Return how many layers of the language model read what the tower makes, by the model's config."""
+    return 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+
+
+def replace_pixels(
+    batch: dict[str, Any], features: Sequence[torch.Tensor], num_levels: int = 1
+) -> dict[str, Any]:
     """Put what the tower made of a batch's images in the place of their pixels, as `forward` takes it."""
-    outputs: Any = BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+    levels = zip(*(image.chunk(num_levels, dim=-1) for image in features), strict=True)
+    first, *others = [list(level) for level in levels] if num_levels > 1 else [features]
+    outputs: Any = BaseModelOutputWithPooling(pooler_output=first)  # type: ignore[arg-type]
+    if others:
+        outputs.deepstack_features = others
     return {
         **{name: value for name, value in batch.items() if name != "pixel_values"},
         "mm_encoder_outputs": {"image": outputs},

@@ -3,7 +3,7 @@
     feature -> checks -> segments (prompt, answer, next question, answer, ...) -> row -> right-padded batch
 
 The first segment goes through the processor just as inference sends it, so what is trained is what will be
-asked. Every answer is tokenized on its own, as the model will write it, up to the template's end token. A
+asked. Every answer is tokenized on its own, as the model will write it, with its end token behind it. A
 row that cannot be trained on is left out and named, never cut: images and their placeholders would no
 longer match, and half an answer teaches the model to ramble.
 
@@ -14,7 +14,7 @@ Shapes: `B` rows, `T` tokens of the longest, `P` patches or images of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,10 @@ from PIL import Image
 
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.errors import OptionError, one_line
-from vlmray.models.inputs import IGNORED_LABEL, chain_segments, encode_text, join_rows
+from vlmray.models.families import ANY
+from vlmray.models.families.answers import Answers, parts_of, text_of
+from vlmray.models.families.base import Family
+from vlmray.models.inputs import IGNORED_LABEL, chain_segments, join_rows
 from vlmray.models.prompts import ChatPrompts, match_any
 from vlmray.training.vision_cache import VisionCache
 
@@ -76,6 +79,8 @@ class DataCollatorForVLMSFT:
 
     Args:
         processor: Of the model to train, as `vlmray.models.processors.load_processor` gives it.
+        family: What is known of the model.
+        end_ids: Tokens that end the model's answers, where its chat template writes none.
         max_length: Most tokens of a row, visual ones included; None sets no limit.
         max_model_len: Positions that the model has; None where that is not known.
         vision_cache: Has the features of images that were encoded before; their pixels stay out of the batch,
@@ -95,6 +100,8 @@ class DataCollatorForVLMSFT:
         self,
         processor: Any,
         *,
+        family: Family = ANY,
+        end_ids: Collection[int] = (),
         max_length: int | None = None,
         max_model_len: int | None = None,
         vision_cache: VisionCache | None = None,
@@ -111,7 +118,12 @@ class DataCollatorForVLMSFT:
         self.vision_cache = vision_cache
         self.errors = dict(errors or {})
         self.train_on = train_on
+        self.num_encoded = 0
+        """Samples that could be trained on so far."""
+
+        self._layout = family.layout
         self._prompts = ChatPrompts(processor)
+        self._answers = Answers(self._prompts, processor.tokenizer, family, end_ids)
         self._special_token = match_any(self._prompts.special_tokens)
 
     def __call__(self, features: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
@@ -125,8 +137,10 @@ class DataCollatorForVLMSFT:
             ValueError: Rows that are good alone, but whose image tensors cannot share a batch.
         """
         rows = [self._encode_or_record(feature) for feature in features if feature is not None]
-        usable = [row for row in rows if row is not None] or [self._stand_in()]
-        return join_rows(usable, pad_id=self.processor.tokenizer.pad_token_id, side="right")
+        usable = [row for row in rows if row is not None]
+        self.num_encoded += len(usable)
+        pad_id = self.processor.tokenizer.pad_token_id
+        return join_rows(usable or [self._stand_in()], pad_id=pad_id, side="right", layout=self._layout)
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]
@@ -155,12 +169,11 @@ class DataCollatorForVLMSFT:
         for place in places if self.train_on == "all" else places[-1:]:
             num_images = _count_images(turns[start:place])
             prompt = self._prompts.render(turns[:place], add_generation_prompt=True)
-            parts.append(_Part(_text_after(done, prompt), unseen[:num_images]))
-            written = _text_after(prompt, self._prompts.render(turns[: place + 1]))
-            answer = self._cut_after_end_token(written, _text_of(turns[place]))
-            parts.append(_Part(answer, is_answer=True))
-            start, done, unseen = place + 1, prompt + answer, unseen[num_images:]
-        row = chain_segments(self._encode_parts(parts))
+            text = self._answers.text_between(done, prompt, turns[:place])
+            answer = self._answers.write(text_of(turns[place]))
+            parts += [_Part(text, unseen[:num_images]), _Part(answer, is_answer=True)]
+            start, done, unseen = place + 1, done + text + answer, unseen[num_images:]
+        row = chain_segments(self._encode_parts(parts), self._layout)
         self._check_length(row)
         return row
 
@@ -183,10 +196,11 @@ class DataCollatorForVLMSFT:
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORED_LABEL)}
 
     def _encode_text(
-        self, text: str, images: Sequence[Image.Image], **options: Any
+        self, text: str, images: Sequence[Image.Image], *, continues: bool = False
     ) -> dict[str, torch.Tensor]:
-        encode = encode_text if self.vision_cache is None else self.vision_cache.encode_text
-        return encode(self._prompts.processor_for(text), text, images, **options)
+        if self.vision_cache is None:
+            return self._prompts.encode(text, images, continues=continues)
+        return self.vision_cache.encode_text(self._prompts, text, images, continues=continues)
 
     def _encode_parts(self, parts: Sequence[_Part]) -> list[dict[str, torch.Tensor]]:
         """Encode a question, its answer, the next question and so on, each by itself.
@@ -194,37 +208,28 @@ class DataCollatorForVLMSFT:
         What stands between two answers is the end of a turn, the next question and the next prompt.
         """
         # All texts in one call: the calls take longer than the tokens.
-        plain = iter(self._tokenize([part.text for part in parts[1:] if not part.images]))
+        plain = iter(self._tokenize([part for part in parts[1:] if not part.images]))
         segments = [self._encode_text(parts[0].text, parts[0].images)]
         for part in parts[1:]:
             if part.images:
-                segments.append(self._encode_text(part.text, part.images, add_special_tokens=False))
+                segments.append(self._encode_text(part.text, part.images, continues=True))
                 continue
             segment = next(plain)
             segments.append({**segment, "labels": segment["input_ids"]} if part.is_answer else segment)
         return segments
 
-    def _tokenize(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Turn texts into ids (1, T) without tokens that start or end a sequence."""
-        tokenizer = self._prompts.processor_for(*texts).tokenizer
-        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-            ids = torch.tensor([row], dtype=torch.long)
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def _tokenize(self, parts: Sequence[_Part]) -> Iterator[dict[str, torch.Tensor]]:
+        """Turn texts into ids (1, T) without tokens that start or end a sequence.
 
-    def _cut_after_end_token(self, written: str, answer: str) -> str:
-        """Return the template's text of an answer up to its end token: what the model shall write."""
-        end = self._special_token.search(written)
-        if end is None:
-            raise ValueError(
-                f"the chat template ends an answer with {written[-20:]!r} and no end token, so the model "
-                "would not learn to stop; use a checkpoint whose template writes one"
-            )
-        if written[: end.start()].strip() != answer.strip():
-            raise ValueError(
-                f"the chat template writes {written[: end.start()][:60]!r} for the answer {answer[:60]!r}; "
-                "use a checkpoint whose template writes answers as they are"
-            )
-        return written[: end.end()]
+        What stands behind an answer is read behind its end token: alone, some tokenizers put a space before.
+        """
+        before = self._answers.end_token if parts else ""
+        texts = [part.text if part.is_answer else before + part.text for part in parts]
+        tokenizer = self._prompts.processor_for(*texts).tokenizer
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for part, row in zip(parts, rows, strict=True):
+            ids = torch.tensor([row if part.is_answer or not before else row[1:]], dtype=torch.long)
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _check_conversation(self, turns: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
         roles = [turn["role"] for turn in turns]
@@ -246,13 +251,13 @@ class DataCollatorForVLMSFT:
     def _check_turn(self, turn: dict[str, Any]) -> None:
         is_answer = turn["role"] == "assistant"
         allowed = ("text",) if is_answer else ("text", *_IMAGE_TYPES)
-        for part in _parts_of(turn):
+        for part in parts_of(turn):
             if part["type"] not in allowed:
                 raise ValueError(
                     f"the {turn['role']} turn has a part of type {part['type']!r}; "
                     f"possible there: {', '.join(allowed)}"
                 )
-        text = _text_of(turn)
+        text = text_of(turn)
         if is_answer and not text.strip():
             raise ValueError("empty answer")
         if is_answer and (found := self._special_token.search(text)):
@@ -289,27 +294,5 @@ def _copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return copies
 
 
-def _parts_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = turn["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _text_of(turn: Mapping[str, Any]) -> str:
-    return "".join(part["text"] for part in _parts_of(turn) if part["type"] == "text")
-
-
 def _count_images(turns: Sequence[Mapping[str, Any]]) -> int:
-    return sum(part["type"] in _IMAGE_TYPES for turn in turns for part in _parts_of(turn))
-
-
-def _text_after(earlier: str, text: str) -> str:
-    """Return what the template added to `earlier`; a template that changes it instead is refused."""
-    if text.startswith(earlier):
-        return text[len(earlier) :]
-    differ = (place for place, pair in enumerate(zip(earlier, text, strict=False)) if pair[0] != pair[1])
-    same = next(differ, len(text))
-    raise ValueError(
-        "the chat template does not continue what it wrote before: after "
-        f"{text[max(0, same - 20) : same]!r} stood {earlier[same : same + 20]!r}, and with the next turn "
-        f"{text[same : same + 20]!r}; use a checkpoint whose template only appends"
-    )
+    return sum(part["type"] in _IMAGE_TYPES for turn in turns for part in parts_of(turn))

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from trl import SFTTrainer
 from vlmray.models.adapters import is_peft_model
 from vlmray.models.loading import find_not_finite
 from vlmray.training.checkpoint import CheckpointWriter
+from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.evaluation import Evaluation, is_good
 from vlmray.training.samples import Feature, Features
 from vlmray.training.vision_cache import VisionCache
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 _AHEAD = 2
 """Batches that are made while the model works on another."""
+
+_FAILED_AT_FIRST = 32
+"""Samples after which a run ends if all have failed, which hardly happens where every second is good."""
 
 
 class PlannedBatches(IterableDataset):
@@ -223,21 +227,30 @@ class DivergedError(RuntimeError):
         )
 
 
+class NothingLearnedError(RuntimeError):
+    """No sample could be trained on; every worker raises it at the same step."""
+
+
 class RunCallback(TrainerCallback):
     """Tells the run's worker how far training is, and hands it every checkpoint.
 
     Args:
         worker: See `vlmray.training.worker.Worker`.
-        errors: Samples that could not be trained on so far, by id.
+        collator: Knows which samples could be trained on so far, and which could not.
         max_errors: Stop once more samples than this have failed, over all workers.
         writer: Adds to a checkpoint what the trainer does not write.
     """
 
     def __init__(
-        self, worker: Any, errors: Mapping[str, str], max_errors: int | None, writer: CheckpointWriter
+        self,
+        worker: Any,
+        collator: DataCollatorForVLMSFT,
+        max_errors: int | None,
+        writer: CheckpointWriter,
     ) -> None:
         self._worker = worker
-        self._errors = errors
+        self._collator = collator
+        self._learns = False
         self._max_errors = max_errors
         self._writer = writer
         self._eval_metrics: dict[str, float] = {}
@@ -251,7 +264,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell where training begins."""
-        self.begun = True
+        self.begun, self._learns = True, state.global_step > 0
         self._worker.tell(step=state.global_step, num_steps=state.max_steps, started=True)
         self._saving_since = time.perf_counter()
 
@@ -260,13 +273,26 @@ class RunCallback(TrainerCallback):
         self._saving_since = time.perf_counter()
         self.step_ends.append(self._saving_since)
         self._worker.tell(step=state.global_step, num_steps=state.max_steps)
+        if not self._learns:
+            self._check_that_it_learns(is_last=state.global_step >= state.max_steps)
         if self._worker.must_save():
             control.should_save = True
         if self._max_errors is not None and state.global_step % state.logging_steps == 0:
             # By name: in another epoch another worker may have met the same sample.
-            failed = {name for names in gather_object([list(self._errors)]) for name in names}
+            failed = {name for names in gather_object([list(self._collator.errors)]) for name in names}
             if len(failed) > self._max_errors:
                 control.should_training_stop = control.should_save = True
+
+    def _check_that_it_learns(self, *, is_last: bool) -> None:
+        """End a run in which all samples failed so far; one that worked shows that others may."""
+        found = gather_object([(self._collator.num_encoded, list(self._collator.errors.items()))])
+        self._learns = any(num_encoded for num_encoded, _ in found)
+        failed = [failure for _, failures in found for failure in failures]
+        if not self._learns and failed and (is_last or len(failed) >= _FAILED_AT_FIRST):
+            name, reason = failed[0]
+            raise NothingLearnedError(
+                f"none of the first {len(failed)} samples can be trained on; {name}: {reason}"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Tell the losses, and end what has diverged: such a model cannot be trained any further."""

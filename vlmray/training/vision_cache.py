@@ -24,8 +24,9 @@ from PIL.Image import Image
 
 from vlmray.models.adapters import base_of
 from vlmray.models.families import family_of
-from vlmray.models.inputs import check_placeholders, encode_text
-from vlmray.models.vision import encode_images, replace_pixels
+from vlmray.models.inputs import check_placeholders, special_token_options
+from vlmray.models.prompts import ChatPrompts
+from vlmray.models.vision import count_levels, encode_images, replace_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +72,16 @@ class VisionCache:
     def of(cls, model: Any, limit_bytes: float) -> VisionCache | None:
         """Return a cache for a model that is about to be trained, or None where its tower is trained too."""
         base = base_of(model)
-        family = family_of(base.config.model_type)
+        family = family_of(base.config)
         if not family.takes_image_features:
             return None
         is_frozen = not any(parameter.requires_grad for parameter in family.vision_tower(base).parameters())
         return cls(base, limit_bytes) if is_frozen else None
 
     def encode_text(
-        self, processor: Any, text: str, images: Sequence[Image], **options: Any
+        self, prompts: ChatPrompts, text: str, images: Sequence[Image], *, continues: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Encode as `vlmray.models.inputs.encode_text` does, but without pixels where all features are kept.
+        """Encode as `ChatPrompts.encode` does, but without pixels where all features are kept.
 
         Returns:
             Token-wise tensors (1, T), `image_grid_thw` (I, 3), `image_keys` (I, 2), `image_known` (I,), and
@@ -88,16 +89,18 @@ class VisionCache:
         """
         keys = [_key(image) for image in images]
         kept = [self._kept[key] for key in keys if key in self._kept]
+        processor = prompts.processor_for(text)
         places = text.split(processor.image_token)
         is_known = 0 < len(kept) == len(images) == len(places) - 1
         if is_known:
             tokens = [processor.image_token * each.shape[0] for each in kept]
             text = places[0] + "".join(map(str.__add__, tokens, places[1:]))
+            options = special_token_options(processor.tokenizer, text, continues=continues)
             row = dict(processor(text=[text], return_tensors="pt", **options))
             row["image_grid_thw"] = torch.stack([each.grid for each in kept])
             check_placeholders(processor, row)
         else:
-            row = encode_text(processor, text, images, **options)
+            row = prompts.encode(text, images, continues=continues)
         if images:
             row[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.int64).view(-1, 2)
             row[_KNOWN] = torch.tensor([is_known] * len(images))
@@ -121,7 +124,7 @@ class VisionCache:
         pixels = batch.get("pixel_values", grids[:0]).split(sizes)
         features = [self._features(*image) for image in zip(keys, pixels, grids, strict=True)]
         self.num_images += len(features)
-        return replace_pixels(batch, features)
+        return replace_pixels(batch, features, count_levels(self._model.config))
 
     def _features(self, key: bytes | None, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Return what the tower makes of an image: as it was kept, or now."""

@@ -26,8 +26,10 @@ from transformers import EarlyStoppingCallback, set_seed
 from trl import SFTConfig
 
 from vlmray.config import FinetuneConfig
+from vlmray.engines.rows import end_ids
 from vlmray.errors import one_line
 from vlmray.models import lora
+from vlmray.models.families import family_of
 from vlmray.models.loading import find_max_model_len, load_checkpoint
 from vlmray.models.source import resolve_model_id
 from vlmray.storage.scratch import scratch_folder
@@ -201,24 +203,22 @@ class WorkerSession:
         earlier = Earlier.read(folder, worker.rank, worker.world_size)
         # Sharded weights cannot be used outside of the whole model's forward pass.
         cache = None if config.fsdp else VisionCache.of(model, config.vision_cache_gib * 2**30)
-        self.collator = DataCollatorForVLMSFT(
+        collator = functools.partial(
+            DataCollatorForVLMSFT,
             processor,
+            family=family_of(model.config),
+            end_ids=end_ids(model.generation_config),
             max_length=config.max_length,
             max_model_len=find_max_model_len(model.config),
+            train_on=config.train_on or "all",
+        )
+        self.collator = collator(
             vision_cache=cache if run.num_steps > plan.steps_per_epoch else None,
             errors=earlier.errors,
-            train_on=config.train_on or "all",
         )
         self.evaluation = Evaluation(
             read=functools.partial(_read_evaluation, run, worker) if run.num_eval_samples else None,
-            collator=DataCollatorForVLMSFT(
-                processor,
-                max_length=config.max_length,
-                max_model_len=find_max_model_len(model.config),
-                vision_cache=cache,
-                errors=earlier.eval_errors,
-                train_on=config.train_on or "all",
-            ),
+            collator=collator(vision_cache=cache, errors=earlier.eval_errors),
             metric=run.metric,
             num_answered=config.eval_samples,
             batch_size=config.per_device_eval_batch_size,
@@ -232,7 +232,7 @@ class WorkerSession:
         early_stopping, stopped = _early_stopping(config, earlier.state)
         first = earlier.step * plan.accumulation
         last = first if stopped else run.num_steps * plan.accumulation
-        self.callback = RunCallback(worker, self.collator.errors, config.max_errors, writer)
+        self.callback = RunCallback(worker, self.collator, config.max_errors, writer)
         self.trainer = VLMTrainer(
             model=model,
             args=arguments,
@@ -304,7 +304,7 @@ def load_trainable(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, A
         return model, processor, []
     from peft import get_peft_model
 
-    lora_config = lora_config_of(config)
+    lora_config = lora_config_of(config, model)
     targets = lora.find_lora_targets(model, lora_config)
     set_seed(config.seed)  # the adapter begins with random weights
     return get_peft_model(model, lora_config), processor, targets
@@ -330,8 +330,8 @@ def load_model(config: FinetuneConfig, arguments: SFTConfig) -> tuple[Any, Any]:
     return model, processor
 
 
-def lora_config_of(config: FinetuneConfig) -> Any:
-    """Return the LoRA configuration that the options ask for."""
+def lora_config_of(config: FinetuneConfig, model: Any) -> Any:
+    """Return the LoRA configuration that the options ask for, of a model or its skeleton."""
     return lora.get_default_lora_config_for_qwen_vl(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -339,6 +339,7 @@ def lora_config_of(config: FinetuneConfig) -> Any:
         target_modules=config.lora_target_modules,
         lora_vision=config.lora_vision,
         lora_merger=config.lora_merger,
+        family=family_of(model.config),
     )
 
 

@@ -28,7 +28,7 @@ def pack_attention(model: Any) -> None:
     Nothing changes for a tower that is not known, or that uses something else than SDPA.
     """
     config = model.config
-    packs = family_of(config.model_type).packs_attention
+    packs = family_of(config).packs_attention
     if packs and config.vision_config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, attend_packed)
         config.vision_config._attn_implementation = _NAME

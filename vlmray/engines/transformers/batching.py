@@ -71,10 +71,15 @@ def have_common_heads(rows: Sequence[InFlight]) -> bool:
     return None not in heads and len(heads) < len(rows)
 
 
-def count_visual_tokens(image_processor: Any, image: Image | bytes) -> int:
+def count_visual_tokens(processor: Any, image: Image | bytes) -> int:
     """Count the tokens that an image takes in a prompt, by its size; a guess for some processors."""
     width, height = image_size(image)
-    if not hasattr(image_processor, "merge_size"):
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "merge_size"):
+        patches = image_processor.get_number_of_image_patches(height, width, {})
+        return int(patches) // image_processor.merge_size**2
+    try:
+        counts = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
+    except (AttributeError, NotImplementedError):
         return max(1, width * height // _PIXELS_PER_TOKEN)
-    patches = image_processor.get_number_of_image_patches(height, width, {})
-    return int(patches) // image_processor.merge_size**2
+    return int(counts["num_image_tokens"][0])

@@ -37,6 +37,7 @@ from vlmray.engines.transformers.memory import (
     cached_share,
     empty_cache,
     find_batch_tokens,
+    is_broken_device,
     is_out_of_memory,
     keep_freed_memory,
     limit_memory,
@@ -46,7 +47,8 @@ from vlmray.errors import OptionError
 from vlmray.images.decoding import decode_image
 from vlmray.models.adapters import Adapter, load_adapter
 from vlmray.models.checks import check_adapter_folder
-from vlmray.models.inputs import encode_text, row_signature
+from vlmray.models.families import family_of
+from vlmray.models.inputs import row_signature
 from vlmray.models.loading import find_max_model_len, load_checkpoint
 from vlmray.models.prompts import ChatPrompts, template_options
 from vlmray.models.templates.chat import AdapterTemplates
@@ -88,7 +90,8 @@ class TransformersEngine:
         self.processor = processor
         self.prompts = ChatPrompts(processor)
         self.waited_s = 0.0
-        self.forward = Forward(model, processor)
+        self._family = family_of(model.config)
+        self.forward = Forward(model, processor, self._family)
         self.max_model_len = find_max_model_len(model.config)
         share = cached_share(model.config) if self.forward.copies_rows else 1.0
         self.batcher = Batcher(batch_size, max_batch_tokens or find_batch_tokens(model), share)
@@ -272,17 +275,15 @@ class TransformersEngine:
         template = self._templates.get(request.adapter)
         prompt = self.prompts.render(request.messages, **template_options(self.processor, request, template))
         row.prompt, row.tail = self.prompts.readable(prompt), prompt
-        row.num_tokens = self._count_tokens(prompt)
+        row.num_tokens = len(self.prompts.tokenize(prompt))
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded
-        row.num_tokens += sum(
-            count_visual_tokens(self.processor.image_processor, image) for image in request.images
-        )
+        row.num_tokens += sum(count_visual_tokens(self.processor, image) for image in request.images)
         row.adapter = row.adapter or self._adapters[request.adapter]
         if self.forward.copies_rows and request.images:
             head, token, row.tail = prompt.rpartition(self.processor.image_token)
             images = (image if isinstance(image, bytes) else id(image) for image in request.images)
             row.head = (row.adapter, head + token, *images)
-            row.num_tail_tokens = self._count_tokens(row.tail)
+            row.num_tail_tokens = len(self.prompts.tokenize(row.tail, continues=True))
 
     def _answer(self, queue: deque[InFlight], heads: Heads, listener: Listener) -> None:
         """Answer rows batch by batch; the rows behind are encoded meanwhile."""
@@ -300,7 +301,7 @@ class TransformersEngine:
                 try:
                     row.num_prompt_tokens = sum(segment["input_ids"].shape[1] for segment in row.segments)
                     row.max_new_tokens = limit_answer(row.request, row.num_prompt_tokens, self.max_model_len)
-                    signatures = tuple(map(row_signature, row.segments))
+                    signatures = tuple(row_signature(part, self._family.layout) for part in row.segments)
                     ready.setdefault((signatures, row.group), []).append(row)
                 except Exception as error:  # whatever a processor raises, it is about this row
                     listener.end(row, failed_completion(error, prompt=row.prompt))
@@ -325,42 +326,46 @@ class TransformersEngine:
                 if row.head not in heads:
                     heads[row.head] = self._encoders.submit(self._encode, row.head[1], row.request.images)
                 row.encoded_head = heads[row.head]
-            images = row.request.images if row.head is None else ()
-            row.encoded = self._encoders.submit(self._encode, row.tail, images)
+            if row.head is None:
+                row.encoded = self._encoders.submit(self._encode, row.tail, row.request.images)
+            else:
+                row.encoded = self._encoders.submit(self.prompts.encode_behind_image, row.tail)
 
     def _encode(self, text: str, images: Sequence[Image | bytes]) -> dict[str, torch.Tensor]:
         """Turn a text and its images into tensors; token-wise ones are (1, T), pixels are (P, ...)."""
         decoded = [self._decode(image) if isinstance(image, bytes) else image for image in images]
-        return encode_text(self.prompts.processor_for(text), text, decoded)
-
-    def _count_tokens(self, text: str) -> int:
-        """Count the tokens of a text in which an image is one."""
-        return len(self.prompts.processor_for(text).tokenizer(text)["input_ids"])
+        return self.prompts.encode(text, decoded)
 
     def _run_or_halve(self, rows: list[InFlight], listener: Listener) -> None:
-        """Generate for a batch; out of memory, for its halves; a single row that does not fit fails."""
+        """Generate for a batch; if that fails, for its halves; a row that fails alone is an error."""
         try:
             self.forward.run(rows, listener)
             return
-        except Exception as error:
-            if not is_out_of_memory(error):
+        except Exception as error:  # of a family nobody has met it may be any, and about one of the rows
+            if is_broken_device(error):
                 raise
+            out_of_memory = is_out_of_memory(error)
+            reason = None if out_of_memory else failed_completion(error, prompt=rows[0].prompt)
         # Past the except block the traceback, and with it the tensors of the failed pass, is gone.
         empty_cache()
-        longest = max(row.num_tokens for row in rows)
-        if len(rows) == 1:
-            message = (
-                f"out of memory with this row alone ({longest} tokens and an answer); "
-                "lower --max_pixels or --max_new_tokens"
-            )
-            listener.end(rows[0], failed_completion(MemoryError(message), prompt=rows[0].prompt))
-            return
-        self.batcher.remember_failure(rows)
         left = [row for row in rows if row.completion is None]
+        if len(rows) == 1:
+            for row in left:
+                listener.end(row, reason or self._too_large(row))
+            return
+        if out_of_memory:
+            self.batcher.remember_failure(rows)
         half = -(-len(left) // 2)
         for part in (left[:half], left[half:]):
             if part:
                 self._run_or_halve(part, listener)
+
+    def _too_large(self, row: InFlight) -> Completion:
+        message = (
+            f"out of memory with this row alone ({row.num_tokens} tokens and an answer); "
+            "lower --max_pixels or --max_new_tokens"
+        )
+        return failed_completion(MemoryError(message), prompt=row.prompt)
 
     def _known_adapters(self) -> str:
         return ", ".join(sorted(name for name in self._adapters if name is not None)) or "none"

@@ -25,9 +25,9 @@ from vlmray.engines.transformers.in_flight import InFlight
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.engines.transformers.settings import least_new_tokens, own_processors, plain_config
 from vlmray.models.adapters import base_of, use_adapters
-from vlmray.models.families import family_of
+from vlmray.models.families.base import Family
 from vlmray.models.inputs import join_rows
-from vlmray.models.vision import encode_images, replace_pixels
+from vlmray.models.vision import count_levels, encode_images, replace_pixels
 
 _FULL = "full_attention"  # what the cache is made for
 _ROOM = 64  # answer tokens that the cache has room for, before it has to be copied
@@ -39,13 +39,13 @@ class Forward:
     Args:
         model: An image-text-to-text model in eval mode, or a `PeftModel` around one.
         processor: Its processor.
+        family: What is known of the model.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, family: Family) -> None:
         self.model = model
-        self._family = family_of(model.config.model_type)
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [_FULL])
-        self.copies_rows = self._family.shares_prefix and kinds == {_FULL}
+        self._family = family
+        self.copies_rows = family.shares_prefix and _attends_to_all(model.config.get_text_config())
         """Whether rows that begin alike go through the model once up to there, and ended ones leave it."""
 
         self._processor = processor
@@ -162,15 +162,24 @@ class Forward:
     ) -> dict[str, Any]:
         """Pad rows, or a part of each, on the left, and put them on the model's device."""
         pad_id = self._processor.tokenizer.pad_token_id
-        inputs = join_rows([part(row) for row in rows], pad_id=pad_id, side="left")
+        inputs = join_rows(
+            [part(row) for row in rows], pad_id=pad_id, side="left", layout=self._family.layout
+        )
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def _encode_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run images through the tower, a few at a time: a batch of many would take far more memory."""
-        if "pixel_values" not in inputs:
+        if "pixel_values" not in inputs or not self._family.takes_image_features:
             return inputs
-        features = encode_images(base_of(self.model), inputs["pixel_values"], inputs["image_grid_thw"])
-        return replace_pixels(inputs, features)
+        model = base_of(self.model)
+        features = encode_images(model, inputs["pixel_values"], inputs["image_grid_thw"])
+        return replace_pixels(inputs, features, count_levels(model.config))
+
+    def _positions(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the positions of padded beginnings, for a model that would count the padding too."""
+        if self._family.counts_positions(base_of(self.model)):
+            return {}
+        return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
     def _prefill(self, rows: list[InFlight], cache: Cache) -> dict[str, Any]:
         """Run what rows begin with through the model, once each; return what `generate` goes on from.
@@ -184,9 +193,16 @@ class Forward:
         tails = self._join(rows, lambda row: row.tail_inputs)
         with use_adapters([row.adapter for row in leaders]):
             heads = self._encode_images(heads)
-            self.model(**heads, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            positions = self._positions(heads["attention_mask"])
+            self.model(**heads, **positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         inputs = {**heads, "past_key_values": cache}
         self._select(inputs, [place[row.head] for row in rows])
         for name in ("input_ids", "attention_mask"):
             inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
         return inputs
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Tell whether every layer of a language model has full attention, which padding does not disturb."""
+    kinds = getattr(config, "layer_types", None)
+    return set(kinds) == {_FULL} if kinds else not getattr(config, "sliding_window", None)

@@ -88,6 +88,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
+def is_broken_device(error: Exception) -> bool:
+    """Tell what no later pass recovers from: what a GPU reports, other than running out of memory."""
+    is_reported = isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
+    return is_reported and not is_out_of_memory(error)
+
+
 def empty_cache() -> None:
     """Free what nobody holds any more."""
     gc.collect()

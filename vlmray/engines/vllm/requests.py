@@ -72,10 +72,10 @@ class Opener:
             request.messages, **template_options(self._processor, request, template)
         )
         row.prompt = self._prompts.readable(prompt)
-        row.token_ids = self._prompts.processor_for(prompt).tokenizer(prompt)["input_ids"]
+        row.token_ids = self._prompts.tokenize(prompt)
         limit_answer(request, len(row.token_ids), max_model_len)  # before its images are looked at
         self._check_placeholders(row)
-        sizes = [count_visual_tokens(self._processor.image_processor, image) for image in request.images]
+        sizes = [count_visual_tokens(self._processor, image) for image in request.images]
         limit_answer(request, len(row.token_ids) + sum(sizes) - len(sizes), max_model_len)
 
     def _check_placeholders(self, row: AsyncRow) -> None:

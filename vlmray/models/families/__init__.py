@@ -1,19 +1,39 @@
-"""What is special about a family of models, a short file each.
+"""What is special about a family of models, a few lines each.
 
-A new family is a subclass of `vlmray.models.families.base.Family` and a line in `FAMILIES`.
+A new family is a `Family` in one of these files, and a tiny model of it in tests/helpers/families.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from vlmray.models.families import gemma, glm, idefics, llava, mllama, others, qwen
 from vlmray.models.families.base import Family
-from vlmray.models.families.qwen2_5_vl import Qwen25VL
 
-FAMILIES: dict[str, Family] = {"qwen2_5_vl": Qwen25VL()}
-"""Those of which something is known, by the model type that a config names."""
+FAMILIES: dict[str, Family] = {
+    model_type: family
+    for file in (qwen, glm, llava, idefics, gemma, mllama, others)
+    for family in file.FAMILIES
+    for model_type in family.model_types
+}
+"""Those that are tested, by the model type that a config names."""
 
-_ANY = Family()
+ANY = Family()
+"""Of which only what holds for all is known."""
 
 
-def family_of(model_type: str) -> Family:
-    """Return what is known of models of a type; of most, only what holds for all."""
-    return FAMILIES.get(model_type, _ANY)
+def family_of(config: Any) -> Family:
+    """Return what is known of a model.
+
+    Args:
+        config: As transformers has it, or the content of a `config.json`.
+    """
+    model_type = _read(config, "model_type")
+    if model_type == "llava" and _read(_read(config, "vision_config"), "model_type") == "pixtral":
+        model_type = "pixtral"  # which has no name of its own
+    return FAMILIES.get(str(model_type), ANY)
+
+
+def _read(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
