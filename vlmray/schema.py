@@ -124,6 +124,10 @@ class Completion:
     """Tokens the model wrote, the end token included."""
 
     finish_reason: FinishReason
+
+    num_cached_tokens: int | None = field(default=None, compare=False)
+    """Prompt tokens that the engine had from earlier requests; None where it does not say."""
+
     error: str | None = None
     """Why there is no answer; set exactly when `finish_reason` is "error"."""
 
@@ -158,6 +162,7 @@ class Row(TypedDict, total=False):
     error: str | None
     """Why there is no answer; the last column of a result. What follows is left behind on the way."""
 
+    num_cached_tokens: int | None
     image: bytes | None
     jpeg: bytes | None
     """The image as it is kept."""
