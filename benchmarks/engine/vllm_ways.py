@@ -51,7 +51,7 @@ def ray_way(engine_args: dict[str, Any], questions: Questions) -> tuple[float, l
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    hook = {"worker_process_setup_hook": f"{__spec__.name}.note_loading"}
+    hook = {"worker_process_setup_hook": "benchmarks.engine.vllm_ways.note_loading"}
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=hook)
     model = engine_args.pop("model")
     config = vLLMEngineProcessorConfig(
