@@ -34,6 +34,10 @@ from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
+SAME_PRIORITY = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
+"""What else runs on the machine is to disturb Ray's processes as much as others."""
+
+CONTENDERS = ("chat", "ray", "infer")
 Figures = dict[str, Any]
 
 
@@ -67,9 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num_threads", type=int, default=os.cpu_count())
     parser.add_argument("--engine_options", type=json.loads, default={}, help="of vLLM, for all")
-    parser.add_argument(
-        "--contenders", nargs="+", default=["chat", "infer"], choices=["chat", "ray", "infer"]
-    )
+    parser.add_argument("--contenders", nargs="+", default=["chat", "infer"], choices=CONTENDERS)
     parser.add_argument("--ray_python", help="a Python that has the vLLM of ray.data.llm, 0.29, for `ray`")
     return parser.parse_args()
 
@@ -119,7 +121,7 @@ def run_infer(options: argparse.Namespace, folder: Path, output_dir: Path) -> Fi
     command = [sys.executable, "jobs/infer.py", *(f"--{name}={value}" for name, value in arguments.items())]
     subprocess.run(
         command, cwd=ROOT, check=True, stdout=sys.stderr,
-        env={**environment(folder / "lengths.json"), "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)},
+        env={**environment(folder / "lengths.json"), **SAME_PRIORITY, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     manifest = json.loads((output_dir / "run.json").read_text())
     load_s = manifest["stages_s"]["load"]
@@ -140,7 +142,7 @@ def run_way(options: argparse.Namespace, contender: str, folder: Path) -> Figure
         env={
             **os.environ, "OMP_NUM_THREADS": str(options.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT),
-            "VLMRAY_BENCHMARK_LOADED": str(folder / "loaded"),
+            "VLMRAY_BENCHMARK_LOADED": str(folder / "loaded"), **SAME_PRIORITY,
         },
     )  # fmt: skip
     return dict(json.loads(found.stdout.splitlines()[-1]))
