@@ -39,6 +39,7 @@ from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 NAME = "model"
+_NUM_FIRST = 4  # requests that warm a server up
 SERVERS = ("vllm", "vlmray")
 Figures = dict[str, float]
 
@@ -46,8 +47,8 @@ Figures = dict[str, float]
 def main() -> None:
     """Measure, and print a table and one JSON line."""
     options = parse_options()
-    loads = [Load(concurrency=n, num_requests=max(24, 3 * n)) for n in options.clients]
-    options.num_rows = max(options.clients) + 2 * sum(load.num_requests for load in loads)
+    loads = [Load(concurrency=n, num_requests=max(options.num_requests, n)) for n in options.clients]
+    options.num_rows = _NUM_FIRST + 2 * sum(load.num_requests for load in loads)
     turns: list[dict[str, dict[str, Figures]]] = []
     with tempfile.TemporaryDirectory() as folder:
         options.model_path = build_random_model(options.model_id, options.processor, Path(folder) / "model")
@@ -67,7 +68,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--processor", required=True, help="folder of tokenizer, processor and config")
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--num_requests", type=int, default=24, help="of a load; at least one a client")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num_threads", type=int, default=os.cpu_count())
     parser.add_argument("--engine_options", type=json.loads, default={}, help="of vLLM, for both")
     parser.add_argument("--servers", nargs="+", default=list(SERVERS), choices=SERVERS)
@@ -82,11 +84,12 @@ def take_turn(
     found: dict[str, Figures] = {}
     rest = iter(requests)
     with running(options, server):
-        first = Load(concurrency=max(options.clients), num_requests=max(options.clients))
-        measure_clients(options.port, take(rest, first, stream=True), first, stream=True)
+        first = Load(concurrency=_NUM_FIRST, num_requests=_NUM_FIRST)
+        measure_clients(options.port, take(rest, first, stream=True), first, stream=True, warms_up=False)
         for load in loads:
             for stream in (False, True):
-                figures = measure_clients(options.port, take(rest, load, stream), load, stream=stream)
+                bodies = take(rest, load, stream)
+                figures = measure_clients(options.port, bodies, load, stream=stream, warms_up=False)
                 found[f"{load.concurrency} {'streams' if stream else 'whole'}"] = figures
                 print(f"{server} {load.concurrency} {stream}: {figures}", file=sys.stderr, flush=True)
     return found
