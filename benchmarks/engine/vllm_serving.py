@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.common.clients import Load, measure_clients
 from benchmarks.common.models import build_random_model
 from benchmarks.common.requests import read_requests
-from benchmarks.engine.vllm_speed import ROOT, SAME_PRIORITY, infer_config
+from benchmarks.engine.vllm_speed import ROOT, SAME, infer_config
 from vlmray.config import EngineConfig
 from vlmray.engines.openai.images import PixelBounds
 from vlmray.engines.openai.wire import to_body
@@ -111,7 +111,7 @@ def running(options: argparse.Namespace, server: str) -> Iterator[None]:
     """Run a server meanwhile."""
     command = {"vllm": vllm_command, "vlmray": vlmray_command}[server](options)
     environment = {
-        **os.environ, **SAME_PRIORITY, "PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1",
+        **os.environ, **SAME, "PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     if server == "vllm":

@@ -28,14 +28,16 @@ from typing import Any
 from benchmarks.common.forced import environment, write_lengths
 from benchmarks.common.models import build_random_model
 from benchmarks.common.requests import read_requests
+from vlmray.cluster.plans import MODEL_ON_CPU
 from vlmray.config import EngineConfig, InferConfig
 from vlmray.engines.vllm.options import engine_args
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
-SAME_PRIORITY = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
-"""What else runs on the machine is to disturb Ray's processes as much as others."""
+SAME = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0", **MODEL_ON_CPU["env_vars"]}
+"""Environment of all: what else runs on the machine is to disturb Ray's processes as much as others, and
+memory and waiting threads are as vlmray has them for vLLM."""
 
 CONTENDERS = ("chat", "ray", "infer")
 Figures = dict[str, Any]
@@ -121,7 +123,7 @@ def run_infer(options: argparse.Namespace, folder: Path, output_dir: Path) -> Fi
     command = [sys.executable, "jobs/infer.py", *(f"--{name}={value}" for name, value in arguments.items())]
     subprocess.run(
         command, cwd=ROOT, check=True, stdout=sys.stderr,
-        env={**environment(folder / "lengths.json"), **SAME_PRIORITY, "PYTHONPATH": str(ROOT)},
+        env={**environment(folder / "lengths.json"), **SAME, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     manifest = json.loads((output_dir / "run.json").read_text())
     load_s = manifest["stages_s"]["load"]
@@ -142,7 +144,7 @@ def run_way(options: argparse.Namespace, contender: str, folder: Path) -> Figure
         env={
             **os.environ, "OMP_NUM_THREADS": str(options.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT),
-            "VLMRAY_BENCHMARK_LOADED": str(folder / "loaded"), **SAME_PRIORITY,
+            "VLMRAY_BENCHMARK_LOADED": str(folder / "loaded"), **SAME,
         },
     )  # fmt: skip
     return dict(json.loads(found.stdout.splitlines()[-1]))
