@@ -132,9 +132,8 @@ def vllm_command(options: argparse.Namespace) -> list[str]:
         on_gpu=False, memory_fraction=1.0, max_adapters=0, max_rank=0,
     )  # fmt: skip
     flags = [part for name, value in args.items() if name != "model" for part in flag(name, value)]
-    program = str(Path(sys.executable).with_name("vllm"))
-    return [
-        program, "serve", args["model"], *flags, "--served-model-name", NAME, "--port", str(options.port),
+    return [  # `vllm serve` itself asks for the package by a name that its build for CPUs has not
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args["model"], *flags, "--served-model-name", NAME, "--port", str(options.port),
         "--no-enable-log-requests", "--disable-uvicorn-access-log",
     ]  # fmt: skip
 

@@ -29,7 +29,9 @@ def url(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     server = subprocess.Popen(
         [
-            Path(sys.executable).with_name("vllm"), "serve", resolve_model_id("builtin"), "--dtype=float32",
+            # As `vllm serve`, which asks for the package by a name that its build for CPUs has not.
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model_id("builtin"),
+            "--dtype=float32",
             "--enforce-eager", "--generation-config=vllm", "--served-model-name=builtin", f"--port={port}",
             "--enable-prompt-tokens-details", "--limit-mm-per-prompt={\"video\": 0}",
         ],
