@@ -133,7 +133,8 @@ def vllm_command(options: argparse.Namespace) -> list[str]:
     )  # fmt: skip
     flags = [part for name, value in args.items() if name != "model" for part in flag(name, value)]
     return [  # `vllm serve` itself asks for the package by a name that its build for CPUs has not
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args["model"], *flags, "--served-model-name", NAME, "--port", str(options.port),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args["model"], *flags,
+        "--served-model-name", NAME, "--port", str(options.port),
         "--no-enable-log-requests", "--disable-uvicorn-access-log",
     ]  # fmt: skip
 

@@ -30,9 +30,9 @@ def url(tmp_path: Path) -> Iterator[str]:
     server = subprocess.Popen(
         [
             # As `vllm serve`, which asks for the package by a name that its build for CPUs has not.
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model_id("builtin"),
-            "--dtype=float32",
-            "--enforce-eager", "--generation-config=vllm", "--served-model-name=builtin", f"--port={port}",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
+            resolve_model_id("builtin"), "--dtype=float32", "--enforce-eager", "--generation-config=vllm",
+            "--served-model-name=builtin", f"--port={port}",
             "--enable-prompt-tokens-details", "--limit-mm-per-prompt={\"video\": 0}",
         ],
         stdout=(tmp_path / "server.log").open("wb"), stderr=subprocess.STDOUT,
