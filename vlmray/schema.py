@@ -134,6 +134,10 @@ class Completion:
     """Tokens the model wrote, the end token included."""
 
     finish_reason: FinishReason
+
+    num_cached_tokens: int | None = field(default=None, compare=False)
+    """Prompt tokens that the engine had from earlier requests; None where it does not say."""
+
     error: str | None = None
     """Why there is no answer; set exactly when `finish_reason` is "error"."""
 
@@ -168,6 +172,7 @@ class Row(TypedDict, total=False):
     error: str | None
     """Why there is no answer; the last column of a result. What follows is left behind on the way."""
 
+    num_cached_tokens: int | None
     images: list[bytes | None]
     """Encoded, in the order of their places; None for one that is still to be fetched."""
 

@@ -13,7 +13,7 @@ from vlmray.schema import GenerationRequest
 
 
 def read_requests(config: InferConfig, forced_by: Any = None) -> list[GenerationRequest]:
-    """Read what a run would ask.
+    """Read what a run would ask, rows left out that it would not.
 
     Args:
         config: Of the run.
@@ -25,7 +25,7 @@ def read_requests(config: InferConfig, forced_by: Any = None) -> list[Generation
         max_new_tokens=config.max_new_tokens,
     )  # fmt: skip
     rows = read_rows(asked.source, asked.spec, asked.split, asked.selected)
-    rows = stages.prepare_rows(rows, task)
+    rows = [row for row in stages.prepare_rows(rows, task) if row["error"] is None]
     requests = stages.make_requests(rows, task)
     if forced_by is None:
         return requests

@@ -10,10 +10,11 @@ import ray.cloudpickle as cloudpickle
 
 from vlmray.config import InferConfig
 from vlmray.inference import pipeline
-from vlmray.inference.chunks import Chunk, Finished, pack, unpack
+from vlmray.inference.chunks import CacheUse, Chunk, Finished, pack, unpack
 from vlmray.inference.pipeline import _chunk_size, _RowSource
 from vlmray.inference.plan import plan_inference
 from vlmray.inference.timeline import Span
+from vlmray.schema import Row
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,16 @@ def test_a_chunk_travels_as_one_row() -> None:
         assert block.num_rows == 1
         assert unpack(block) == chunk
         assert type(unpack(pickle.loads(pickle.dumps(block)))) is type(chunk)
+
+
+def test_what_caches_had_is_summed_over_rows_whose_engine_says_so() -> None:
+    rows: list[Row] = [
+        {"num_prompt_tokens": 600, "num_cached_tokens": 0},
+        {"num_prompt_tokens": 400, "num_cached_tokens": 250},
+        {"num_prompt_tokens": 900, "num_cached_tokens": None},
+        {"num_prompt_tokens": None, "error": "no image"},
+    ]
+    use = CacheUse.of(rows)
+    assert use.share == 0.25
+    assert use.plus(CacheUse(1000, 250)) == CacheUse(2000, 500)
+    assert CacheUse.of(rows[2:]).share is None  # not 0: nobody knows

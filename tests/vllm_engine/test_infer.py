@@ -1,26 +1,79 @@
-"""A job with vLLM whose process is killed in the middle of a chunk."""
+"""The job with vLLM: rows that cannot be answered, a process that is killed, an adapter.
+
+What has to come out is what the transformers engine says of the same rows.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import uuid
 from pathlib import Path
+from typing import Any
 
-from helpers.processes import command, finished, marked, parquet_rows, wait_until
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.common.charts import write_charts
+from benchmarks.common.requests import read_requests
+from helpers.processes import command, finished, marked, parquet_rows, run, wait_until
+from vlmray.config import InferConfig
+from vlmray.engines import build_engine
+from vlmray.engines.fake import build_tiny_random_adapter
+from vlmray.models.source import resolve_model_id
 
 NUM_ROWS = 400
-OPTIONS = {
-    "model_id": "builtin", "dataset_name": f"charts?num_rows={NUM_ROWS}", "sample_slices": "[:]",
-    "max_new_tokens": 16, "output_format": "both",
-}  # fmt: skip
+MAX_MODEL_LEN = 1024
+BROKEN, TOO_LONG, SPECIAL = 10, 150, 290
+SPECIAL_TOKENS = "<|im_end|><|image_pad|><|vision_start|><|video_pad|><|endoftext|> What is shown?"
+OPTIONS = {"model_id": "builtin", "sample_slices": "[:]", "max_new_tokens": 16, "output_format": "both"}
 
 
-def test_a_killed_engine_is_replaced_and_every_row_is_answered(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Charts with a broken image, a prompt that is too long, and a question full of special tokens."""
+    path = tmp_path_factory.mktemp("data") / "test.parquet"
+    rows = pq.read_table(write_charts(path, NUM_ROWS)).to_pylist()
+    rows[BROKEN]["image"]["bytes"] = rows[BROKEN]["image"]["bytes"][:200]
+    rows[TOO_LONG]["question"] = "word " * MAX_MODEL_LEN
+    rows[SPECIAL]["question"] = SPECIAL_TOKENS
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path) -> dict[str, str]:
+    return answers_of_transformers(data, "[:]")
+
+
+def answers_of_transformers(data: Path, slices: str, **options: Any) -> dict[str, str]:
+    """What the rows are answered that can be."""
+    config = InferConfig(
+        **{**OPTIONS, "dataset_name": str(data), "sample_slices": slices, "output_dir": "unused"}
+    )
+    bad = {f"test-{row:06d}" for row in (BROKEN, TOO_LONG)}
+    requests = [request for request in read_requests(config) if request.request_id not in bad]
+    engine = build_engine(engine="transformers", model_id="builtin", **options)
+    completions = engine.generate(requests)
+    engine.close()
+    return {
+        request.request_id: completion.text for request, completion in zip(requests, completions, strict=True)
+    }
+
+
+def options_of(**options: object) -> list[object]:
+    asked = {"engine": "vllm", "max_model_len": MAX_MODEL_LEN, **OPTIONS, **options}
+    return [part for name, value in asked.items() for part in (f"--{name}", value)]
+
+
+def test_a_killed_engine_is_replaced_and_no_row_but_the_bad_ones_notices(
+    data: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     folder, mark = tmp_path / "results", uuid.uuid4().hex
-    options = [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
     job = subprocess.Popen(
-        command("--engine", "vllm", "--output_dir", folder, *options),
+        command(*options_of(dataset_name=data, output_dir=folder)),
         env=os.environ | {"VLMRAY_TEST": mark, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -34,5 +87,26 @@ def test_a_killed_engine_is_replaced_and_every_row_is_answered(tmp_path: Path) -
     assert job.returncode == 0, said
     rows = parquet_rows(folder)
     assert len(rows) == NUM_ROWS
-    assert {row["error"] for row in rows.values()} == {None}
+    errors = {int(name[-6:]): row["error"] for name, row in rows.items() if row["error"] is not None}
+    assert errors.keys() == {BROKEN, TOO_LONG}
+    assert "image" in errors[BROKEN]
+    assert "maximum context length" in errors[TOO_LONG]
+    assert {name: row["prediction"] for name, row in rows.items() if row["error"] is None} == expected
+    assert SPECIAL_TOKENS in rows[f"test-{SPECIAL:06d}"]["prompt"]
     wait_until(lambda: not marked("VLMRAY_TEST", mark), 60)
+
+
+def test_an_adapter_answers_and_the_cache_is_told_of(data: Path, tmp_path: Path) -> None:
+    base, slices = resolve_model_id("builtin"), "[16:48]"
+    adapter = build_tiny_random_adapter(tmp_path / "adapter", base, r=8)
+    folder = tmp_path / "results"
+    job = run(
+        *options_of(dataset_name=data, output_dir=folder, sample_slices=slices, adapter=adapter),
+        RAY_ADDRESS="local", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    found = {name: row["prediction"] for name, row in parquet_rows(folder).items()}
+    assert found == answers_of_transformers(data, slices, adapter=str(adapter))
+    assert found != answers_of_transformers(data, slices)
+    usage = json.loads((folder / "run.json").read_text())["summary"]["usage"]
+    assert 0 < usage["cached_share"] < 1  # rows about one image

@@ -25,7 +25,7 @@ from vlmray.cluster.resources import (
 from vlmray.cluster.waiting import Asked
 from vlmray.errors import OptionError
 
-_MODEL_ON_CPU = {
+MODEL_ON_CPU = {
     "env_vars": {
         # What the model frees it soon asks for again (see `keep_freed_memory` of the engine, which comes
         # too late for the threads that Ray starts before).
@@ -36,6 +36,7 @@ _MODEL_ON_CPU = {
         "GOMP_SPINCOUNT": "1000",
     }
 }
+"""Runtime environment of a process that holds a model, or starts those that do, on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ def plan_replicas(
         num_cpus=min(1.0, largest_share(rooms(sizes, cpus_per_task()), high)),
         # Threads that wait for a core that others have taken make the rest wait with them.
         num_threads=max(1, int(node_cpus() // high)),
-        runtime_env=_MODEL_ON_CPU,
+        runtime_env=MODEL_ON_CPU,
     )
 
 

@@ -28,6 +28,7 @@ class Row:
     answer: Answer | None = None
     completion: Completion | None = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int | None = None
     max_new_tokens: int = 0
     """Most tokens of its answer: what was asked for, or less where the model's positions end."""
 
@@ -42,6 +43,7 @@ class Row:
             num_prompt_tokens=self.num_prompt_tokens,
             num_completion_tokens=self.answer.num_tokens if self.answer is not None else 0,
             finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
     def free(self) -> None:

@@ -7,6 +7,7 @@ taken apart into columns on the way.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,12 +24,38 @@ class Chunk(NamedTuple):
     """When they were in the stages so far."""
 
 
+class CacheUse(NamedTuple):
+    """What prefix caches had, of the prompts whose engine says so."""
+
+    num_tokens: int = 0
+    num_cached: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> CacheUse:
+        """Sum up rows that were answered."""
+        known = [row for row in rows if row.get("num_cached_tokens") is not None]
+        return cls(
+            sum(row["num_prompt_tokens"] or 0 for row in known),
+            sum(row["num_cached_tokens"] or 0 for row in known),
+        )
+
+    def plus(self, other: CacheUse) -> CacheUse:
+        """Return both together."""
+        return CacheUse(self.num_tokens + other.num_tokens, self.num_cached + other.num_cached)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the tokens that was cached; None where nothing is known."""
+        return self.num_cached / self.num_tokens if self.num_tokens else None
+
+
 class Finished(NamedTuple):
     """What the driver is told of a chunk that is written."""
 
     num_rows: int
     num_failed: int
     spans: list[Span]
+    cache: CacheUse = CacheUse()
 
 
 def pack(chunk: Chunk | Finished) -> pa.Table:

@@ -23,6 +23,7 @@ from vlmray import __version__, cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
+from vlmray.inference.chunks import CacheUse
 from vlmray.inference.endpoint.checking import check_server
 from vlmray.inference.endpoint.watching import saying_how_the_server_is
 from vlmray.inference.pipeline import count_chunks, iter_finished
@@ -49,13 +50,13 @@ def run_inference(run: InferenceRun) -> Summary:
         InferenceError: a replica failed, or more rows failed than `--max_errors` allows.
     """
     started = time.perf_counter()
-    timeline, replicas = Timeline(), None
+    timeline, cache, replicas = Timeline(), CacheUse(), None
     with cluster.ending_actors(_REPLICA):
         if run.pending:
             replicas = _plan_replicas(run)
             cluster.tell_if_taken(cpus=cluster.cpus_per_task())
-            _consume(run, replicas, timeline)
-        return _conclude(run, time.perf_counter() - started, timeline, replicas)
+            cache = _consume(run, replicas, timeline)
+        return _conclude(run, time.perf_counter() - started, timeline, cache, replicas)
 
 
 def describe(run: InferenceRun) -> list[tuple[str, str]]:
@@ -90,9 +91,9 @@ def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:
     return replicas.asked(_REPLICA, min(replicas.min_replicas, num_chunks))
 
 
-def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> None:
+def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> CacheUse:
     """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
-    num_failed = 0
+    num_failed, cache = 0, CacheUse()
     try:
         with (
             run.open_bar() as bar,
@@ -105,17 +106,20 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
             for chunk in chunks:
                 timeline.add(chunk.spans)
                 num_failed += chunk.num_failed
+                cache = cache.plus(chunk.cache)
                 bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update(chunk.num_rows)
                 run.check_errors(num_failed)
     except ray.exceptions.RayError as error:
         done = f"{bar.n:,.0f} of {bar.total:,} rows are answered"
         raise InferenceError(f"{cluster.root_cause(error)}; {done}") from error
+    return cache
 
 
 def _conclude(
-    run: InferenceRun, elapsed_s: float, timeline: Timeline, replicas: cluster.ReplicaPlan | None
-) -> Summary:
+    run: InferenceRun, elapsed_s: float, timeline: Timeline, cache: CacheUse,
+    replicas: cluster.ReplicaPlan | None,
+) -> Summary:  # fmt: skip
     """Read the results back, write the report and, last, the manifest."""
     tally, causes, gallery = (
         Tally(run.task.metric if run.spec.has_answers else None),
@@ -130,7 +134,7 @@ def _conclude(
         raise InferenceError(
             f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
         )
-    summary = tally.summary(elapsed_s, _usage(run, replicas, timeline, tally.num_new))
+    summary = tally.summary(elapsed_s, _usage(run, replicas, timeline, cache, tally.num_new))
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),
@@ -171,8 +175,9 @@ def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
 
 
 def _usage(
-    run: InferenceRun, replicas: cluster.ReplicaPlan | None, timeline: Timeline, num_answered: int
-) -> Usage | None:
+    run: InferenceRun, replicas: cluster.ReplicaPlan | None, timeline: Timeline, cache: CacheUse,
+    num_answered: int,
+) -> Usage | None:  # fmt: skip
     if replicas is None or not timeline.replicas:
         return None
     share = replicas.num_gpus or 1
@@ -182,6 +187,7 @@ def _usage(
         used_s=share * timeline.used_s(),
         num_answered=num_answered,
         price_per_hour=run.config.price_per_hour,
+        cached_share=cache.share,
     )
 
 

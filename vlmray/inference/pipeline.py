@@ -26,7 +26,7 @@ from vlmray import cluster
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
 from vlmray.inference import stages
-from vlmray.inference.chunks import Chunk, Finished, pack, unpack
+from vlmray.inference.chunks import CacheUse, Chunk, Finished, pack, unpack
 from vlmray.inference.endpoint.keeping import api_key
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.replica import Replica, chunks_at_once, start_claims
@@ -195,4 +195,4 @@ def _score_and_save(chunk: pa.Table, *, task: Task, folder: ResultFolder) -> pa.
     rows = [stages.score_row(row, task) for row in rows]
     stages.save_rows(rows, folder)
     num_failed = sum(row["error"] is not None for row in rows)
-    return pack(Finished(len(rows), num_failed, [*spans, watch.span("write")]))
+    return pack(Finished(len(rows), num_failed, [*spans, watch.span("write")], CacheUse.of(rows)))

@@ -198,10 +198,13 @@ def _rate_facts(summary: Summary) -> list[Fact]:
 
 def _usage_facts(usage: Usage) -> list[Fact]:
     unit, per_hour = usage.unit, usage.answers_per_hour
+    cached = usage.cached_share
+    from_cache = [] if cached is None else [Fact("of prompt tokens were cached", format_percent(cached))]
     cost = [] if usage.cost is None else [Fact("cost", f"{usage.cost:,.4g}", f"of the {unit}s held")]
     return [
         Fact(f"{unit}-seconds held", f"{usage.held_s:,.0f}", "from loading to the run's last answer"),
         Fact("of them used", format_percent(usage.used_s / usage.held_s if usage.held_s else None)),
         Fact(f"answers per {unit}-hour", "n/a" if per_hour is None else f"{per_hour:,.0f}"),
+        *from_cache,
         *cost,
     ]

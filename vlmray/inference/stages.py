@@ -160,6 +160,7 @@ def answered(completion: Completion) -> Row:
         "num_prompt_tokens": completion.num_prompt_tokens,
         "num_completion_tokens": completion.num_completion_tokens,
         "finish_reason": completion.finish_reason,
+        "num_cached_tokens": completion.num_cached_tokens,
         "error": completion.error,
     }
 

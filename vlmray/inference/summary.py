@@ -68,10 +68,14 @@ class Usage:
     cost: float | None
     """What that took, where the price of a unit is known."""
 
+    cached_share: float | None
+    """Share of the prompts' tokens that prefix caches had; None where the engine does not say."""
+
     @classmethod
     def of(
-        cls, *, unit: str, held_s: float, used_s: float, num_answered: int, price_per_hour: float | None
-    ) -> Usage:
+        cls, *, unit: str, held_s: float, used_s: float, num_answered: int, price_per_hour: float | None,
+        cached_share: float | None = None,
+    ) -> Usage:  # fmt: skip
         """Set answers and price against the time."""
         return cls(
             unit=unit,
@@ -79,6 +83,7 @@ class Usage:
             used_s=used_s,
             answers_per_hour=_rate(num_answered, held_s / 3600),
             cost=None if price_per_hour is None else held_s / 3600 * price_per_hour,
+            cached_share=cached_share,
         )
 
 

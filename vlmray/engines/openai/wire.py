@@ -78,7 +78,14 @@ def to_completion(text: str | None, reason: str | None, usage: Any) -> Completio
         num_prompt_tokens=usage.prompt_tokens if usage else 0,
         num_completion_tokens=usage.completion_tokens if usage else 0,
         finish_reason="length" if reason == "length" else "stop",
+        num_cached_tokens=_num_cached(usage),
     )
+
+
+def _num_cached(usage: Any) -> int | None:
+    """Read what of a prompt was cached, where the server says so."""
+    count = getattr(getattr(usage, "prompt_tokens_details", None), "cached_tokens", None)
+    return count if isinstance(count, int) else None
 
 
 def retry_after_s(headers: Mapping[str, str], now: datetime | None = None) -> float:

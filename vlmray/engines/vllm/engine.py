@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vlmray.config import EngineConfig
+from vlmray.config import EngineConfig, ServeConfig
 from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.rows import Listener, read_token
@@ -134,7 +134,8 @@ class VLLMEngine:
         guard, loop = ProcessGuard(), BackgroundLoop("vllm")
         try:
             expected = score_apart(model_id, config, known) if config.verify_adapter else None
-            running = loop.run(RunningLLM.start(args, processor, settings))
+            serves = isinstance(config, ServeConfig)
+            running = loop.run(RunningLLM.start(args, processor, settings, serves=serves))
         except BaseException:
             loop.close()
             guard.close()

@@ -67,12 +67,21 @@ class RunningLLM:
         self._use_image_processor()
 
     @classmethod
-    async def start(cls, args: dict[str, Any], processor: Any, settings: Any) -> RunningLLM:
-        """Start vLLM's processes, and wait until the model is loaded."""
+    async def start(cls, args: dict[str, Any], processor: Any, settings: Any, *, serves: bool) -> RunningLLM:
+        """Start vLLM's processes, and wait until the model is loaded.
+
+        Args:
+            args: Of vLLM's engine; the rest is vLLM's choice for clients that wait, or for much at once.
+            processor: As `vlmray.models.processors.load_processor` gives it.
+            settings: The model's generation config.
+            serves: Whether clients wait.
+        """
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**args)), processor, settings)
+        usage = UsageContext.OPENAI_API_SERVER if serves else UsageContext.LLM_CLASS
+        return cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**args), True, usage), processor, settings)
 
     async def answer(self, row: AsyncRow, max_model_len: int | None, streams: bool, tell: Tell) -> None:
         """Have vLLM answer a row, and tell of its tokens; cancelled, it ends the row there too."""
@@ -154,6 +163,7 @@ class RunningLLM:
                 (answer,) = output.outputs
                 if answer.finish_reason == "error":
                     return False
+                row.num_cached_tokens = output.num_cached_tokens
                 tell(Event(row.index, list(answer.token_ids), output.finished))
         finally:
             self._count(running=-1)
