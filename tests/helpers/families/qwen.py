@@ -68,14 +68,19 @@ def qwen3_vl_moe() -> Tiny:
     return _qwen("qwen3_vl_moe", "qwen3_vl", "Qwen3VLProcessor", _DEEPSTACK, rope, **_EXPERTS)
 
 
-def qwen3_5() -> Tiny:
+def qwen3_5(model_type: str = "qwen3_5", **text: Any) -> Tiny:
     rope = {"mrope_interleaved": True, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.5}
     linear = {
-        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "num_hidden_layers": 3, "linear_num_key_heads": 2,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
         "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     }  # fmt: skip
     tower = {"num_position_embeddings": 64, "patch_size": 16}
-    return _qwen("qwen3_5", "qwen3_5_think", "Qwen3VLProcessor", tower, rope, **linear)
+    return _qwen(model_type, "qwen3_5_think", "Qwen3VLProcessor", tower, rope, **linear, **text)
+
+
+def qwen3_5_moe() -> Tiny:
+    return qwen3_5("qwen3_5_moe", **_EXPERTS, shared_expert_intermediate_size=32)
 
 
 _GLM_TEMPLATE = chat(
@@ -139,6 +144,6 @@ def glm46v() -> Tiny:
 TINY = {
     each.__name__: each
     for each in (
-        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, glm4v, glm4v_moe, glm46v,
+        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe, glm4v, glm4v_moe, glm46v,
     )
 }  # fmt: skip
