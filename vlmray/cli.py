@@ -104,12 +104,35 @@ def serve(config: ServeConfig) -> int:
 
 def benchmark(config: BenchmarkConfig) -> int:
     """Compare models and print what came of it; return the exit code: 1 where nothing was answered."""
+    from vlmray.benchmark.gathering import pilot
     from vlmray.benchmark.job import run_benchmark
     from vlmray.benchmark.plan import plan_benchmark
-    from vlmray.benchmark.report import format_results
+    from vlmray.benchmark.report import format_results, plan_table
 
-    results = run_benchmark(plan_benchmark(config))
+    if config.datasets:
+        return _suite(config)
+    planned = plan_benchmark(config)
+    if config.plan:
+        print(f"\n{plan_table(pilot(planned), config).to_text()}")
+        return 0
+    results = run_benchmark(planned)
     print(f"\n{format_results(results)}\n\nreport: {config.output_dir}/report.html")
+    return 0 if results.num_answered else 1
+
+
+def _suite(config: BenchmarkConfig) -> int:
+    from vlmray.benchmark.gathering import pilot
+    from vlmray.benchmark.report import plan_table
+    from vlmray.benchmark.suite.job import plan_suite, run_suite
+    from vlmray.benchmark.suite.report import format_suite
+
+    planned = plan_suite(config)
+    if config.plan:
+        for name, each in planned.items():
+            print(f"\n{name}: {plan_table(pilot(each), each.config).to_text()}")
+        return 0
+    results = run_suite(config, planned)
+    print(f"\n{format_suite(results)}\n\nreport: {config.output_dir}/report.html")
     return 0 if results.num_answered else 1
 
 

@@ -55,11 +55,12 @@ a line here; wings that stand side by side (inference, training, serving) do not
 
 WITH_RAY = {
     "cluster", "cluster.connection", "cluster.resources", "cluster.placement", "cluster.plans",
-    "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes",
+    "cluster.preview", "cluster.waiting", "cluster.watch", "cluster.causes", "cluster.ending",
     "inference.job", "inference.pipeline", "inference.replica", "inference.endpoint.keeping",
     "inference.endpoint.watching",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
-    "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking", "demo.job",
+    "serving.server", "serving.replica", "serving.presence", "benchmark.job", "benchmark.asking",
+    "benchmark.suite.job", "demo.job",
 }  # fmt: skip
 """Modules that may import Ray; all others run, and are tested, without."""
 

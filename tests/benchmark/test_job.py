@@ -122,6 +122,23 @@ def test_offline_gives_the_same_answers(
     assert results.speed == ()
 
 
+def test_a_finished_run_plans_the_next(
+    compared: tuple[Path, Results], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(folder: Path) -> object:
+        options = {**models_with(adapter), "dataset_name": CHARTS, "output_dir": folder}
+        with pytest.raises(SystemExit) as stopped:
+            run_job("benchmark", ["--plan=difference=5", *(f"--{n}={v}" for n, v in options.items())])
+        return stopped.value.code
+
+    before = {path: path.stat().st_mtime_ns for path in compared[0].glob("*.*")}
+    assert plan(compared[0]) == 0
+    assert "spoilt, base" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in compared[0].glob("*.*")} == before
+    assert plan(tmp_path) == 2
+    assert "--plan needs answers, and" in capsys.readouterr().err
+
+
 def test_the_same_command_asks_nothing_again(compared: tuple[Path, Results], adapter: Path) -> None:
     folder, results = compared
     before = json.loads((folder / "results.json").read_text())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from vlmray.benchmark.report import breakdown_table
+from vlmray.benchmark.report import breakdown_table, plan_table
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import Scoreboard, score_models
 from vlmray.benchmark.verdicts import sentence
+from vlmray.config import BenchmarkConfig
 from vlmray.reports.tables import Cell, Mark
 from vlmray.reports.text import TERMINAL_WIDTH
 
@@ -87,3 +88,22 @@ def test_few_images_are_said_to_show_nothing(num_images: int, num_others: int) -
     )
     assert "no significant" not in few
     assert compare(num_images + 1).startswith("m0 is better than base: +100.0")
+
+
+def test_a_plan_says_what_samples_show() -> None:
+    pilot = scoreboard("one", "two")
+    config = BenchmarkConfig(models="base=fake", plan="difference=10,samples=320,samples=20000", margin=5)
+    table = plan_table(pilot, config)
+    assert [row[:2] for row in table.rows] == [
+        (f"{name}, base", what)
+        for name in ("one", "two")
+        for what in ("a difference", "a difference", "a difference", "not worse, if equal")
+    ]
+    lines = table.to_text().splitlines()
+    assert max(map(len, lines)) <= TERMINAL_WIDTH
+
+
+@pytest.mark.parametrize("plan", ["2", "rows=3", "difference=0", "samples=1.5", "samples="])
+def test_a_plan_that_is_none_is_refused(plan: str) -> None:
+    with pytest.raises(ValueError, match=r"--plan (has|must be)"):
+        BenchmarkConfig(models="base=fake", plan=plan)

@@ -9,6 +9,7 @@ import pytest
 
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import answer_type, score_answer, score_models
+from vlmray.benchmark.verdicts import margin_sentence
 
 
 def sample(index: int, **facts: Any) -> SampleFacts:
@@ -150,3 +151,47 @@ def test_bleu_is_of_the_corpus_and_signed() -> None:
 )  # fmt: skip
 def test_answer_types(answer: str, kind: str) -> None:
     assert answer_type([answer, "no"]) == kind
+
+
+def compare_with_margin(num_samples: int, num_lost: int, *others: int) -> list[str]:
+    """Return what is said of models that lose so many of the answers, with a margin of 5 points."""
+    samples = [sample(index, image=f"chart-{index}") for index in range(num_samples)]
+    rows = {"base": answers(samples, *["4"] * num_samples)}
+    for number, lost in enumerate((num_lost, *others)):
+        rows[f"m{number}"] = answers(samples, *["5"] * lost, *["4"] * (num_samples - lost))
+    board = score_models(samples, rows, ["exact_match"], margin=0.05, num_resamples=999)
+    found = [board.difference(model, "exact_match") for model in board.models[1:]]
+    return list(map(margin_sentence, board.margins, found))
+
+
+def test_a_model_that_loses_little_is_not_worse_by_more_than_the_margin() -> None:
+    (said,) = compare_with_margin(400, 4)
+    assert said.startswith(
+        "m0 is not worse than base by more than 5 points of exact_match: one-sided 95 % bound"
+    )
+
+
+def test_few_samples_do_not_show_it_and_what_would_is_said() -> None:
+    (said,) = compare_with_margin(40, 1)
+    assert said.startswith("m0 is not shown to be no worse than base by more than 5 points of exact_match")
+    assert "such samples would show it in 4 of 5 cases" in said
+
+
+def test_a_model_that_is_worse_is_promised_nothing() -> None:
+    (said,) = compare_with_margin(100, 30)
+    assert "is not shown" in said
+    assert "would show" not in said
+
+
+def test_several_models_have_to_show_more() -> None:
+    samples = [sample(index, image=f"chart-{index}") for index in range(200)]
+    rows = {"base": answers(samples, *["4"] * 200)}
+    rows |= {f"m{n}": answers(samples, *["5"] * 4, *["4"] * 196) for n in range(3)}
+    board = score_models(samples, rows, ["exact_match"], margin=0.04, num_resamples=999)
+    assert all(found.p_corrected == pytest.approx(3 * found.test.p_value) for found in board.margins)
+
+
+def test_without_a_margin_none_is_looked_at() -> None:
+    samples = [sample(0), sample(1)]
+    both = {name: answers(samples, "4", "5") for name in ("base", "tuned")}
+    assert score_models(samples, both, ["exact_match"]).margins == ()

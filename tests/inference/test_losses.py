@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,14 @@ def cluster() -> Iterator[Cluster]:
 
 
 def replicas() -> list[psutil.Process]:
-    return descendants("_Replica")
+    return on_these_nodes("_Replica")
+
+
+def on_these_nodes(title: str) -> list[psutil.Process]:
+    """Ray's processes of this title; this process may have a Ray of its own, of other tests, beside them."""
+    folder = os.environ["RAY_TMPDIR"]
+    raylets = (each.pid for each in descendants("raylet/raylet") if folder in " ".join(each.cmdline()))
+    return [process for raylet in raylets for process in descendants(title, raylet)]
 
 
 def generated(log: Path) -> list[str]:
@@ -79,7 +87,7 @@ def interrupt(how: signal.Signals, code: int, options: list[object], done: set[s
     out = Path(str(options[options.index("--output_dir") + 1]))
     job = start(*options)
     wait_until(lambda: finished(out) - done or job.poll() is not None, 180)
-    left = [*replicas(), *descendants("Claims")]
+    left = [*replicas(), *on_these_nodes("Claims")]
     assert left
     job.send_signal(how)
     _, stderr = job.communicate(timeout=60)

@@ -8,7 +8,14 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from vlmray.metrics.significance import holm, mean_interval, paired_difference
+from vlmray.metrics.significance import (
+    detectable,
+    holm,
+    mean_interval,
+    not_worse,
+    num_samples_for,
+    paired_difference,
+)
 
 
 def test_without_shared_images_the_interval_is_that_of_a_proportion() -> None:
@@ -108,3 +115,70 @@ def test_holm() -> None:
 def test_what_cannot_be_compared_is_refused(scores: list[float], images: list[int]) -> None:
     with pytest.raises(ValueError, match=r"scores|images"):
         mean_interval(scores, images)
+
+
+# Not worse by more than a margin
+
+
+def test_the_bound_is_that_of_a_one_sided_test() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.random(400) < 0.7, rng.random(400) < 0.7
+    changes = second.astype(float) - first.astype(float)
+    error = changes.std(ddof=1) / 20
+    found = not_worse(first, second, range(400), 0.05)
+    assert found.low == pytest.approx(changes.mean() - 1.645 * error, abs=0.15 * error)
+    expected = stats.norm.sf((changes.mean() + 0.05) / error)
+    assert found.p_value == pytest.approx(expected, rel=0.25)
+
+
+def test_bound_and_p_value_agree() -> None:
+    rng = np.random.default_rng(4)
+    images = np.repeat(np.arange(100), 2)
+    first, second = rng.random(200) < 0.7, rng.random(200) < 0.75
+    for margin in np.linspace(0.005, 0.2, 40):
+        found = not_worse(first, second, images, margin)
+        assert (found.p_value < 0.05) == (found.low > -margin)
+
+
+def test_a_wider_margin_is_easier_to_keep() -> None:
+    first, second = [1.0, 0.0] * 50, [1.0, 0.0] * 48 + [0.0] * 4
+    values = [not_worse(first, second, range(100), margin).p_value for margin in (0.01, 0.03, 0.1)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.3
+    assert values[-1] < 0.01
+
+
+def test_no_loss_among_few_images_is_no_proof_of_none_among_many() -> None:
+    few, many = (not_worse([1.0] * size, [1.0] * size, range(size), 0.02) for size in (100, 200))
+    assert few.p_value == pytest.approx(0.98**100)
+    assert few.low < -0.02
+    assert many.p_value < 0.05
+    assert -0.02 < many.low < 0
+
+
+def test_one_image_shows_nothing() -> None:
+    found = not_worse([1.0, 1.0], [1.0, 0.0], [0, 0], 0.9)
+    assert (found.low, found.p_value) == (-1.0, 1.0)
+
+
+def test_a_model_that_is_worse_by_the_margin_is_seldom_let_pass() -> None:
+    rng = np.random.default_rng(5)
+    num_passed = 0
+    for seed in range(200):
+        first = rng.random(200) < 0.8
+        second = first & (rng.random(200) >= 0.1 / 0.8)  # loses 0.1
+        found = not_worse(first, second, range(200), 0.1, num_resamples=499, seed=seed)
+        num_passed += found.p_value < 0.05
+    assert 1 <= num_passed <= 22  # of 10 that are expected; beyond these lie 2 of 10,000 cases
+
+
+def test_four_times_the_samples_show_half_the_difference() -> None:
+    rng = np.random.default_rng(6)
+    pilot = paired_difference(rng.random(300) < 0.6, rng.random(300) < 0.6, range(300))
+    assert pilot.smallest is not None
+    assert detectable(pilot, 1200) == pytest.approx(pilot.smallest / 2)
+    assert num_samples_for(pilot, pilot.smallest / 2) == 1200
+    one_sided = num_samples_for(pilot, pilot.smallest / 2, two_sided=False)
+    assert one_sided == pytest.approx(1200 * ((1.6449 + 0.8416) / (1.96 + 0.8416)) ** 2, rel=1e-3)
+    same = paired_difference([1.0, 1.0], [1.0, 1.0], [0, 1])
+    assert (detectable(same, 100), num_samples_for(same, 0.1)) == (None, None)

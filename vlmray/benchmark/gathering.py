@@ -26,6 +26,7 @@ from vlmray.benchmark.scoreboard import (
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.benchmark.verdicts import Results
 from vlmray.dataset.sources import display_name
+from vlmray.errors import OptionError
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
 from vlmray.reports.errors import group_errors
@@ -43,7 +44,7 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     """Read the answers back, compare them, and write report and files."""
     config = benchmark.config
     rows = _read_rows(benchmark) if benchmark.metrics else {}
-    board = score_models(benchmark.samples, rows, benchmark.metrics) if benchmark.metrics else None
+    board = _scoreboard(benchmark, rows) if benchmark.metrics else None
     first = benchmark.runs[benchmark.candidates[0].name]
     dataset = display_name(config.dataset_name, config.dataset_config)
     results = Results(
@@ -77,6 +78,32 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     folder.write_text("report.html", render_benchmark_html(results))
     folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def _scoreboard(benchmark: Benchmark, rows: Rows) -> Scoreboard:
+    """Score what every model answered."""
+    margin = benchmark.config.margin
+    return score_models(
+        benchmark.samples, rows, benchmark.metrics, margin=None if margin is None else margin / 100
+    )
+
+
+def pilot(benchmark: Benchmark) -> Scoreboard:
+    """Score a run that is finished, to plan another by it.
+
+    Raises:
+        ValueError: Answers are missing, or there is nothing to compare.
+    """
+    if len(benchmark.candidates) < 2:
+        raise OptionError("plan", "is about a comparison", "name two --models")
+    for name, run in benchmark.runs.items():
+        if run.pending:
+            raise OptionError(
+                "plan",
+                f"needs answers, and {len(run.pending):,} of the {len(run.selected):,} of {name} are missing",
+                "run the same command without it first",
+            )
+    return _scoreboard(benchmark, _read_rows(benchmark))
 
 
 def _read_rows(benchmark: Benchmark) -> Rows:

@@ -11,7 +11,8 @@ import textwrap
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
 from vlmray.benchmark.speed import Percentiles
 from vlmray.benchmark.verdicts import Results, format_p, format_range
-from vlmray.metrics.significance import ALPHA, Interval
+from vlmray.config import BenchmarkConfig
+from vlmray.metrics.significance import ALPHA, Interval, detectable, num_samples_for
 from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
 from vlmray.reports.page import Fact, Page, Section, render_page
@@ -45,6 +46,36 @@ def format_markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def plan_table(pilot: Scoreboard, config: BenchmarkConfig) -> Table:
+    """Tell how many samples like those of a finished run would show what `--plan` and `--margin` name."""
+    points, sizes = config.planned()
+    rows = []
+    for model in pilot.models[1:]:
+        found = pilot.difference(model, pilot.metrics[0]).difference
+        asked: list[tuple[str, float | None, int | None]] = [
+            ("a difference", each / 100, num_samples_for(found, each / 100)) for each in points
+        ]
+        asked += [("a difference", detectable(found, size), size) for size in sizes]
+        if (margin := config.margin) is not None:
+            needed = num_samples_for(found, margin / 100, two_sided=False)
+            asked.append(("not worse, if equal", margin / 100, needed))
+        rows += [
+            (
+                f"{model}, {pilot.models[0]}",
+                what,
+                "–" if difference is None else f"{100 * difference:.1f}",
+                "–" if size is None else f"{size:,}",
+            )
+            for what, difference, size in asked
+        ]
+    return Table(
+        title=f"{pilot.metrics[0]}, by {pilot.num_samples:,} samples about {pilot.num_images:,} images",
+        columns=(Column("compared"), Column("to be shown"), Column("points", True), Column("samples", True)),
+        rows=tuple(rows),
+        note="In 4 of 5 cases, if the samples are like these.",
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Page
 # ---------------------------------------------------------------------------------------------
@@ -64,6 +95,8 @@ def render_benchmark_html(results: Results) -> str:
     if board is not None:
         if results.verdicts:
             sections.append(_verdict_table(results))
+        if board.margins:
+            sections.append(_margin_table(board))
         sections.append(_score_table(board, with_intervals=True))
         sections += [breakdown_table(board, kind) for kind in board.kinds]
     if results.speed:
@@ -147,6 +180,27 @@ def _verdict_table(results: Results) -> Table:
             f"over images, corrected by Holm where several models are compared; below {ALPHA:.2f} it is a "
             "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one "
             "image for independent."
+        ),
+    )
+
+
+def _margin_table(board: Scoreboard) -> Table:
+    margin = 100 * board.margins[0].test.margin
+    return Table(
+        title=f"Not worse than {board.models[0]} by more than {margin:g} points",
+        columns=(Column("model"), Column("verdict"), Column("95 % bound", True), Column("p", True)),
+        rows=tuple(
+            (
+                found.model,
+                Mark("right", "not worse") if found.holds else Mark("unscored", "not shown"),
+                format_points(found.test.low),
+                format_p(found.p_corrected),
+            )
+            for found in board.margins
+        ),
+        note=(
+            f"{board.metrics[0]}; one-sided, bootstrap over images: the model is worse by no more than the "
+            "bound. p is corrected by Holm where several models are compared."
         ),
     )
 

@@ -17,7 +17,16 @@ from typing import Literal
 
 from vlmray import metrics
 from vlmray.benchmark.samples import SampleFacts
-from vlmray.metrics.significance import ALPHA, Difference, Interval, holm, mean_interval, paired_difference
+from vlmray.metrics.significance import (
+    ALPHA,
+    Difference,
+    Interval,
+    MarginTest,
+    holm,
+    mean_interval,
+    not_worse,
+    paired_difference,
+)
 from vlmray.reports.errors import NO_FAMILY
 from vlmray.schema import Row
 
@@ -79,6 +88,25 @@ class GroupDifference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMargin:
+    """Whether a model is not much worse than the first one, over all samples."""
+
+    model: str
+    base: str
+    metric: str
+    test: MarginTest
+    p_corrected: float
+    """p-value for having asked this of several models or datasets (Holm)."""
+
+    num_samples: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether it was shown to be worse by less than the margin."""
+        return self.p_corrected < ALPHA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scoreboard:
     """All that is said of the answers."""
 
@@ -94,6 +122,8 @@ class Scoreboard:
 
     num_samples: int
     num_images: int
+    margins: tuple[GroupMargin, ...] = ()
+    """Each model against the first by the deciding metric, where a margin was given."""
 
     def score(self, model: str, metric: str, kind: str = "all", group: str = "all") -> Interval:
         """Return a model's score on a group."""
@@ -120,6 +150,7 @@ def score_models(
     rows: Rows,
     metric_names: Sequence[str],
     *,
+    margin: float | None = None,
     num_resamples: int = 9_999,
 ) -> Scoreboard:
     """Score every model's answers with every metric.
@@ -131,6 +162,7 @@ def score_models(
         samples: What was asked.
         rows: Result rows by model and sample id; the first model is the one compared with.
         metric_names: Names of `metrics.METRICS`, or `bleu`.
+        margin: By how much a model may be worse than the first, 0 to 1; None: that is not asked.
         num_resamples: Draws of each bootstrap and test.
 
     Raises:
@@ -178,6 +210,31 @@ def score_models(
         bleu={name: _bleu(rows[name], asked) for name in names} if metrics.BLEU in metric_names else {},
         num_samples=len(asked),
         num_images=len({sample.image_key for sample in asked}),
+        margins=_margins(asked, values, names, sampled[0], margin, num_resamples) if margin else (),
+    )
+
+
+def _margins(
+    asked: Sequence[SampleFacts],
+    values: Mapping[tuple[str, str], Sequence[float]],
+    names: Sequence[str],
+    metric: str,
+    margin: float,
+    num_resamples: int,
+) -> tuple[GroupMargin, ...]:
+    """Test of every model whether it is not worse than the first by more than a margin."""
+    base, *others = names
+    images = [sample.image_key for sample in asked]
+    tests = [
+        not_worse(values[base, metric], values[model, metric], images, margin, num_resamples=num_resamples)
+        for model in others
+    ]
+    corrected = holm([test.p_value for test in tests])
+    return tuple(
+        GroupMargin(
+            model=model, base=base, metric=metric, test=test, p_corrected=p_value, num_samples=len(asked)
+        )
+        for model, test, p_value in zip(others, tests, corrected, strict=True)
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.benchmark.scoreboard import GroupDifference, GroupMargin, Scoreboard
 from vlmray.benchmark.speed import SpeedPoint
-from vlmray.metrics.significance import Difference
+from vlmray.metrics.significance import Difference, num_samples_for
 from vlmray.reports.errors import ErrorGroup
 from vlmray.reports.gallery import GalleryItem
 from vlmray.reports.text import format_points
@@ -55,7 +55,11 @@ class Results:
         if board is None:
             return []
         found = [board.difference(model, board.metrics[0]) for model in board.models[1:]]
-        return [sentence(difference) for difference in (*found, *self.against_baseline.values())]
+        return [
+            *(sentence(difference) for difference in found),
+            *map(margin_sentence, board.margins, found),
+            *(sentence(difference) for difference in self.against_baseline.values()),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
@@ -68,6 +72,10 @@ class Results:
             "differences": [
                 {**dataclasses.asdict(difference), "verdict": difference.verdict}
                 for difference in (board.differences if board else ())
+            ],
+            "margins": [
+                {**dataclasses.asdict(margin), "holds": margin.holds}
+                for margin in (board.margins if board else ())
             ],
             "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
@@ -101,6 +109,21 @@ def sentence(found: GroupDifference) -> str:
         return f"{text} No answer scores differently."
     smallest = f"{100 * difference.smallest:.1f}"
     return f"{text} A difference of {smallest} points would have shown in 4 of 5 such samples."
+
+
+def margin_sentence(found: GroupMargin, difference: GroupDifference) -> str:
+    """Say in a plain sentence whether a model is not much worse, and if not, what might show it."""
+    test = found.test
+    points = f"{100 * test.margin:g} points of {found.metric}"
+    sign = "" if found.p_corrected < 0.001 else "= "
+    details = f"one-sided 95 % bound {format_points(test.low)} points, p {sign}{format_p(found.p_corrected)}."
+    if found.holds:
+        return f"{found.model} is not worse than {found.base} by more than {points}: {details}"
+    text = f"{found.model} is not shown to be no worse than {found.base} by more than {points}: {details}"
+    needed = num_samples_for(difference.difference, test.margin, two_sided=False)
+    if difference.verdict == "worse" or needed is None or needed <= found.num_samples:
+        return text
+    return f"{text} If they are equal, {needed:,} such samples would show it in 4 of 5 cases."
 
 
 def format_range(difference: Difference) -> str:

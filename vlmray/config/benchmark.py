@@ -29,6 +29,10 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
     """What is compared: 'base=MODEL,tuned=MODEL+ADAPTER'; the others are compared with the first. With
     --endpoint: the names it serves them by."""
 
+    datasets: str | None = option(None, affects="run")
+    """JSON file of several datasets, in the place of --dataset_name: a list of mappings, each with name,
+    dataset_name and what else differs of dataset_split, sample_slices, metrics, margin and others."""
+
     dataset_split: str = option("test", affects="result")
     """Split to answer."""
 
@@ -60,6 +64,14 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
     price_per_hour: float | None = option(None, affects="run")
     """Price of the machines, in any currency, for the cost of 1,000 samples."""
 
+    margin: float | None = option(None, affects="run")
+    """Say also whether each model is shown to be worse than the first by less than so many points of the
+    deciding metric."""
+
+    plan: str | None = option(None, affects="run")
+    """Ask nothing, but tell from the answers of a finished run how many samples would show so many points of
+    difference, and what so many samples would show: 'difference=2' or 'samples=5000', with commas."""
+
     baseline: str | None = option(None, affects="run")
     """A results.json of an earlier run on the same samples: each model is also compared with the one that
     had its name."""
@@ -77,10 +89,21 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
             raise OptionError("output_dir", f"{self.output_dir} must be a local folder")
         if self.metrics == "none" and (self.offline or not self.speed_samples):
             raise OptionError("metrics", "none leaves nothing to do without a measurement of speed")
+        if self.datasets and (self.metrics == "none" or self.baseline):
+            raise OptionError(
+                "datasets",
+                "is about scores",
+                "leave out --metrics none and --baseline",
+            )
         if self.metrics == "none" and self.baseline:
             raise OptionError("baseline", "compares scores", "--metrics none has none")
+        if self.margin is not None and not 0 < self.margin < 100:
+            raise OptionError("margin", f"{self.margin:g} must be points above 0 and below 100")
+        if self.metrics == "none" and (self.margin is not None or self.plan):
+            raise OptionError("plan" if self.plan else "margin", "is about scores", "--metrics none has none")
         self.candidates()
         self.loads()
+        self.planned()
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return the models, the one that the others are compared with first."""
@@ -109,6 +132,20 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
         if self.request_rate is not None:
             return _numbers("request_rate", self.request_rate, float)
         return _numbers("concurrency", self.concurrency, int)
+
+    def planned(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Return the differences (in points) and the numbers of samples that are to be planned for."""
+        differences: list[float] = []
+        sizes: list[int] = []
+        for part in self.plan.split(",") if self.plan else ():
+            kind, _, text = (each.strip() for each in part.partition("="))
+            if kind == "difference":
+                differences += _numbers("plan", text, float)
+            elif kind == "samples":
+                sizes += (int(number) for number in _numbers("plan", text, int))
+            else:
+                raise OptionError("plan", f"has {part!r}", "expected difference=POINTS or samples=NUMBER")
+        return tuple(differences), tuple(sizes)
 
     @property
     def answering_engine(self) -> str:

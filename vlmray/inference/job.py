@@ -9,6 +9,7 @@ reads the rows back, a part at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,9 @@ from vlmray.reports.errors import Causes
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
 
+_REPLICA = "_Replica"
+"""What its actors are called, by Ray too."""
+
 _SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
 
 
@@ -47,11 +51,12 @@ def run_inference(run: InferenceRun) -> Summary:
     """
     started = time.perf_counter()
     timeline, cache, replicas = Timeline(), CacheUse(), None
-    if run.pending:
-        replicas = _plan_replicas(run)
-        cluster.tell_if_taken(cpus=cluster.cpus_per_task())
-        cache = _consume(run, replicas, timeline)
-    return _conclude(run, time.perf_counter() - started, timeline, cache, replicas)
+    with cluster.ending_actors(_REPLICA):
+        if run.pending:
+            replicas = _plan_replicas(run)
+            cluster.tell_if_taken(cpus=cluster.cpus_per_task())
+            cache = _consume(run, replicas, timeline)
+        return _conclude(run, time.perf_counter() - started, timeline, cache, replicas)
 
 
 def describe(run: InferenceRun) -> list[tuple[str, str]]:
@@ -82,7 +87,7 @@ def _plan_replicas(run: InferenceRun) -> cluster.ReplicaPlan:
 
 def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:
     num_chunks = count_chunks(run, replicas)
-    return replicas.asked("_Replica", min(replicas.min_replicas, num_chunks))
+    return replicas.asked(_REPLICA, min(replicas.min_replicas, num_chunks))
 
 
 def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> CacheUse:
@@ -95,8 +100,9 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
                 _asked(run, replicas), run.config.wait_for_resources_s, say=write_above_bar
             ),
             saying_how_the_server_is(run.config, say=write_above_bar),
+            contextlib.closing(iter_finished(run, replicas)) as chunks,
         ):
-            for chunk in iter_finished(run, replicas):
+            for chunk in chunks:
                 timeline.add(chunk.spans)
                 num_failed += chunk.num_failed
                 cache = cache.plus(chunk.cache)

@@ -13,7 +13,7 @@ for each chunk, so a chunk is larger where there are many rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -51,8 +51,8 @@ _NUM_LOCAL_TASKS = 4
 """Reading or writing tasks at a time on the driver's machine."""
 
 
-def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Iterator[Finished]:
-    """Answer the pending rows; tell of each chunk once it is written."""
+def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Generator[Finished]:
+    """Answer the pending rows; tell of each chunk once it is written. To close it stops the stages."""
     for block in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield unpack(block)
 

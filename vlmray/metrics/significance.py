@@ -2,6 +2,8 @@
 
     scores by sample, image of each sample -> mean_interval     -> Interval
     scores of two models                   -> paired_difference -> Difference
+    and a margin                           -> not_worse         -> MarginTest
+    a difference found in a pilot          -> detectable, num_samples_for
 
 Questions about one chart stand and fall together, so what is drawn at random is the image, with all its
 questions: a bootstrap over rows would give intervals that are too narrow.
@@ -11,6 +13,7 @@ Shapes: `N` samples, `G` images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +69,20 @@ class Difference:
     num_images: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarginTest:
+    """Whether one model is worse than another by less than a margin (non-inferiority)."""
+
+    margin: float
+    """How much worse is tolerated, above 0."""
+
+    low: float
+    """One-sided 95 % bound of the difference: no worse than that."""
+
+    p_value: float
+    """How often chance alone would look so good if the model were worse by the margin."""
+
+
 def mean_interval(
     scores: ArrayLike, images: Sequence[Any], *, num_resamples: int = _NUM_RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -90,7 +107,8 @@ def mean_interval(
         exact = stats.binomtest(round(mean * len(sums)), len(sums)).proportion_ci(CONFIDENCE)
         low, high = (0.0, 1.0) if 0 < mean < 1 else (float(exact.low), float(exact.high))
     else:
-        low, high, _ = _bootstrap(sums, counts, num_resamples, seed)
+        means = _bootstrap(sums, counts, num_resamples, seed)
+        low, high = _percentiles(means)
     return Interval(mean=mean, low=low, high=high, num_samples=len(values), num_images=len(sums))
 
 
@@ -122,8 +140,11 @@ def paired_difference(
     sums, counts = _by_image(changes, images)
     low, high, smallest, p_value = 0.0, 0.0, None, 1.0
     if np.any(sums) and len(sums) > 1:
-        low, high, error = _bootstrap(sums, counts, num_resamples, seed)
-        smallest = float((stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(_POWER)) * error)
+        means = _bootstrap(sums, counts, num_resamples, seed)
+        low, high = _percentiles(means)
+        # A bootstrap's error is that of the images drawn, which scatter less than those they are drawn from.
+        error = means.std(ddof=1) * math.sqrt(len(sums) / (len(sums) - 1))
+        smallest = float(_num_errors(two_sided=True) * error)
         p_value = _flip_signs(sums, num_resamples, seed)
     elif np.any(sums):
         low, high = -1.0, 1.0  # one image says nothing about others
@@ -137,6 +158,69 @@ def paired_difference(
         num_gained=num_gained, num_lost=num_lost, smallest=smallest, num_samples=len(changes),
         num_images=len(sums),
     )  # fmt: skip
+
+
+def not_worse(
+    first: ArrayLike,
+    second: ArrayLike,
+    images: Sequence[Any],
+    margin: float,
+    *,
+    num_resamples: int = _NUM_RESAMPLES,
+    seed: int = 0,
+) -> MarginTest:
+    """Test whether a model is worse than another by less than a margin, one-sided, by bootstrap over images.
+
+    Where no image scores lower the bootstrap cannot tell how many others would; the test is then the exact
+    binomial one of an image losing all its answers.
+
+    Args:
+        first: (N,) scores of the model compared with.
+        second: (N,) scores of the other.
+        images: (N,) what tells images apart.
+        margin: How much worse is tolerated, above 0 and below 1.
+        num_resamples: Draws of the bootstrap.
+        seed: Seeds them.
+
+    Raises:
+        ValueError: There are no scores, or not as many of both.
+    """
+    changes = _values(second) - _values(first)
+    sums, counts = _by_image(changes, images)
+    if not np.any(sums < 0):
+        num_images = len(sums)
+        return MarginTest(
+            margin=margin, low=ALPHA ** (1 / num_images) - 1, p_value=(1 - margin) ** num_images
+        )
+    if len(sums) == 1:
+        return MarginTest(margin=margin, low=-1.0, p_value=1.0)  # one image says nothing about others
+    means = _bootstrap(sums, counts, num_resamples, seed)
+    p_value = (1 + np.count_nonzero(means <= -margin)) / (1 + num_resamples)
+    return MarginTest(margin=margin, low=float(np.quantile(means, ALPHA)), p_value=float(p_value))
+
+
+def detectable(pilot: Difference, num_samples: int) -> float | None:
+    """Return the difference that so many samples like those of a pilot show in 4 of 5 cases."""
+    return None if pilot.smallest is None else pilot.smallest * math.sqrt(pilot.num_samples / num_samples)
+
+
+def num_samples_for(pilot: Difference, difference: float, *, two_sided: bool = True) -> int | None:
+    """Return how many samples like those of a pilot show a difference in 4 of 5 cases.
+
+    Args:
+        pilot: What was found in it.
+        difference: What is to be shown, above 0; one-sided: the margin, of models that are equal.
+        two_sided: Whether either of the two may be better.
+    """
+    if pilot.smallest is None:
+        return None
+    share = _num_errors(two_sided=two_sided) / _num_errors(two_sided=True)
+    return math.ceil(pilot.num_samples * (share * pilot.smallest / difference) ** 2)
+
+
+def _num_errors(*, two_sided: bool) -> float:
+    """Return how many standard errors away a difference is found in 4 of 5 cases."""
+    return float(stats.norm.ppf(1 - ALPHA / (2 if two_sided else 1)) + stats.norm.ppf(_POWER))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -167,18 +251,24 @@ def _by_image(
 
 def _bootstrap(
     sums: NDArray[np.float64], counts: NDArray[np.float64], num_resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """Return both ends of the percentile interval of the mean, and its standard error."""
+) -> NDArray[np.float64]:
+    """Return the means of resampled images, (num_resamples,)."""
 
     def mean(sums: Any, counts: Any, axis: int = -1) -> Any:
         return sums.sum(axis=axis) / counts.sum(axis=axis)
 
     result = stats.bootstrap(
         (sums, counts), mean, paired=True, vectorized=True, n_resamples=num_resamples, batch=_BATCH,
-        confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
+        method="percentile", rng=np.random.default_rng(seed),
     )  # fmt: skip
-    interval = result.confidence_interval
-    return float(interval.low), float(interval.high), float(result.standard_error)
+    found: NDArray[np.float64] = result.bootstrap_distribution
+    return found
+
+
+def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:
+    """Return both ends of the percentile interval."""
+    low, high = np.quantile(means, (ALPHA / 2, 1 - ALPHA / 2))
+    return float(low), float(high)
 
 
 def _flip_signs(sums: NDArray[np.float64], num_resamples: int, seed: int) -> float:
