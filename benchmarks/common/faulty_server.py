@@ -228,7 +228,10 @@ def _write_head(writer: asyncio.StreamWriter, status: int, headers: dict[str, st
 
 async def _send_answer(writer: asyncio.StreamWriter, words: list[str], *, is_stream: bool, cut: bool) -> bool:
     """Send an answer, or the first half of what is sent."""
-    usage = {"prompt_tokens": 7, "completion_tokens": len(words), "total_tokens": 7 + len(words)}
+    usage = {
+        "prompt_tokens": 7, "completion_tokens": len(words), "total_tokens": 7 + len(words),
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }  # fmt: skip
     about = {"id": "x", "created": 0, "model": MODEL}
     if not is_stream:
         message = {"role": "assistant", "content": " ".join(words)}

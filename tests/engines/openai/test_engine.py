@@ -82,6 +82,12 @@ def test_it_answers_what_the_model_behind_the_server_does(ours: tuple[Engine, Ba
     assert engine.max_model_len is None
 
 
+def test_what_a_server_had_cached_is_known_where_it_says_so(ours: tuple[Engine, Backend]) -> None:
+    assert ours[0].generate([ask(1)])[0].num_cached_tokens is None
+    with FaultyServer(Faults()).running() as server, engine_of(server.url) as engine:
+        assert engine.generate([ask(1)])[0].num_cached_tokens == 4
+
+
 def test_images_arrive_as_they_were_unless_bounds_scale_them() -> None:
     requests = [dataclasses.replace(make_request(1), images=[encode_png(make_image(3, (300, 180)))])]
     backend = Backend()
