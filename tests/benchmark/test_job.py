@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("two_cpus")
 def config(output_dir: Path, **options: Any) -> BenchmarkConfig:
     options = {
         "models": f"base={FAKE}",
-        "engine": "fake",
+        "engine": "openai" if "endpoint" in options else "fake",
         "dataset_name": CHARTS,
         "speed_samples": 0,
     } | options
@@ -303,7 +303,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
         (f"--models base={FAKE},base=fake", "--models: the name 'base' is given twice"),
         ("--models fake", "--models has 'fake'; expected name=model"),
         ("--models a/b=fake", "names of letters"),
-        (f"--models base={FAKE} --endpoint http://127.0.0.1:9", "does not list its models"),
+        (f"--models base={FAKE} --engine openai --endpoint http://127.0.0.1:9", "does not list its models"),
         (f"--models base={FAKE}+x --endpoint http://127.0.0.1:9", "a server's models have one name each"),
         (f"--models base={FAKE} --concurrency 0", "--concurrency must be numbers above 0"),
         (f"--models base={FAKE} --request_rate fast", "--request_rate must be numbers above 0"),
