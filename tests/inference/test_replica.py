@@ -62,7 +62,7 @@ def load(handle: Handle, model_id: str = "fake") -> Replica:
 def chunk() -> list[Row]:
     rows: list[Row] = [
         {"sample_id": f"test-{at:06d}", "question": "?", "choices": [], "answers": [], "error": None,
-         "image": make_image(at)}
+         "images": [make_image(at)], "image_urls": [None]}
         for at in range(4)
     ]  # fmt: skip
     rows[2]["error"] = "broken"
