@@ -5,7 +5,8 @@
 
 In an environment that has vLLM. Every turn is a process of its own, with its own start and empty caches:
 `chat` has vLLM's `LLM.chat` answer the whole list, with the options that vlmray gives the engine; `infer` is
-the job, Ray, reading, scoring and writing included. Answers have the lengths of the labels, whatever the model says. Rates are rows/s from when the model was loaded to the last answer; `wall` is
+the job, Ray, reading, scoring and writing included. Answers have the lengths of the
+labels, whatever the model says. Rates are rows/s from when the model was loaded to the last answer; `wall` is
 the whole process.
 """
 
