@@ -5,7 +5,6 @@ What has to come out is what the transformers engine says of the same rows.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import uuid
@@ -18,11 +17,9 @@ import pytest
 
 from benchmarks.common.charts import write_charts
 from benchmarks.common.requests import read_requests
-from helpers.processes import command, finished, marked, parquet_rows, run, wait_until
+from helpers.processes import command, finished, marked, parquet_rows, wait_until
 from vlmray.config import InferConfig
 from vlmray.engines import build_engine
-from vlmray.engines.fake import build_tiny_random_adapter
-from vlmray.models.source import resolve_model_id
 
 NUM_ROWS = 400
 MAX_MODEL_LEN = 1024
@@ -94,19 +91,3 @@ def test_a_killed_engine_is_replaced_and_no_row_but_the_bad_ones_notices(
     assert {name: row["prediction"] for name, row in rows.items() if row["error"] is None} == expected
     assert SPECIAL_TOKENS in rows[f"test-{SPECIAL:06d}"]["prompt"]
     wait_until(lambda: not marked("VLMRAY_TEST", mark), 60)
-
-
-def test_an_adapter_answers_and_the_cache_is_told_of(data: Path, tmp_path: Path) -> None:
-    base, slices = resolve_model_id("builtin"), "[16:48]"
-    adapter = build_tiny_random_adapter(tmp_path / "adapter", base, r=8)
-    folder = tmp_path / "results"
-    job = run(
-        *options_of(dataset_name=data, output_dir=folder, sample_slices=slices, adapter=adapter),
-        RAY_ADDRESS="local", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert job.returncode == 0, job.stdout + job.stderr
-    found = {name: row["prediction"] for name, row in parquet_rows(folder).items()}
-    assert found == answers_of_transformers(data, slices, adapter=str(adapter))
-    assert found != answers_of_transformers(data, slices)
-    usage = json.loads((folder / "run.json").read_text())["summary"]["usage"]
-    assert 0 < usage["cached_share"] < 1  # rows about one image
