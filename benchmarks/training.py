@@ -140,7 +140,7 @@ def train_plainly(run: TrainingRun, data: TrainingData) -> tuple[list[float], li
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=dataset, processing_class=processor,
-            peft_config=lora_config_of(config), callbacks=[clock],
+            peft_config=lora_config_of(config, model), callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
