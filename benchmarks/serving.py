@@ -99,7 +99,7 @@ def measure_engine(options: argparse.Namespace, rows: list[dict[str, Any]]) -> f
         parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
         requests.append(
             GenerationRequest(
-                request_id="bench", images=[row["image"]], max_new_tokens=options.max_new_tokens,
+                request_id="bench", images=row["images"], max_new_tokens=options.max_new_tokens,
                 messages=[{"role": "user", "content": parts}],
             )
         )  # fmt: skip
@@ -157,7 +157,7 @@ def measure_clients(
 
 def make_body(options: argparse.Namespace, row: dict[str, Any], stream: bool) -> bytes:
     """Write a request."""
-    url = f"data:image;base64,{base64.b64encode(row['image']).decode()}"
+    url = f"data:image;base64,{base64.b64encode(row['images'][0]).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
     message = {"role": "user", "content": parts}
     return json.dumps({"model": options.model_id, "messages": [message], "stream": stream}).encode()
