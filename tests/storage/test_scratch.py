@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,18 @@ def test_what_killed_processes_left_is_deleted(tmp_path: Path, monkeypatch: pyte
         assert second.is_dir()
         assert folder != second
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_processes_that_clean_up_at_once_are_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def take_turns(_: int) -> None:
+        for _ in range(200):
+            with scratch_folder() as folder:
+                (folder / "file").touch()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take_turns, range(8)))
+    assert not list(tmp_path.iterdir())

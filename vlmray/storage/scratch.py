@@ -20,7 +20,8 @@ def scratch_folder() -> Iterator[Path]:
     for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*{_LOCK}"):
         _delete_if_left(lock)
     # The system lets go of a lock when its process ends, however that comes.
-    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=_LOCK) as held:
+    # Deleted before it is let go: who finds it free takes it for one that was left.
+    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=_LOCK, delete=False) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         folder = Path(held.name.removesuffix(_LOCK))
         folder.mkdir(mode=0o700)
@@ -28,6 +29,7 @@ def scratch_folder() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            Path(held.name).unlink(missing_ok=True)  # found free between its making and its lock
 
 
 def _delete_if_left(lock: Path) -> None:
