@@ -187,16 +187,7 @@ def score_models(
     for place, metric in enumerate(sampled):
         kinds = {"all": whole, **(_breakdowns(asked) if place == 0 else {})}
         for kind, groups in kinds.items():
-            scores += [
-                GroupScore(
-                    model=model, metric=metric, kind=kind, group=group,
-                    interval=mean_interval(
-                        [values[model, metric][i] for i in members], [asked[i].image_key for i in members],
-                        num_resamples=num_resamples,
-                    ),
-                )
-                for group, members in groups.items() for model in names
-            ]  # fmt: skip
+            scores += _scores(asked, values, names, metric, kind, groups, num_resamples)
             differences += _differences(asked, values, names, metric, kind, groups, num_resamples)
     return Scoreboard(
         models=names,
@@ -212,6 +203,28 @@ def score_models(
         num_images=len({sample.image_key for sample in asked}),
         margins=_margins(asked, values, names, sampled[0], margin, num_resamples) if margin else (),
     )
+
+
+def _scores(
+    asked: Sequence[SampleFacts],
+    values: Mapping[tuple[str, str], Sequence[float]],
+    names: Sequence[str],
+    metric: str,
+    kind: str,
+    groups: Mapping[str, Sequence[int]],
+    num_resamples: int,
+) -> list[GroupScore]:
+    """Score every model on every group."""
+    return [
+        GroupScore(
+            model=model, metric=metric, kind=kind, group=group,
+            interval=mean_interval(
+                [values[model, metric][i] for i in members], [asked[i].image_key for i in members],
+                num_resamples=num_resamples,
+            ),
+        )
+        for group, members in groups.items() for model in names
+    ]  # fmt: skip
 
 
 def _margins(

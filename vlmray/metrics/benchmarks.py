@@ -25,11 +25,10 @@ _NUMBER_FORMS = tuple(
 _BETWEEN_DIGITS = re.compile(r"(?<=\d),+(?=\d)")
 _DOT = re.compile(r"\.(?!\d)")
 _MOST_DOTS = 32
-_NUMBERS = {
-    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
-    "seven": "7", "eight": "8", "nine": "9", "ten": "10",
-}  # fmt: skip
-_ARTICLES = ("a", "an", "the")
+ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+"""Number words that VQA's evaluation takes for digits."""
 _REPAIRS = """
 aint>ain't arent>aren't cant>can't couldve>could've couldnt>couldn't couldn'tve>couldn't've
 couldnt've>couldn't've didnt>didn't doesnt>doesn't dont>don't hadnt>hadn't hadnt've>hadn't've
@@ -106,8 +105,8 @@ def _tokenize(text: str) -> str:
 
 
 def _normalize(text: str) -> str:
-    words = (_NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    words = (DIGITS.get(word, word) for word in _without_punctuation(text).lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def _without_punctuation(text: str) -> str:

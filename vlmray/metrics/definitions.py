@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmray.metrics.benchmarks import (
+    ARTICLES,
+    DIGITS,
     check_answers,
     mmmu_choice,
     mmmu_open,
@@ -37,9 +39,6 @@ ANLS_THRESHOLD = 0.5
 EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
 """What `evaluate.load` takes, with the name of a metric; it needs no network."""
 
-_ARTICLES = frozenset({"a", "an", "the"})
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
@@ -271,7 +270,7 @@ def _levenshtein(left: str, right: str) -> int:
 
 
 def _squad_tokens(text: str) -> list[str]:
-    return [token for token in text.lower().translate(_NO_PUNCTUATION).split() if token not in _ARTICLES]
+    return [token for token in text.lower().translate(_NO_PUNCTUATION).split() if token not in ARTICLES]
 
 
 def _vqa_normalize(text: str) -> str:
@@ -279,8 +278,8 @@ def _vqa_normalize(text: str) -> str:
     text = text.lower().replace("'", "").replace("’", "")
     text = re.sub(r"(?<=\d),(?=\d)", "", text)  # 1,000
     text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s%$€£]|_", " ", text)  # Any punctuation, 3.5 excepted.
-    words = (_DIGITS.get(word, word) for word in text.split())
-    return " ".join(word for word in words if word not in _ARTICLES)
+    words = (DIGITS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in ARTICLES)
 
 
 METRICS: dict[str, Metric] = {

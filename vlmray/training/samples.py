@@ -273,10 +273,7 @@ def to_feature(row: SampleRow) -> Feature | None:
     """Turn a sample into what the collator takes: messages with their images; None for an empty slot."""
     if not row.get("sample_id"):
         return None
-    feature = {
-        name: row.get(name)
-        for name in ("sample_id", "question", "answers", "family", "choices", "own_metric")
-    }
+    feature = {name: row.get(name) for name in _KEPT}
     if row["error"] is not None:
         return {**feature, "error": row["error"]}
     messages = row["messages"]
