@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import Any
 
-from benchmarks.serving import make_body, read_samples
+from benchmarks.common.clients import make_body
+from benchmarks.serving import read_samples
 from vlmray.config import ServeConfig
 from vlmray.serving.server import serve_app
 
@@ -101,7 +102,7 @@ def long_body(
     options: argparse.Namespace, row: dict[str, Any], max_tokens: int, stream: bool = False
 ) -> bytes:
     """Write a request whose answer has just so many tokens."""
-    body = json.loads(make_body(options, row, stream))
+    body = json.loads(make_body(options.model_id, row["images"][0], row["question"], stream=stream))
     return json.dumps({**body, "max_tokens": max_tokens, "ignore_eos": True}).encode()
 
 

@@ -13,16 +13,12 @@ in a pass of its own.
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import statistics
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
 from typing import Any
 
+from benchmarks.common.clients import make_body, measure_clients
 from vlmray.config import ServeConfig
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.rows import read_rows
@@ -61,8 +57,8 @@ def main() -> None:
     with serve_app(config):
         for concurrency in options.clients:
             num_requests = max(24, options.num_requests * min(concurrency, 32) // 32)
-            figures = measure_clients(options, rows, concurrency, num_requests, stream=False)
-            streams = measure_clients(options, rows, concurrency, num_requests, stream=True)
+            figures = measure_rows(options, rows, concurrency, num_requests, stream=False)
+            streams = measure_rows(options, rows, concurrency, num_requests, stream=True)
             table.append({"concurrency": concurrency, **figures, "ttft_ms": streams["p50_ms"]})
     bare.append(measure_engine(options, rows))
     print(
@@ -112,7 +108,7 @@ def measure_engine(options: argparse.Namespace, rows: list[dict[str, Any]]) -> f
     return num_done / elapsed_s
 
 
-def measure_clients(
+def measure_rows(
     options: argparse.Namespace,
     rows: list[dict[str, Any]],
     concurrency: int,
@@ -120,57 +116,11 @@ def measure_clients(
     *,
     stream: bool,
 ) -> dict[str, float]:
-    """Return requests/s and percentiles of the times to the answers; of streams, to their first text."""
-    bodies = [make_body(options, row, stream) for row in rows]
-    local = threading.local()
-
-    def ask(number: int) -> float:
-        if not hasattr(local, "connection"):
-            local.connection = HTTPConnection("127.0.0.1", options.port, timeout=300)
-        # A client that had to wait for the others finds that the server has closed its connection.
-        local.connection.close()
-        local.connection.connect()
-        started = time.perf_counter()
-        local.connection.request(
-            "POST", "/v1/chat/completions", bodies[number % len(bodies)], {"Content-Type": "application/json"}
-        )
-        response = local.connection.getresponse()
-        if response.status != 200:
-            raise SystemExit(f"HTTP {response.status}: {response.read().decode()}")
-        first_s = read_first_text(response.readline) if stream else None
-        response.read()
-        return (first_s or time.perf_counter()) - started
-
-    with ThreadPoolExecutor(concurrency) as pool:
-        list(pool.map(ask, range(concurrency)))  # connections and code paths, not measured
-        started = time.perf_counter()
-        times_ms = sorted(1000 * elapsed_s for elapsed_s in pool.map(ask, range(num_requests)))
-        elapsed_s = time.perf_counter() - started
-    percentiles = statistics.quantiles(times_ms, n=100, method="inclusive")
-    return {
-        "requests_per_s": num_requests / elapsed_s,
-        "p50_ms": percentiles[49],
-        "p95_ms": percentiles[94],
-        "p99_ms": percentiles[98],
-    }
-
-
-def make_body(options: argparse.Namespace, row: dict[str, Any], stream: bool) -> bytes:
-    """Write a request."""
-    url = f"data:image;base64,{base64.b64encode(row['images'][0]).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row["question"]}]
-    message = {"role": "user", "content": parts}
-    return json.dumps({"model": options.model_id, "messages": [message], "stream": stream}).encode()
-
-
-def read_first_text(readline: Callable[[], bytes]) -> float:
-    """Read events up to the first with text, and return when it came."""
-    while line := readline():
-        if line.startswith(b"data: {"):
-            choices = json.loads(line[6:])["choices"]
-            if choices and choices[0]["delta"].get("content"):
-                break
-    return time.perf_counter()
+    """Have clients ask the questions in turn, and return what they saw."""
+    bodies = [make_body(options.model_id, row["images"][0], row["question"], stream=stream) for row in rows]
+    measure_clients(options.port, bodies[:concurrency], concurrency)  # connections and code paths
+    asked = [bodies[number % len(bodies)] for number in range(num_requests)]
+    return measure_clients(options.port, asked, concurrency)
 
 
 if __name__ == "__main__":

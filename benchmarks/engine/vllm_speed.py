@@ -5,9 +5,10 @@
 
 In an environment that has vLLM. Every turn is a process of its own, with its own start and empty caches:
 `chat` has vLLM's `LLM.chat` answer the whole list, with the options that vlmray gives the engine; `infer` is
-the job, Ray, reading, scoring and writing included. Answers have the lengths of the
-labels, whatever the model says. Rates are rows/s from when the model was loaded to the last answer; `wall` is
-the whole process.
+the job, Ray, reading, scoring and writing included; `ray-data-llm`, where it is among the contenders, is
+Ray's own pipeline, which may want another version of vLLM and so another Python. Answers have the lengths of
+the labels, whatever the model says. Rates are rows/s from when the model was loaded to the last answer;
+`wall` is the whole process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SAME = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0", **MODEL_ON_CPU["env_
 """Environment of all: what else runs on the machine is to disturb Ray's processes as much as others, and
 memory and waiting threads are as vlmray has them for vLLM."""
 
-CONTENDERS = ("chat", "infer")
+CONTENDERS = ("chat", "infer", "ray-data-llm")
 Figures = dict[str, Any]
 
 
@@ -74,6 +75,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_threads", type=int, default=os.cpu_count())
     parser.add_argument("--engine_options", type=json.loads, default={}, help="of vLLM, for all")
     parser.add_argument("--contenders", nargs="+", default=["chat", "infer"], choices=CONTENDERS)
+    parser.add_argument("--ray_data_python", default=sys.executable, help="interpreter for ray-data-llm")
     return parser.parse_args()
 
 
@@ -136,8 +138,9 @@ def run_infer(options: argparse.Namespace, folder: Path, output_dir: Path) -> Fi
 
 def run_way(options: argparse.Namespace, contender: str, folder: Path) -> Figures:
     """Run a process that answers without vlmray, threads and memory as there."""
+    python = options.ray_data_python if contender == "ray-data-llm" else sys.executable
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.engine.vllm_ways", contender, str(folder / "work.json")],
+        [python, "-m", "benchmarks.engine.vllm_ways", contender, str(folder / "work.json")],
         cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
         env={
             **os.environ, "OMP_NUM_THREADS": str(options.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",

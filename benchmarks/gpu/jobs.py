@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.gpu.setting import Figures, Setting
 from benchmarks.pipeline.overhead import measure_engine, measure_pipeline, read_requests
-from benchmarks.serving import measure_clients, read_samples
+from benchmarks.serving import measure_rows, read_samples
 from vlmray import cluster
 from vlmray.benchmark.asking import free_port
 from vlmray.builtin.models import BUILTIN_FOLDER
@@ -122,8 +122,8 @@ def serve(setting: Setting) -> Figures:
         yield "ready_s", time.perf_counter() - started
         for clients in _CLIENTS:
             num_requests = max(4, setting.scale.num_requests * clients // max(_CLIENTS))
-            whole = measure_clients(options, rows, clients, num_requests, stream=False)
-            streams = measure_clients(options, rows, clients, num_requests, stream=True)
+            whole = measure_rows(options, rows, clients, num_requests, stream=False)
+            streams = measure_rows(options, rows, clients, num_requests, stream=True)
             yield f"{clients}_clients_requests_per_s", whole["requests_per_s"]
             yield f"{clients}_clients_p50_ms", whole["p50_ms"]
             yield f"{clients}_clients_ttft_p50_ms", streams["p50_ms"]

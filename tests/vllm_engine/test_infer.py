@@ -17,9 +17,11 @@ import pytest
 
 from benchmarks.common.charts import write_charts
 from benchmarks.common.requests import read_requests
+from helpers.adapters import build_adapter
 from helpers.processes import command, finished, marked, parquet_rows, wait_until
 from vlmray.config import InferConfig
 from vlmray.engines import build_engine
+from vlmray.models.source import resolve_model_id
 
 NUM_ROWS = 400
 MAX_MODEL_LEN = 1024
@@ -65,23 +67,28 @@ def options_of(**options: object) -> list[object]:
     return [part for name, value in asked.items() for part in (f"--{name}", value)]
 
 
-def test_a_killed_engine_is_replaced_and_no_row_but_the_bad_ones_notices(
-    data: Path, expected: dict[str, str], tmp_path: Path
-) -> None:
-    folder, mark = tmp_path / "results", uuid.uuid4().hex
+def run_and_kill(mark: str, **options: object) -> None:
+    """Run the job to its end, and kill vLLM's process once there are answers."""
     job = subprocess.Popen(
-        command(*options_of(dataset_name=data, output_dir=folder)),
+        command(*options_of(**options)),
         env=os.environ | {"VLMRAY_TEST": mark, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        wait_until(lambda: finished(folder) or job.poll() is not None, 400)
+        wait_until(lambda: finished(Path(str(options["output_dir"]))) or job.poll() is not None, 400)
         (core,) = [each for each in marked("VLMRAY_TEST", mark) if "EngineCore" in " ".join(each.cmdline())]
         core.kill()
         said, _ = job.communicate(timeout=400)
     finally:
         job.kill()
     assert job.returncode == 0, said
+
+
+def test_a_killed_engine_is_replaced_and_no_row_but_the_bad_ones_notices(
+    data: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    folder, mark = tmp_path / "results", uuid.uuid4().hex
+    run_and_kill(mark, dataset_name=data, output_dir=folder)
     rows = parquet_rows(folder)
     assert len(rows) == NUM_ROWS
     errors = {int(name[-6:]): row["error"] for name, row in rows.items() if row["error"] is not None}
@@ -91,3 +98,17 @@ def test_a_killed_engine_is_replaced_and_no_row_but_the_bad_ones_notices(
     assert {name: row["prediction"] for name, row in rows.items() if row["error"] is None} == expected
     assert SPECIAL_TOKENS in rows[f"test-{SPECIAL:06d}"]["prompt"]
     wait_until(lambda: not marked("VLMRAY_TEST", mark), 60)
+
+
+def test_an_adapter_is_there_again_after_a_kill(data: Path, tmp_path: Path) -> None:
+    adapter = build_adapter(tmp_path / "adapter", Path(resolve_model_id("builtin")))
+    slices = "[:200]"
+    run_and_kill(
+        uuid.uuid4().hex,
+        dataset_name=data, output_dir=tmp_path / "results", adapter=adapter, sample_slices=slices,
+    )  # fmt: skip
+    rows = parquet_rows(tmp_path / "results")
+    answered = {name: row["prediction"] for name, row in rows.items() if row["error"] is None}
+    assert answered == answers_of_transformers(data, slices, adapter=str(adapter))
+    base = answers_of_transformers(data, slices)
+    assert sum(text != base[name] for name, text in answered.items()) > len(answered) // 2
