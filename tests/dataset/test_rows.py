@@ -12,7 +12,7 @@ from helpers.rows import SPEC, TASK, ListSource, check_travels, make_image
 from vlmray.builtin import charts
 from vlmray.dataset.columns import get_dataset_columns
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import read_chunk, read_images, read_rows
+from vlmray.dataset.rows import group_by_image, read_chunk, read_images, read_rows
 from vlmray.dataset.slices import parse_sample_slices
 from vlmray.dataset.sources import open_source
 from vlmray.inference.stages import (
@@ -55,6 +55,40 @@ def test_chunks_partition_the_selection() -> None:
             chunks.append([row["row_index"] for row in whole])
         assert [index for chunk in chunks for index in chunk] == selected
         _check_runs(source, selected, size, chunks)
+
+
+def test_rows_with_one_image_come_together_where_the_first_stands() -> None:
+    rng = random.Random(1)
+    images = [
+        None,
+        b"0",
+        {"bytes": b"1", "path": "x"},
+        {"bytes": None, "path": "x"},
+        "y",
+        [b"0", b"1"],
+        [b"0"],
+    ]
+    for _ in range(300):
+        chosen = [rng.choice(images) for _ in range(rng.randint(1, 40))]
+        source = ListSource([{"question": "Why?", "image": image, "answer": "x"} for image in chosen])
+        selected = _random_selection(rng, len(source))
+        found = list(group_by_image(source, SPEC, selected))
+        expected: dict[Any, list[int]] = {}
+        for index in selected:
+            key = repr(chosen[index]) if chosen[index] is not None else index
+            expected.setdefault(key, []).append(index)
+        assert found == [index for group in expected.values() for index in group]
+
+
+def test_rows_stay_where_nothing_is_to_be_moved() -> None:
+    charts = open_source("charts?num_rows=40", "test")
+    spec = get_dataset_columns("charts?num_rows=40", charts.column_names)
+    assert group_by_image(charts, spec, range(40)) == range(40)
+    shuffled = random.Random(2).sample(range(40), 40)
+    names = [
+        charts.read([index], ["image_id"])[0]["image_id"] for index in group_by_image(charts, spec, shuffled)
+    ]
+    assert len([*groupby(names)]) == len(set(names)) < 40
 
 
 def _check_runs(source: ListSource, selected: list[int], size: int, chunks: list[list[int]]) -> None:

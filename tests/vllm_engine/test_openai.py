@@ -55,8 +55,9 @@ def endpoint() -> Iterator[str]:
 def test_all_rows_are_answered_and_none_twice(endpoint: str, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     options = {
-        "engine": "openai", "endpoint": endpoint, "model_id": "charts", "dataset_name": DATASET, "sample_slices": "[:]",
-        "max_new_tokens": MAX_NEW_TOKENS, "output_format": "both", "output_dir": folder,
+        "engine": "openai", "endpoint": endpoint, "model_id": "charts", "dataset_name": DATASET,
+        "sample_slices": "[:]", "max_new_tokens": MAX_NEW_TOKENS, "output_format": "both",
+        "output_dir": folder,
     }  # fmt: skip
     asked = command(*(part for name, value in options.items() for part in (f"--{name}", value)))
     environment = os.environ | {"RAY_ADDRESS": "local"}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, cast
+
+import numpy as np
 
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.samples import read_texts, to_sample
-from vlmray.dataset.slices import sample_id
+from vlmray.dataset.slices import pack_rows, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
 from vlmray.dataset.text.values import printable
 from vlmray.images.decoding import ImageError
@@ -19,6 +22,8 @@ from vlmray.images.reading import read_image_bytes
 from vlmray.schema import Row, Sample
 
 _NUM_FETCHES = 16
+_ROWS_PER_READ = 256
+_MOST_ROWS_GROUPED = 50_000
 
 
 def read_chunk(
@@ -67,6 +72,39 @@ def _run_end(source: Source, spec: DatasetSpec, selected: Sequence[int], border:
 def image_columns(source: Source, spec: DatasetSpec) -> list[str]:
     """Return the columns that tell which rows have their images in common."""
     return [source.same_image_column] if source.same_image_column else spec.image_columns
+
+
+def group_by_image(source: Source, spec: DatasetSpec, selected: Sequence[int]) -> Sequence[int]:
+    """Bring rows with the same images together, in the place of the first; elsewhere the order stays.
+
+    Their images have to be read for it: where they are at hand, and no more of them than takes seconds.
+    """
+    columns = image_columns(source, spec)
+    is_at_hand = source.on_driver or source.same_image_column is not None
+    if not (columns and is_at_hand and len(selected) <= _MOST_ROWS_GROUPED):
+        return selected
+    firsts: dict[Any, int] = {}
+    groups = np.empty(len(selected), np.int64)
+    for start in range(0, len(selected), _ROWS_PER_READ):
+        rows = source.read(selected[start : start + _ROWS_PER_READ], columns)
+        for place, row in enumerate(rows, start):
+            groups[place] = firsts.setdefault(_image_key(list(row.values())) or place, place)
+    order = np.argsort(groups, kind="stable")
+    is_grouped = bool((np.diff(order) == 1).all())
+    return selected if is_grouped else pack_rows(unpack_rows(selected)[order])
+
+
+def _image_key(value: Any) -> bytes | None:
+    """Return what images that are the same have in common; None where there is none."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, list):
+        keys = [*map(_image_key, value)]
+        return b"".join(key or b"-" for key in keys) if any(keys) else None
+    if value is None:
+        return None
+    data = value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass")
+    return blake2b(data, digest_size=16).digest()
 
 
 def _read_row(row: dict[str, Any], source: Source, spec: DatasetSpec, split: str, index: int) -> Row:

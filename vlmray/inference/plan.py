@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vlmray.config import BenchmarkConfig, InferConfig, options_that_affect, sampling_of
 from vlmray.dataset.images import stamp_images
 from vlmray.dataset.registry import DatasetSpec
-from vlmray.dataset.rows import read_images
+from vlmray.dataset.rows import group_by_image, read_images
 from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.dataset.slices import mask_rows, pack_rows, row_indices, sample_id, unpack_rows
 from vlmray.dataset.sources import Source
@@ -80,6 +80,8 @@ def plan_inference(
             f"{len(selected):,}",
         )
     pending = _find_pending(folder, source, spec, config.dataset_split, selected, is_new=config.overwrite)
+    if config.engine != "fake":  # which has no use for images in common
+        pending = group_by_image(source, spec, pending)
     if is_first:
         logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
