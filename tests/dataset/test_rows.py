@@ -66,7 +66,7 @@ def test_rows_with_one_image_come_together_where_the_first_stands() -> None:
         {"bytes": None, "path": "x"},
         "y",
         [b"0", b"1"],
-        [b"0"],
+        [b"1", b"0"],
     ]
     for _ in range(300):
         chosen = [rng.choice(images) for _ in range(rng.randint(1, 40))]
