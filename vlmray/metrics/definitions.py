@@ -24,6 +24,7 @@ from vlmray.metrics.benchmarks import (
     ARTICLES,
     DIGITS,
     check_answers,
+    gqa_accuracy,
     mmmu_choice,
     mmmu_open,
     mmstar_accuracy,
@@ -31,11 +32,12 @@ from vlmray.metrics.benchmarks import (
     ocrbench_formula,
     vqav2_accuracy,
 )
+from vlmray.metrics.chartqapro import chartqapro_accuracy, chartqapro_exact
+from vlmray.metrics.similarity import anls
 from vlmray.schema import Score
 
 Metric = Callable[[str, Sequence[str]], float]
 
-ANLS_THRESHOLD = 0.5
 EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
 """What `evaluate.load` takes, with the name of a metric; it needs no network."""
 
@@ -114,27 +116,6 @@ def exact_match(prediction: str, answer: str) -> float:
     (1.0, 0.0)
     """
     return float(_collapse(prediction) == _collapse(answer))
-
-
-def anls(prediction: str, answer: str, *, threshold: float = ANLS_THRESHOLD) -> float:
-    """Score the edit similarity of two texts, 0 below `threshold` (one term of ANLS).
-
-    Source: ST-VQA (arXiv 1905.13648), as the DocVQA evaluation script, lmms-eval and VLMEvalKit compute
-    it: case and repeated whitespace are ignored, lengths are those of the raw texts, and a similarity of
-    exactly the threshold counts (the paper's formula drops it).
-
-    >>> anls("Helo", "hello"), anls("cat", "dog"), anls("ab", "ac")
-    (0.8, 0.0, 0.5)
-    """
-    length = max(len(prediction), len(answer))
-    left, right = (" ".join(text.lower().split()) for text in (prediction, answer))
-    if left == right:
-        return 1.0
-    # The distance is at least the difference in length: do not compare a page with a word.
-    if abs(len(left) - len(right)) > length * (1 - threshold):
-        return 0.0
-    similarity = max(0.0, 1 - _levenshtein(left, right) / length)
-    return similarity if similarity >= threshold else 0.0
 
 
 def token_f1(prediction: str, answer: str) -> float:
@@ -258,17 +239,6 @@ def _collapse(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _levenshtein(left: str, right: str) -> int:
-    """Count the insertions, deletions and substitutions between two texts, one row of the table at a time."""
-    row = list(range(len(right) + 1))
-    for i, left_char in enumerate(left, start=1):
-        diagonal, row[0] = row[0], i
-        for j, right_char in enumerate(right, start=1):
-            substituted = diagonal + (left_char != right_char)
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
-    return row[-1]
-
-
 def _squad_tokens(text: str) -> list[str]:
     return [token for token in text.lower().translate(_NO_PUNCTUATION).split() if token not in ARTICLES]
 
@@ -292,6 +262,9 @@ METRICS: dict[str, Metric] = {
     "vqa_accuracy": vqa_accuracy,
     "choice_accuracy": _best_of(choice_accuracy),
     "vqav2_accuracy": vqav2_accuracy,
+    "gqa_accuracy": _best_of(gqa_accuracy),
+    "chartqapro_accuracy": _best_of(chartqapro_accuracy),
+    "chartqapro_exact": _best_of(chartqapro_exact),
     "mmstar_accuracy": _best_of(mmstar_accuracy),
     "ocrbench_accuracy": _best_of(ocrbench_accuracy),
     "ocrbench_formula": _best_of(ocrbench_formula),
