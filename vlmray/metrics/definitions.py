@@ -18,7 +18,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlmray.metrics.benchmarks import (
     ARTICLES,
@@ -36,7 +36,14 @@ from vlmray.metrics.chartqapro import chartqapro_accuracy, chartqapro_exact
 from vlmray.metrics.similarity import anls
 from vlmray.schema import Score
 
-Metric = Callable[[str, Sequence[str]], float]
+
+class Metric(Protocol):
+    """How well a prediction agrees with its accepted answers; some read it by the choices it had."""
+
+    def __call__(self, prediction: str, answers: Sequence[str], choices: Sequence[str] = (), /) -> float:
+        """Return a value from 0 to 1."""
+        ...
+
 
 EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
 """What `evaluate.load` takes, with the name of a metric; it needs no network."""
@@ -64,9 +71,7 @@ def score(metric_name: str, prediction: str, answers: Sequence[str], choices: Se
     """
     if metric_name not in METRICS:
         raise ValueError(f"unknown metric {metric_name!r}; known: {', '.join(METRICS)}")
-    if metric_name == "mmmu_choice":  # which reads an answer by its choices
-        return Score(metric=metric_name, value=mmmu_choice(prediction, answers, choices))
-    return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers))
+    return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers, choices))
 
 
 def relaxed_accuracy(prediction: str, answer: str, *, tolerance: float = 0.05) -> float:
@@ -210,8 +215,17 @@ def _best_of(metric: Callable[[str, str], float]) -> Metric:
         check_answers(answers)
         return max(metric(prediction, answer) for answer in answers)
 
-    best.__name__, best.__doc__ = metric.__name__, metric.__doc__
-    return best
+    return _of_all(functools.update_wrapper(best, metric, ("__name__", "__doc__")))
+
+
+def _of_all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    """Make a metric of all answers together one that is told the choices, and needs none."""
+
+    @functools.wraps(metric, ("__name__", "__doc__"))
+    def of_all(prediction: str, answers: Sequence[str], choices: Sequence[str] = (), /) -> float:
+        return metric(prediction, answers)
+
+    return of_all
 
 
 def _parse_official(text: str) -> float | None:
@@ -259,9 +273,9 @@ METRICS: dict[str, Metric] = {
     "anls": _best_of(anls),
     "token_f1": _best_of(token_f1),
     "rouge": _best_of(rouge),
-    "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy": _of_all(vqa_accuracy),
     "choice_accuracy": _best_of(choice_accuracy),
-    "vqav2_accuracy": vqav2_accuracy,
+    "vqav2_accuracy": _of_all(vqav2_accuracy),
     "gqa_accuracy": _best_of(gqa_accuracy),
     "chartqapro_accuracy": _best_of(chartqapro_accuracy),
     "chartqapro_exact": _best_of(chartqapro_exact),
