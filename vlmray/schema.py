@@ -9,6 +9,7 @@ so they pickle, compare and print; between Ray stages the same values travel as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -193,3 +194,14 @@ class Row(TypedDict, total=False):
 
     messages: str | None
     """What is asked, as JSON."""
+
+
+def text_of(turn: Mapping[str, Any]) -> str:
+    """Return the text of a turn: its images apart, all parts together."""
+    return "".join(part["text"] for part in parts_of(turn) if part["type"] == "text")
+
+
+def parts_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a turn, of which a text alone is one."""
+    content = turn["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

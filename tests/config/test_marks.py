@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import pytest
@@ -16,7 +17,8 @@ from vlmray.config import (
     ServeConfig,
     options_that_affect,
 )
-from vlmray.config.marks import Effect, option
+from vlmray.config.marks import Effect, mark, option
+from vlmray.config.parsing import build_config
 
 CONFIGS = (
     InferConfig(sample_slices="[:]"),
@@ -90,3 +92,16 @@ def test_a_measurement_of_speed_holds_for_what_is_measured() -> None:
     measured = options_that_affect(config, "result", "derived", "rows", "speed").keys()
     assert {"models", "endpoint", "concurrency", "request_rate", "dtype", "attn_implementation"} <= measured
     assert not {"output_dir", "overwrite", "price_per_hour", "baseline", "metrics", "log_level"} & measured
+
+
+@dataclass(frozen=True)
+class Mappings:
+    texts: dict[str, Any] | None = field(default=None, metadata=mark("result"))
+    values: dict[str, Any] | None = field(default=None, metadata=mark("result", holds_json=True))
+
+
+def test_a_mapping_of_a_yaml_file_holds_texts_unless_it_is_marked_as_json() -> None:
+    written = {"a": "true", "b": ["1", "x"], "c": "1.10"}  # as the file's values are read
+    config = build_config(Mappings, {"texts": written, "values": written})
+    assert config.texts == written
+    assert config.values == {"a": True, "b": [1, "x"], "c": 1.1}

@@ -27,6 +27,7 @@ from helpers.families.contract import (
     special_tokens,
     text_by_the_card,
 )
+from helpers.families.serving import body_of, infer, serve
 from helpers.finetuning import make_config, train
 from vlmray.engines.rows import end_ids
 from vlmray.engines.transformers.engine import TransformersEngine
@@ -35,6 +36,7 @@ from vlmray.models.families import family_of
 from vlmray.models.loading import generate_text_from_sample, load_qwen_vl_model_and_processor
 from vlmray.models.merging import merge_adapter
 from vlmray.models.prompts import ChatPrompts
+from vlmray.serving import replica
 from vlmray.training.collator import DataCollatorForVLMSFT
 from vlmray.training.vision_cache import VisionCache
 
@@ -101,6 +103,15 @@ def test_its_answers_are_those_of_the_card_at_any_batch_size(
     assert answers(engine, requests) == expected
     plain = generate_text_from_sample(tiny.model, tiny.processor, requests[2], max_new_tokens=5)
     assert plain[0] == expected[2]
+
+
+def test_a_server_answers_as_infer_does(
+    tiny: Checkpoint, engine: TransformersEngine, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica.serve, "multiplexed", lambda load, **options: load)  # without Ray
+    monkeypatch.setattr(replica, "load_engine", lambda *args, **options: engine)
+    bodies = [body_of(tiny, request) for request in mixed_requests(tiny)]
+    assert infer(engine, bodies) == serve(tiny, bodies) == expected
 
 
 def test_special_tokens_in_a_text_harm_no_neighbour(

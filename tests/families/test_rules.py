@@ -15,9 +15,13 @@ from helpers.families import TINY
 from helpers.families.building import write
 from helpers.families.contract import Checkpoint, ask, mixed_requests, text_by_the_card
 from helpers.families.loading import load_tiny
+from helpers.finetuning import curve, make_config, open_data, train
+from helpers.rows import make_image as rows_image
 from vlmray.config import ServeConfig
 from vlmray.engines.transformers.batching import count_visual_tokens
 from vlmray.engines.transformers.engine import TransformersEngine
+from vlmray.finetune.plan import settle_batches
+from vlmray.models.families import FAMILIES, family_of
 from vlmray.models.prompts import ChatPrompts
 from vlmray.schema import Completion
 from vlmray.serving import replica as module
@@ -134,6 +138,29 @@ def test_visual_tokens_are_counted_and_not_guessed(name: str, tmp_path: Path) ->
         found = int((ids == tiny.processor.tokenizer.convert_tokens_to_ids(placeholder)).sum())
         with_frame = ids.shape[1] - len(prompts.tokenize(prompt)) + 1
         assert count_visual_tokens(tiny.processor, image) in (found, with_frame)
+
+
+@pytest.mark.usefixtures("spare_time")
+def test_rows_of_an_unknown_model_train_one_by_one_as_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of unlike sizes have tensors of unlike shapes here, which nobody says how to pad."""
+    folder = write(TINY["idefics3"](), tmp_path / "idefics3")
+    config = make_config(
+        folder, dataset_name="charts?num_rows=8", sample_slices="[:4]", max_steps=2, max_pixels=None,
+        per_device_train_batch_size=4, eval_samples=2, eval_slices="[4:6]",
+    )  # fmt: skip
+    data = open_data(config, {n: {"image": rows_image(n, size=(60 + 70 * n, 50))} for n in range(4)})
+    known = train(config, data=data)
+    monkeypatch.delitem(FAMILIES, "idefics3")
+    with pytest.raises(ValueError, match="cannot share a batch"):
+        train(config, data=data)
+    settled = settle_batches(config, family_of({"model_type": "idefics3"}))
+    assert settled.per_device_train_batch_size == 1
+    alone = train(settled, data=data)
+    assert (alone.errors, known.errors) == ({}, {})
+    assert curve(alone) == pytest.approx(curve(known), rel=1e-4)
+    assert curve(alone, "eval_loss") == pytest.approx(curve(known, "eval_loss"), rel=1e-4)
 
 
 def test_a_checkpoint_without_a_template_has_that_of_its_family(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletion
 
+from helpers.batches import BROKEN, NUM_REQUESTS, body_of, check_output, line_of, write_batch
 from helpers.rows import make_image
 from vlmray.benchmark.plan import plan_benchmark
 from vlmray.config import BenchmarkConfig, FinetuneConfig, InferConfig
@@ -24,46 +23,10 @@ from vlmray.inference.plan import InferenceRun, plan_inference
 from vlmray.inference.requests.output import write_output
 from vlmray.schema import GenerationRequest
 
-NUM_REQUESTS = 200
-
-
-def _uri(number: int) -> str:
-    return f"data:image/png;base64,{base64.b64encode(make_image(number)).decode()}"
-
-
-def _body(number: int, **fields: Any) -> dict[str, Any]:
-    parts = [{"type": "image_url", "image_url": {"url": _uri(number)}}] * (number % 3)
-    content = [*parts, {"type": "text", "text": f"Question {number}?"}]
-    return {"model": "fake", "messages": [{"role": "user", "content": content}], **fields}
-
-
-def _line(number: int, **fields: Any) -> dict[str, Any]:
-    line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/chat/completions"}
-    return {**line, "body": _body(number), **fields}
-
-
-BROKEN: dict[int, tuple[dict[str, Any], str]] = {
-    3: ({"body": None}, "body is NoneType; expected a request of /v1/chat/completions"),
-    20: ({"body": "Why?"}, "body is a text; expected a request"),
-    33: ({"custom_id": 33}, "custom_id is missing; every request of a batch has one, a text"),
-    41: ({"method": "GET"}, "method is 'GET'; expected POST"),
-    60: ({"url": "/v1/embeddings"}, "url is '/v1/embeddings'; expected /v1/chat/completions"),
-    77: ({"body": {"model": "fake"}}, "messages is missing"),
-    90: ({"body": _body(1, model="gpt-9")}, "the model 'gpt-9' does not exist; known: fake"),
-    130: ({"body": _body(1, stream=True)}, "stream is for a client that waits"),
-    150: ({"body": {**_body(1), "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]}}, "cannot identify"),
-    199: ({"body": {**_body(1), "messages": [{"role": "user", "content": [
-        {"type": "video_url", "video_url": {"url": "a.mp4"}}]}]}}, "it is a video"),
-}  # fmt: skip
-
 
 @pytest.fixture
 def batch(tmp_path: Path) -> Path:
-    lines = [_line(number, **BROKEN.get(number, ({}, ""))[0]) for number in range(NUM_REQUESTS)]
-    path = tmp_path / "batch.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    return path
+    return write_batch(tmp_path / "batch.jsonl")
 
 
 def _plan(path: Path, **options: Any) -> InferenceRun:
@@ -91,31 +54,14 @@ def test_a_run_that_died_leaves_a_line_for_each_request(batch: Path) -> None:
     assert len(resumed.pending) == NUM_REQUESTS - 95 + tried_again
     _answer(resumed, NUM_REQUESTS)
     write_output(resumed)
-    lines = [json.loads(line) for line in (batch.parent / "out" / "batch_output.jsonl").open()]
-    ids = [33 if number == 33 else f"id-{number}" for number in range(NUM_REQUESTS)]
-    assert [line["custom_id"] for line in lines] == ids
-    assert len({line["id"] for line in lines}) == NUM_REQUESTS
-    assert [number for number, line in enumerate(lines) if line["error"]] == sorted(BROKEN)
-    for number, line in enumerate(lines):
-        if number in BROKEN:
-            assert line["response"] is None
-            assert BROKEN[number][1] in line["error"]["message"]
-            assert line["error"]["code"] == "invalid_request"
-        else:
-            answer = ChatCompletion.model_validate(line["response"]["body"])
-            assert line["response"]["status_code"] == 200
-            assert answer.choices[0].message.content
-            assert answer.usage is not None
-            assert answer.usage.completion_tokens > 0
-    texts = [
-        line["response"]["body"]["choices"][0]["message"]["content"] for line in lines if line["response"]
-    ]
+    texts = check_output(batch.parent / "out" / "batch_output.jsonl")
+    assert all(texts)
     assert len(set(texts)) == len(texts)
 
 
 def test_a_job_writes_the_lines_at_its_end_and_overwriting_takes_them_away(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
-    path.write_text("\n".join(json.dumps(_line(number)) for number in range(6)), encoding="utf-8")
+    path.write_text("\n".join(json.dumps(line_of(number)) for number in range(6)), encoding="utf-8")
     _answer(_plan(path, sample_slices="[1:4]"), 3)
     output = tmp_path / "out" / "batch_output.jsonl"
     assert run_inference(_plan(path, sample_slices="[1:4]")).num_answered == 3
@@ -128,7 +74,7 @@ def test_a_job_writes_the_lines_at_its_end_and_overwriting_takes_them_away(tmp_p
 
 
 def _request(path: Path, body: dict[str, Any], **options: Any) -> GenerationRequest:
-    path.write_text(json.dumps(_line(0, body=body)), encoding="utf-8")
+    path.write_text(json.dumps(line_of(0, body=body)), encoding="utf-8")
     run = _plan(path, **options)
     rows = stages.prepare_rows(read_rows(run.source, run.spec, "test", [0]), run.task)
     assert rows[0]["error"] is None
@@ -145,28 +91,28 @@ def test_what_a_request_says_of_its_answer_counts(tmp_path: Path) -> None:
         "max_new_tokens": 99, "seed": 5, "temperature": 0.1, "chat_template_kwargs": {"n": 1, "all": True},
         "system_prompt": "Be brief.",
     }  # fmt: skip
-    request = _request(path, _body(2, **said), **options)
+    request = _request(path, body_of(2, **said), **options)
     assert (request.max_new_tokens, request.temperature, request.seed) == (7, 0.5, 11)
     assert (request.stop, request.top_k, request.min_new_tokens) == (("a", "b"), 0, 2)
     assert request.chat_template_kwargs == {"n": 3, "own": "1", "all": True}
     assert [message["role"] for message in request.messages] == ["system", "user"]
     assert request.images == [make_image(2)] * 2
-    plain = _request(path, _body(2), **options)
+    plain = _request(path, body_of(2), **options)
     assert (plain.max_new_tokens, plain.temperature, plain.seed) == (99, 0.1, 5)
 
 
 def test_a_request_asks_for_the_base_or_the_adapter(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
     for name, adapter in (("fake", None), ("mine", "adapter"), ("runs/mine", "adapter")):
-        assert _request(path, _body(1, model=name), adapter="runs/mine").adapter == adapter
-    assert _request(path, _body(1)).adapter is None
+        assert _request(path, body_of(1, model=name), adapter="runs/mine").adapter == adapter
+    assert _request(path, body_of(1)).adapter is None
 
 
 def test_images_are_data_or_urls(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
     part = {"type": "image_url", "image_url": {"url": "/etc/hostname"}}
     path.write_text(
-        json.dumps(_line(0, body={**_body(0), "messages": [{"role": "user", "content": [part]}]}))
+        json.dumps(line_of(0, body={**body_of(0), "messages": [{"role": "user", "content": [part]}]}))
     )
     run = _plan(path)
     (row,) = read_rows(run.source, run.spec, "test", [0])

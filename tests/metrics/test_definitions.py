@@ -137,6 +137,12 @@ def test_score_names_its_metric() -> None:
     assert score("exact_match", "a", ["A"]) == Score(metric="exact_match", value=1.0)
 
 
+def test_every_metric_is_told_the_choices_and_one_reads_them() -> None:
+    asked = "a very large red bar there", ["A"]
+    told = {name for name in METRICS if score(name, *asked, ["red", "blue"]) != score(name, *asked)}
+    assert told == {"mmmu_choice"}
+
+
 def test_unknown_metric_lists_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match=r"unknown metric 'rogue'; known: relaxed_accuracy, .*choice_accuracy"

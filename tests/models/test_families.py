@@ -69,6 +69,22 @@ def test_packages_that_a_processor_needs_are_named(monkeypatch: pytest.MonkeyPat
     check_packages("X", {"model_type": "smolvlm"})
 
 
+@pytest.mark.parametrize("model_type", ["fast_vlm", "gemma3n", "perception_lm"])
+def test_a_vision_encoder_that_is_of_timm_is_refused_without_it(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model(model_type).to_dict()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else found(name))
+    with pytest.raises(OptionError) as caught:
+        check_packages("X", config)
+    assert (
+        str(caught.value) == f"--model_id X: the vision encoder of {model_type} needs timm; pip install timm"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    check_packages("X", config)
+
+
 def test_a_folder_is_refused_for_what_its_processor_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,9 @@ class LoadingConfig(Options):
     chat_template: str | None = option(None, affects="result", engines=_LOADING)
     """File of a Jinja chat template to use in the place of the model's own."""
 
-    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(default=None, metadata=mark("result"))
+    chat_template_kwargs: dict[str, Any] | None = dataclasses.field(
+        default=None, metadata=mark("result", holds_json=True)
+    )
     """Variables of the chat template, as a JSON object or a mapping in the YAML file:
     '{"enable_thinking": false}'."""
 

@@ -22,9 +22,15 @@ speed: how fast.
 run: nothing of that: where results go, what is kept and shown of them, when a run stops."""
 
 
-def mark(affects: Effect, engines: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the metadata of a field whose option has an effect."""
-    return {"affects": affects, "engines": engines}
+def mark(affects: Effect, engines: tuple[str, ...] = (), *, holds_json: bool = False) -> dict[str, Any]:
+    """Return the metadata of a field whose option has an effect.
+
+    Args:
+        affects: What it changes.
+        engines: As of `option`.
+        holds_json: It is a mapping to JSON values, and not to texts that something else converts.
+    """
+    return {"affects": affects, "engines": engines, "holds_json": holds_json}
 
 
 def option(default: T, *, affects: Effect, engines: tuple[str, ...] = ()) -> T:

@@ -61,10 +61,14 @@ def build_config(config_class: type[C], options: Mapping[str, Any]) -> C:
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name!r}{_suggestion(name, known)}")
+    converted: dict[str, Any] = {}
     for field in _options(config_class):
-        if field.default is MISSING and field.name not in options:
+        if field.name in options:
+            is_json = field.metadata.get("holds_json", False)
+            converted[field.name] = _convert(field.name, hints[field.name], options[field.name], is_json)
+        elif field.default is MISSING:
             raise OptionError(field.name, f"is required: {_first_sentence(config_class, field.name)}")
-    return config_class(**{name: _convert(name, hints[name], value) for name, value in options.items()})
+    return config_class(**converted)
 
 
 def field_docs(config_class: type) -> dict[str, str]:
@@ -143,7 +147,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
         parser.add_argument(*names, metavar=metavar, help=text)
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
+def _convert(name: str, hint: Any, value: Any, holds_json: bool) -> Any:
     """Turn a string of the command line or a value of a YAML file into the field's type."""
     args = typing.get_args(hint)
     optional = types.NoneType in args
@@ -156,7 +160,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         _check_text(name, value)
     if typing.get_origin(kind) is dict:
         found = _read_mapping(name, value)
-        return _as_json(found) if name == "chat_template_kwargs" and not isinstance(value, str) else found
+        return _as_json(found) if holds_json and not isinstance(value, str) else found
     if isinstance(value, list | dict):
         raise OptionError(name, f"must be one value, got {value!r}", "quote it if it is text")
     if _is_literal(kind):

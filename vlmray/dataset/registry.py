@@ -124,6 +124,17 @@ _REGISTERED: dict[str, DatasetSpec] = {
     "lmms-lab/VQAv2": dataclasses.replace(
         _VQA, answer_column="answers", family_column="answer_type", metric="vqav2_accuracy"
     ),
+    "lmms-lab/GQA": dataclasses.replace(_VQA, metric="gqa_accuracy"),
+    "lmms-lab/ChartQAPro": dataclasses.replace(
+        _VQA,
+        question_column="Question",
+        answer_column="Answer",
+        family_column="Question Type",
+        prompt_template="{question}\nAnswer the question with a short phrase.",
+        metric="chartqapro_accuracy",
+        metric_column="Scoring",
+        row_metrics={"exact": "chartqapro_exact"},
+    ),
     "lmms-lab/POPE": dataclasses.replace(_VQA, family_column="category"),
     "Lin-Chen/MMStar": dataclasses.replace(
         _VQA, family_column="category", prompt_template=_CHOICES_IN_QUESTION, metric="mmstar_accuracy"
@@ -164,6 +175,8 @@ TELLTALES = {
     "HuggingFaceM4/ChartQA": ("human_or_machine",),
     "lmms-lab/DocVQA": ("question_types", "ucsf_document_id"),
     "lmms-lab/DocVQA#InfographicVQA": ("answer_type", "operation/reasoning"),
+    "lmms-lab/GQA": ("imageId", "fullAnswer"),
+    "lmms-lab/ChartQAPro": ("Scoring", "Question Type"),
     "derek-thomas/ScienceQA": ("lecture", "skill"),
 }
 """Columns of registered datasets that no other has: a table with them is a copy, whatever its name."""

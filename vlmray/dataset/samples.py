@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from vlmray.dataset.chat.conversations import is_conversation, read_conversation, text_of
+from vlmray.dataset.chat.conversations import is_conversation, read_conversation
 from vlmray.dataset.chat.marks import NO_VIDEO, choose_images, count_marks, without_outer_mark
 from vlmray.dataset.chat.requests import read_request_row
 from vlmray.dataset.registry import DatasetSpec, split_columns
 from vlmray.dataset.text.values import as_text, check_text, name_kind, parse_json
-from vlmray.schema import Sample
+from vlmray.schema import Sample, text_of
 
 _VIDEOS = ("video", "videos", "video_path", "video_url")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlmray.config import QuestionsConfig
+from vlmray.dataset.benchmarks import chartqapro, gqa
 from vlmray.dataset.chat.conversations import is_conversation
 from vlmray.dataset.chat.marks import find_mark
 from vlmray.dataset.columns import NO_COLUMN, check_choices, check_questions, get_dataset_columns
@@ -41,7 +42,12 @@ def describe_columns(source: Source, spec: DatasetSpec) -> str:
     if spec.form:
         columns = {spec.form if what == "question" else what: name for what, name in columns.items()}
     taken = ", ".join(f"{what} from {name!r}" for what, name in columns.items())
-    used = {*columns.values(), *split_columns(columns.get("choices", "")), *spec.image_columns}
+    used = {
+        *columns.values(),
+        *split_columns(columns.get("choices", "")),
+        *spec.image_columns,
+        spec.metric_column,
+    }
     unused = [name for name in source.column_names if name not in used]
     parts = [taken, f"metric {spec.metric}", _count_images(source, spec)]
     if spec.image_column and any(map(find_mark, _first_questions(source, spec))):
@@ -92,7 +98,7 @@ def open_selection(
         hint = f"rows are chosen by --{slices_option}"
         raise OptionError(split_option, f"{split!r} is not a split name", hint)
     with _calling(dataset_split=split_option, sample_slices=slices_option):
-        source = open_source(config.dataset_name, split, config.dataset_config, random_access=random_access)
+        source = _open_whole_rows(config, split, random_access)
         selected = parse_sample_slices(slices, len(source))
     some = selected[:_NUM_FIRST_ROWS]
     spec = get_dataset_columns(
@@ -123,6 +129,19 @@ def open_selection(
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
+
+
+def _open_whole_rows(config: QuestionsConfig, split: str, random_access: bool) -> Source:
+    """Open a split; of a benchmark that keeps its rows in pieces, with these put together."""
+    name, part = config.dataset_name, config.dataset_config
+    source = open_source(name, split, part, random_access=random_access)
+    columns = {*source.column_names}
+    if columns >= chartqapro.COLUMNS:
+        return chartqapro.ChartQAPro(source)
+    images = gqa.images_beside(part)
+    if images and columns >= gqa.COLUMNS and "image" not in columns:
+        return gqa.GQA(source, open_source(name, split, images, random_access=random_access))
+    return source
 
 
 def refuse_requests(spec: DatasetSpec) -> None:

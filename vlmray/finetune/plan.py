@@ -13,6 +13,7 @@ from vlmray.dataset.selection import Selection, describe_columns, open_selection
 from vlmray.errors import OptionError, RunError
 from vlmray.finetune.results import ADAPTER, MERGED, MODEL
 from vlmray.models import lora
+from vlmray.models.families.base import Family
 from vlmray.models.source import ModelSource
 from vlmray.models.templates.chat import check_template, with_template
 from vlmray.storage.filesystem import check_apart
@@ -58,6 +59,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     model = ModelSource.open(config.model_id)
     check_sft_options(config)
     check_template(config, model.folder)
+    config = settle_batches(config, model.family)
     data = open_training_data(config)
     if config.use_peft:
         _check_lora_targets(config, model)
@@ -74,6 +76,25 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     folder = _open_folder(training, data, model)
     logger.info("%s: %s", config.dataset_name, describe_columns(data.train.source, data.train.spec))
     return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
+
+
+def settle_batches(config: FinetuneConfig, family: Family | None) -> FinetuneConfig:
+    """Let rows of a model that is not among the tested ones through it one by one, in steps of as many.
+
+    How the tensors of their images are padded is not known, and without that those of unlike images may not
+    fit into one batch. The loss of a step is a mean over its tokens, however it is cut.
+    """
+    size = config.per_device_train_batch_size
+    if family is None or family.is_tested or size == config.per_device_eval_batch_size == 1:
+        return config
+    logger.info(
+        "the model is not among the tested families (docs/families.md): rows go through it one by one, in "
+        "steps of as many"
+    )
+    return dataclasses.replace(
+        config, per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        gradient_accumulation_steps=size * config.gradient_accumulation_steps,
+    )  # fmt: skip
 
 
 def open_training_data(config: FinetuneConfig) -> TrainingData:

@@ -1,6 +1,7 @@
 """What an answer is worth, and whether a difference is more than chance."""
 
 from vlmray.metrics.benchmarks import (
+    gqa_accuracy,
     mmmu_choice,
     mmmu_open,
     mmstar_accuracy,
@@ -9,12 +10,11 @@ from vlmray.metrics.benchmarks import (
     vqav2_accuracy,
 )
 from vlmray.metrics.bleu import BLEU, corpus_bleu
+from vlmray.metrics.chartqapro import chartqapro_accuracy, chartqapro_exact, split_answer
 from vlmray.metrics.definitions import (
-    ANLS_THRESHOLD,
     EVALUATE_PATH,
     METRICS,
     Metric,
-    anls,
     choice_accuracy,
     exact_match,
     relaxed_accuracy,
@@ -24,6 +24,7 @@ from vlmray.metrics.definitions import (
     token_f1,
     vqa_accuracy,
 )
+from vlmray.metrics.similarity import ANLS_THRESHOLD, anls
 
 __all__ = [
     "ANLS_THRESHOLD",
@@ -32,9 +33,12 @@ __all__ = [
     "METRICS",
     "Metric",
     "anls",
+    "chartqapro_accuracy",
+    "chartqapro_exact",
     "choice_accuracy",
     "corpus_bleu",
     "exact_match",
+    "gqa_accuracy",
     "mmmu_choice",
     "mmmu_open",
     "mmstar_accuracy",
@@ -44,6 +48,7 @@ __all__ = [
     "relaxed_accuracy_normalized",
     "rouge",
     "score",
+    "split_answer",
     "token_f1",
     "vqa_accuracy",
     "vqav2_accuracy",

@@ -9,6 +9,7 @@ import string
 from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _HEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBER_FORMS = tuple(
@@ -81,6 +82,18 @@ def vqav2_accuracy(prediction: str, answers: Sequence[str]) -> float:
         predicted = _normalize(predicted)
     matches = [answer == predicted for answer in expected]
     return math.fsum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+
+
+def gqa_accuracy(prediction: str, answer: str) -> float:
+    """Score 1.0 if the texts are equal, ignoring case, ASCII punctuation and outer whitespace.
+
+    Source: GQA (arXiv 1902.09506), as lmms-eval computes it.
+
+    >>> gqa_accuracy("T-shirt.", "tshirt"), gqa_accuracy("the left", "left")
+    (1.0, 0.0)
+    """
+    found, expected = (text.strip().lower().translate(_NO_PUNCTUATION) for text in (prediction, answer))
+    return float(found == expected)
 
 
 def mmstar_accuracy(prediction: str, answer: str) -> float:

@@ -18,12 +18,13 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlmray.metrics.benchmarks import (
     ARTICLES,
     DIGITS,
     check_answers,
+    gqa_accuracy,
     mmmu_choice,
     mmmu_open,
     mmstar_accuracy,
@@ -31,11 +32,19 @@ from vlmray.metrics.benchmarks import (
     ocrbench_formula,
     vqav2_accuracy,
 )
+from vlmray.metrics.chartqapro import chartqapro_accuracy, chartqapro_exact
+from vlmray.metrics.similarity import anls
 from vlmray.schema import Score
 
-Metric = Callable[[str, Sequence[str]], float]
 
-ANLS_THRESHOLD = 0.5
+class Metric(Protocol):
+    """How well a prediction agrees with its accepted answers; some read it by the choices it had."""
+
+    def __call__(self, prediction: str, answers: Sequence[str], choices: Sequence[str] = (), /) -> float:
+        """Return a value from 0 to 1."""
+        ...
+
+
 EVALUATE_PATH = str(Path(__file__).parent / "vqa_metrics")
 """What `evaluate.load` takes, with the name of a metric; it needs no network."""
 
@@ -62,9 +71,7 @@ def score(metric_name: str, prediction: str, answers: Sequence[str], choices: Se
     """
     if metric_name not in METRICS:
         raise ValueError(f"unknown metric {metric_name!r}; known: {', '.join(METRICS)}")
-    if metric_name == "mmmu_choice":  # which reads an answer by its choices
-        return Score(metric=metric_name, value=mmmu_choice(prediction, answers, choices))
-    return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers))
+    return Score(metric=metric_name, value=METRICS[metric_name](prediction, answers, choices))
 
 
 def relaxed_accuracy(prediction: str, answer: str, *, tolerance: float = 0.05) -> float:
@@ -114,27 +121,6 @@ def exact_match(prediction: str, answer: str) -> float:
     (1.0, 0.0)
     """
     return float(_collapse(prediction) == _collapse(answer))
-
-
-def anls(prediction: str, answer: str, *, threshold: float = ANLS_THRESHOLD) -> float:
-    """Score the edit similarity of two texts, 0 below `threshold` (one term of ANLS).
-
-    Source: ST-VQA (arXiv 1905.13648), as the DocVQA evaluation script, lmms-eval and VLMEvalKit compute
-    it: case and repeated whitespace are ignored, lengths are those of the raw texts, and a similarity of
-    exactly the threshold counts (the paper's formula drops it).
-
-    >>> anls("Helo", "hello"), anls("cat", "dog"), anls("ab", "ac")
-    (0.8, 0.0, 0.5)
-    """
-    length = max(len(prediction), len(answer))
-    left, right = (" ".join(text.lower().split()) for text in (prediction, answer))
-    if left == right:
-        return 1.0
-    # The distance is at least the difference in length: do not compare a page with a word.
-    if abs(len(left) - len(right)) > length * (1 - threshold):
-        return 0.0
-    similarity = max(0.0, 1 - _levenshtein(left, right) / length)
-    return similarity if similarity >= threshold else 0.0
 
 
 def token_f1(prediction: str, answer: str) -> float:
@@ -229,8 +215,17 @@ def _best_of(metric: Callable[[str, str], float]) -> Metric:
         check_answers(answers)
         return max(metric(prediction, answer) for answer in answers)
 
-    best.__name__, best.__doc__ = metric.__name__, metric.__doc__
-    return best
+    return _of_all(functools.update_wrapper(best, metric, ("__name__", "__doc__")))
+
+
+def _of_all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    """Make a metric of all answers together one that is told the choices, and needs none."""
+
+    @functools.wraps(metric, ("__name__", "__doc__"))
+    def of_all(prediction: str, answers: Sequence[str], choices: Sequence[str] = (), /) -> float:
+        return metric(prediction, answers)
+
+    return of_all
 
 
 def _parse_official(text: str) -> float | None:
@@ -258,17 +253,6 @@ def _collapse(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _levenshtein(left: str, right: str) -> int:
-    """Count the insertions, deletions and substitutions between two texts, one row of the table at a time."""
-    row = list(range(len(right) + 1))
-    for i, left_char in enumerate(left, start=1):
-        diagonal, row[0] = row[0], i
-        for j, right_char in enumerate(right, start=1):
-            substituted = diagonal + (left_char != right_char)
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
-    return row[-1]
-
-
 def _squad_tokens(text: str) -> list[str]:
     return [token for token in text.lower().translate(_NO_PUNCTUATION).split() if token not in ARTICLES]
 
@@ -289,9 +273,12 @@ METRICS: dict[str, Metric] = {
     "anls": _best_of(anls),
     "token_f1": _best_of(token_f1),
     "rouge": _best_of(rouge),
-    "vqa_accuracy": vqa_accuracy,
+    "vqa_accuracy": _of_all(vqa_accuracy),
     "choice_accuracy": _best_of(choice_accuracy),
-    "vqav2_accuracy": vqav2_accuracy,
+    "vqav2_accuracy": _of_all(vqav2_accuracy),
+    "gqa_accuracy": _best_of(gqa_accuracy),
+    "chartqapro_accuracy": _best_of(chartqapro_accuracy),
+    "chartqapro_exact": _best_of(chartqapro_exact),
     "mmstar_accuracy": _best_of(mmstar_accuracy),
     "ocrbench_accuracy": _best_of(ocrbench_accuracy),
     "ocrbench_formula": _best_of(ocrbench_formula),

@@ -49,6 +49,10 @@ REFUSED_TYPES = _ENCODER_DECODERS | _OTHER_KINDS.keys()
 """Model types that are refused whatever else their config says."""
 
 
+_TIMM_TOWERS = frozenset({"gemma3n_vision", "timm_wrapper"})
+"""Model types of vision encoders that transformers leaves to timm."""
+
+
 def check_model_folder(model_id: str) -> None:
     """Check that `model_id` is a loadable checkpoint folder, or at least looks like a hub id.
 
@@ -159,7 +163,7 @@ def _check_config(model_id: str, folder: Path) -> dict[str, Any]:
 
 
 def check_packages(model_id: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model whose processor needs packages that are not here.
+    """Refuse a model whose processor or vision encoder needs packages that are not here.
 
     Args:
         model_id: As the user gave it.
@@ -175,6 +179,10 @@ def check_packages(model_id: str, config: Mapping[str, Any]) -> None:
             f"{model_id}: the processor of {config.get('model_type')} needs {' and '.join(missing)}",
             f"pip install {' '.join(missing)}, or 'vlmray[vision]'",
         )
+    tower = (config.get("vision_config") or {}).get("model_type")
+    if tower in _TIMM_TOWERS and importlib.util.find_spec("timm") is None:
+        problem = f"{model_id}: the vision encoder of {config.get('model_type')} needs timm"
+        raise OptionError("model_id", problem, "pip install timm")
 
 
 def _side_files(folder: Path) -> list[Path]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from vlmray.builtin.models import BUILDS, BUILTIN, BUILTIN_FOLDER
 from vlmray.models import checks
+from vlmray.models.families import family_of
+from vlmray.models.families.base import Family
 from vlmray.storage import hub
 from vlmray.storage.cache import cache_folder, make_once
 from vlmray.storage.fingerprints import digest, digest_content
@@ -108,6 +110,13 @@ class ModelSource:
         is_cached = folder is not None and folder != Path(path).expanduser()
         commit = folder.name if folder is not None and is_cached else None
         return cls(name=model_id, path=path, folder=folder, commit=commit, adapter=adapter)
+
+    @property
+    def family(self) -> Family | None:
+        """What is known of it; None where only the hub has its files."""
+        if self.folder is None:
+            return None
+        return family_of(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
     @property
     def address(self) -> str:

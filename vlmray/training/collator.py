@@ -23,10 +23,11 @@ from PIL import Image
 from vlmray.dataset.prompts import format_qwen_vl_messages
 from vlmray.errors import OptionError, one_line
 from vlmray.models.families import ANY
-from vlmray.models.families.answers import Answers, parts_of, text_of
+from vlmray.models.families.answers import Answers
 from vlmray.models.families.base import Family
 from vlmray.models.inputs import IGNORED_LABEL, chain_segments, join_rows
 from vlmray.models.prompts import ChatPrompts, match_any
+from vlmray.schema import parts_of, text_of
 from vlmray.training.vision_cache import VisionCache
 
 _IMAGE_TYPES = ("image", "image_url")

@@ -6,7 +6,7 @@ from helpers.families import TINY
 from helpers.families.contract import WITHOUT_MERGER, WITHOUT_TEXT_ONLY
 from vlmray.models.families import FAMILIES
 
-_HEAD = ("family", "infer, serve", "shared image", "fine-tune", "LoRA parts", "needs")
+_HEAD = ("family", "infer", "shared image", "fine-tune", "LoRA parts", "serve", "needs")
 
 
 def render_table() -> str:
@@ -18,12 +18,14 @@ def render_table() -> str:
 def _row(name: str) -> tuple[str, ...]:
     family = FAMILIES[name]
     parts = ["language", "vision", *([] if name in WITHOUT_MERGER else ["merger"])]
+    asked = "yes, but text alone" if name in WITHOUT_TEXT_ONLY else "yes"
     return (
         f"`{name}`",
-        "yes, but text alone" if name in WITHOUT_TEXT_ONLY else "yes",
+        asked,
         "once" if family.shares_prefix else "each time",
         "yes, pixels kept encoded" if family.takes_image_features else "yes",
         ", ".join(parts),
+        asked,
         ", ".join(family.needs) or "-",
     )
 

@@ -86,11 +86,6 @@ def embedded_images(turns: Sequence[Mapping[str, Any]]) -> list[Image]:
         return []
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """Return the text of a message."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
 def _read_turn(turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for role, content in _KEYS:
         if turn.get(role) is not None and content in turn:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlmray.dataset.chat.conversations import text_of
 from vlmray.dataset.text.values import Written, name_kind, with_numbers
-from vlmray.schema import Sample
+from vlmray.schema import Sample, text_of
 
 if TYPE_CHECKING:
     from vlmray.protocol.request import ChatRequest

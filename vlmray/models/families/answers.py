@@ -12,6 +12,7 @@ from typing import Any
 
 from vlmray.models.families.base import Family
 from vlmray.models.prompts import ChatPrompts, match_any
+from vlmray.schema import text_of
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -96,17 +97,6 @@ class Answers:
     def _behind(self, answer: str) -> str:
         written = self._prompts.render([_turn("user", "?"), _turn("assistant", answer)])
         return written.rpartition(_MARK)[2]
-
-
-def text_of(turn: Mapping[str, Any]) -> str:
-    """Return the text of a turn."""
-    return "".join(part["text"] for part in parts_of(turn) if part["type"] == "text")
-
-
-def parts_of(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of a turn, of which a text alone is one."""
-    content = turn["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _turn(role: str, text: str) -> dict[str, Any]:
