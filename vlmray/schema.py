@@ -51,6 +51,20 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What an answer has to be; one of the fields is given."""
+
+    schema: str | None = None
+    """JSON that keeps this JSON schema, which is written as JSON itself."""
+
+    choices: tuple[str, ...] = ()
+    """One of these texts."""
+
+    regex: str | None = None
+    """A text that this expression matches from its beginning to its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How an answer is drawn, and how long it may be."""
 
@@ -82,6 +96,9 @@ class Sampling:
 
     seed: int = 0
     """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
+
+    form: Form | None = None
+    """What the answer has to be; it ends where it is that, or unfinished where it has no tokens left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

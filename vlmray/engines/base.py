@@ -115,6 +115,9 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"{name} {problem}")
     if request.continue_final_message and request.add_generation_prompt:
         raise ValueError("continue_final_message needs add_generation_prompt to be false")
+    if request.form is not None and (request.min_new_tokens or request.ignore_eos):
+        name = "ignore_eos" if request.ignore_eos else "min_new_tokens"
+        raise ValueError(f"{name} goes on where the form of the answer lets it end")
     contents = [message["content"] for message in request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     num_places = sum(part.get("type") in ("image", "image_url") for part in parts)

@@ -272,6 +272,8 @@ class TransformersEngine:
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
+        if request.form is not None:
+            self.forward.grammars.check(request.form)
         template = self._templates.get(request.adapter)
         prompt = self.prompts.render(request.messages, **template_options(self.processor, request, template))
         row.prompt, row.tail = self.prompts.readable(prompt), prompt
