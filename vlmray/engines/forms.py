@@ -1,15 +1,19 @@
 """What an answer has to be, as a grammar: options and requests -> `Form` -> a grammar of llguidance.
 
-JSON is written as Python writes it, on one line: a model that may write any whitespace may go on with it for ever.
+JSON is written as Python writes it, on one line: a model that may write any whitespace may go on with it for
+ever.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from llguidance import LLMatcher
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
+from llguidance import LLMatcher, LLTokenizer
 
 from vlmray.config import SamplingConfig
 from vlmray.errors import OptionError, one_line
@@ -56,16 +60,77 @@ def explain(problem: str) -> str:
 
 
 def to_grammar(form: Form) -> str:
-    """Write a form as llguidance reads it.
-
-    Raises:
-        ValueError: It is a JSON schema that is no object.
-    """
+    """Write a form as llguidance reads it."""
     if form.schema is not None:
-        return LLMatcher.grammar_from_json_schema(form.schema, overrides=_LAYOUT)
+        return LLMatcher.grammar_from_json_schema(with_layout(form.schema))
     if form.regex is not None:
         return LLMatcher.grammar_from_regex(form.regex)
     return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, form.choices)))
+
+
+def with_layout(schema: str) -> dict[str, Any]:
+    """Return a schema that says, to llguidance, how JSON is written."""
+    return {**json.loads(schema), "x-guidance": _LAYOUT}
+
+
+def keeps(form: Form, text: str) -> bool:
+    """Tell whether a text is what was wanted."""
+    if form.schema is not None:
+        return parses(text) and _validator(form.schema).is_valid(json.loads(text))
+    if form.regex is not None:
+        matcher = LLMatcher(_bytes(), to_grammar(form), log_level=0)
+        return matcher.consume_tokens([*text.encode()]) and matcher.is_accepting()
+    return text in form.choices
+
+
+def parses(text: str) -> bool:
+    """Tell whether a text is JSON."""
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except ValueError:
+        return False
+    return True
+
+
+def example_of(form: Form, most_bytes: int = 10_000) -> str:
+    """Return a short text of a form.
+
+    >>> example_of(Form(regex="[0-9]+ (km|m)"))
+    '0 km'
+    >>> example_of(Form(schema='{"properties": {"a": {"type": "string"}}, "required": ["a"]}'))
+    '{"a": ""}'
+
+    Raises:
+        ValueError: It cannot be compiled, or none was found.
+    """
+    check_form(form)
+    tokenizer = _bytes()
+    matcher, written = LLMatcher(tokenizer, to_grammar(form), log_level=0), bytearray()
+    while len(written) < most_bytes:
+        allowed = {token for token, bias in enumerate(matcher.compute_logit_bias()) if bias}
+        if tokenizer.eos_token in allowed:
+            return written.decode()
+        in_string = {*b'"a'} <= allowed
+        token = next((each for each in b'"' + b"}]" * (not in_string) if each in allowed), min(allowed))
+        matcher.consume_token(token)
+        written.append(token)
+    raise ValueError(f"no text of at most {most_bytes} bytes was found for the form {form}")
+
+
+@functools.cache
+def _bytes() -> LLTokenizer:
+    """Return a tokenizer to which every byte is a token."""
+    return LLTokenizer("byte")
+
+
+@functools.lru_cache
+def _validator(schema: str) -> Validator:
+    found = json.loads(schema)
+    return validator_for(found)(found)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _read_schema(path: str) -> str:

@@ -15,8 +15,8 @@ _NOT_FINITE = (
     "weights of model and adapter, or try --dtype float32"
 )
 _NOTHING_LEFT = (
-    "the model's scores for the next token are not finite (NaN or infinity), or the model's generation config "
-    "suppresses all that the form of the answer allows"
+    "the model's scores for the next token are not finite (NaN or infinity), or the model's generation "
+    "config suppresses all that the form of the answer allows"
 )
 
 

@@ -25,7 +25,7 @@ from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
-from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
+from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
 
 ADAPTER = "adapter"
 """What a run's adapter is called where requests ask for it or for its base."""
@@ -137,6 +137,8 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
     messages = row["messages"]
     assert messages is not None
     own = {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
+    if "form" in own:
+        own["form"] = Form(**{name: _unlisted(value) for name, value in own["form"].items()})
     template = {**task.chat_template_kwargs, **own.pop("chat_template_kwargs", {})}
     return GenerationRequest(
         request_id=row["sample_id"],

@@ -23,8 +23,10 @@ from pydantic import (
 
 from vlmray.protocol.errors import ApiError
 from vlmray.protocol.fields import find_unsupported
+from vlmray.protocol.forms import ResponseFormat, StructuredOutputs
 from vlmray.protocol.templates import is_taken
 from vlmray.protocol.words import MARK, describe, explain
+from vlmray.schema import Form
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_TOKENS = 128
@@ -194,6 +196,10 @@ class ChatRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="variables for the model's chat template"
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="as vLLM has it: json, choice or regex"
+    )
     reasoning_effort: str | None = Field(default=None, description="for chat templates that know it")
 
     @field_validator("stop", mode="before")
@@ -231,6 +237,12 @@ class ChatRequest(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def form(self) -> Form | None:
+        """What the answer has to be."""
+        wanted = (self.response_format, self.structured_outputs)
+        return next((each.form for each in wanted if each is not None and each.form is not None), None)
+
+    @property
     def template_kwargs(self) -> dict[str, Any]:
         """The variables for the chat template."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
@@ -251,6 +263,7 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
     unsupported = find_unsupported(request.model_extra or {})
     if unsupported:
         raise ApiError(400, unsupported[1], param=unsupported[0])
+    _check_form(request)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is for requests with stream", param="stream_options")
     if request.continue_final_message and request.add_generation_prompt is not False:
@@ -258,6 +271,17 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
             400, "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
         )
     return request
+
+
+def _check_form(request: ChatRequest) -> None:
+    """Refuse an answer of two forms, or of one that it cannot keep."""
+    form, other = request.form, request.structured_outputs
+    if other is not None and other.form not in (None, form):
+        message = "structured_outputs and response_format are two forms, of which an answer can have one"
+        raise ApiError(400, message, param="structured_outputs")
+    for name in ("min_tokens", "ignore_eos"):
+        if form is not None and getattr(request, name):
+            raise ApiError(400, f"{name} goes on where the form of the answer lets it end", param=name)
 
 
 def image_sources(request: ChatRequest) -> dict[str, str]:
@@ -301,6 +325,7 @@ def sampling(request: ChatRequest) -> dict[str, Any]:
         "repetition_penalty": request.repetition_penalty,
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
+        "form": request.form,
         "ignore_eos": request.ignore_eos,
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,

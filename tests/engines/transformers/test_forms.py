@@ -11,26 +11,12 @@ import jsonschema
 import pytest
 import torch
 
-from helpers.engines import make_mixed_requests, make_request, texts
+from helpers.engines import CHOICES, JSON, REGEX, make_formed_requests, make_request, texts
 from helpers.families import TINY
 from helpers.families.loading import load_tiny
 from vlmray.engines.rows import end_ids
 from vlmray.engines.transformers.grammars import Grammars, allow
-from vlmray.schema import Form, GenerationRequest
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 5},
-        "values": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 2},
-        "kind": {"enum": ["ä \"bar\"", "pie"]},
-    },
-    "required": ["name", "values", "kind"],
-    "additionalProperties": False,
-}  # fmt: skip
-JSON = Form(schema=json.dumps(SCHEMA))
-CHOICES = Form(choices=("yes", "no", "Straße, 5"))
-REGEX = Form(regex="-?[0-9]{1,3}(%|€)")
+from vlmray.schema import Form
 
 
 def check(form: Form, text: str) -> None:
@@ -42,16 +28,9 @@ def check(form: Form, text: str) -> None:
         assert text in form.choices
 
 
-def formed(**options: Any) -> list[GenerationRequest]:
-    """Rows of every form, and of none, in turn."""
-    forms = [JSON, None, CHOICES, REGEX, None]
-    requests = make_mixed_requests(20, **options)
-    return [dataclasses.replace(each, form=forms[place % 5]) for place, each in enumerate(requests)]
-
-
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_answers_keep_their_form(make_engine: Any, temperature: float) -> None:
-    requests = formed(temperature=temperature, max_new_tokens=200)
+    requests = make_formed_requests(temperature=temperature, max_new_tokens=200)
     completions = make_engine().generate(requests)
     for request, completion in zip(requests, completions, strict=True):
         if request.form is not None:
@@ -60,7 +39,7 @@ def test_answers_keep_their_form(make_engine: Any, temperature: float) -> None:
 
 
 def test_neighbours_with_other_forms_or_none_do_not_matter(make_engine: Any) -> None:
-    requests = formed(max_new_tokens=40)
+    requests = make_formed_requests(max_new_tokens=40)
     plain = [dataclasses.replace(request, form=None) for request in requests]
     free = texts(make_engine(batch_size=1).generate(plain))
     alone = texts(make_engine(batch_size=1).generate(requests))
@@ -87,8 +66,8 @@ def test_a_form_is_compiled_once(make_engine: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Grammars, "_compile_anew", count)
     engine = make_engine(batch_size=2)
-    engine.generate(formed())
-    engine.generate(formed())
+    engine.generate(make_formed_requests())
+    engine.generate(make_formed_requests())
     assert len(compiled) == len(set(compiled)) == 3
 
 
