@@ -181,6 +181,12 @@ class Row(TypedDict, total=False):
     family: str | None
     prompt: str | None
     prediction: str | None
+    parsed: str | None
+    """The answer where JSON was asked for and it is that."""
+
+    keeps_form: bool | None
+    """Whether the answer is what was asked for; None where any text would do."""
+
     metric: str | None
     score: float | None
     num_prompt_tokens: int | None

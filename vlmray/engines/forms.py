@@ -97,8 +97,8 @@ def example_of(form: Form, most_bytes: int = 10_000) -> str:
 
     >>> example_of(Form(regex="[0-9]+ (km|m)"))
     '0 km'
-    >>> example_of(Form(schema='{"properties": {"a": {"type": "string"}}, "required": ["a"]}'))
-    '{"a": ""}'
+    >>> example_of(Form(schema='{"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}'))
+    '{"a": null}'
 
     Raises:
         ValueError: It cannot be compiled, or none was found.
@@ -111,7 +111,8 @@ def example_of(form: Form, most_bytes: int = 10_000) -> str:
         if tokenizer.eos_token in allowed:
             return written.decode()
         in_string = {*b'"a'} <= allowed
-        token = next((each for each in b'"' + b"}]" * (not in_string) if each in allowed), min(allowed))
+        ends = b'"' if in_string else b'}]"'
+        token = next((each for each in ends if each in allowed), min(allowed))
         matcher.consume_token(token)
         written.append(token)
     raise ValueError(f"no text of at most {most_bytes} bytes was found for the form {form}")

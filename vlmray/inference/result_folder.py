@@ -51,6 +51,8 @@ RESULT_SCHEMA = pa.schema(
         "family": pa.string(),
         "prompt": pa.string(),
         "prediction": pa.string(),
+        "parsed": pa.string(),
+        "keeps_form": pa.bool_(),
         "metric": pa.string(),
         "score": pa.float64(),
         "num_prompt_tokens": pa.int32(),
@@ -59,7 +61,7 @@ RESULT_SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
-"""Columns of a result row, in `_out.json` and in Parquet alike."""
+"""Columns of a result row, in `_out.json` and in Parquet alike; those of forms are null in older ones."""
 
 _PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
 _GROUP_SIZE = 1000
@@ -327,9 +329,14 @@ class ResultFolder(RunFolder):
     def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         data = self._read(f"{_PARTS}/{name}")
         try:
-            return pq.read_table(pa.BufferReader(data), columns=columns)
+            table = pq.read_table(pa.BufferReader(data), columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(self._damaged(f"{_PARTS}/{name}", error, _CURE)) from error
+        wanted = _schema(columns)
+        for place, field in enumerate(wanted):
+            if field.name not in table.column_names:
+                table = table.add_column(place, field, pa.nulls(len(table), field.type))
+        return table.select(wanted.names)
 
     def _write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

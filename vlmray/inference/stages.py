@@ -23,6 +23,7 @@ from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
+from vlmray.engines.forms import keeps, parses
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
@@ -137,8 +138,6 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
     messages = row["messages"]
     assert messages is not None
     own = {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
-    if "form" in own:
-        own["form"] = Form(**{name: _unlisted(value) for name, value in own["form"].items()})
     template = {**task.chat_template_kwargs, **own.pop("chat_template_kwargs", {})}
     return GenerationRequest(
         request_id=row["sample_id"],
@@ -146,8 +145,14 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
         images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
         chat_template_kwargs=template,
         adapter=task.models.get(own.pop("model", "")),
-        **shared_options(task, Sampling) | own,
+        **shared_options(task, Sampling) | own | {"form": _form_of(row, task)},
     )
+
+
+def _form_of(row: Row, task: Task) -> Form | None:
+    """Return what a row's answer has to be."""
+    own = json.loads(row.get("settings") or "{}").get("form")
+    return Form(**{name: _unlisted(value) for name, value in own.items()}) if own else task.form
 
 
 def _unlisted(value: Any) -> Any:
@@ -172,7 +177,12 @@ def score_row(row: Row, task: Task) -> Row:
     row = cast(Row, {**dict.fromkeys(RESULT_SCHEMA.names), **row})
     if row["error"] is not None:
         row["finish_reason"] = "error"
-    elif row["answers"] and (prediction := row["prediction"]) is not None:
+        return row
+    form, prediction = _form_of(row, task), row["prediction"] or ""
+    if form is not None:
+        row["keeps_form"] = keeps(form, prediction)
+        row["parsed"] = prediction if form.schema is not None and parses(prediction) else None
+    if row["answers"] and (prediction := row["prediction"]) is not None:
         scored = metrics.score(
             row.get("own_metric") or task.metric, prediction, row["answers"], row["choices"]
         )
