@@ -129,6 +129,9 @@ class GenerationRequest(Sampling):
     continue_final_message: bool = False
     """Whether the prompt ends within the last message, which the answer goes on with."""
 
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the answer may call, as OpenAI's API and chat templates write them."""
+
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the model's chat template, as far as it knows them."""
 

@@ -2,7 +2,8 @@
 
 Rows are taken one by one, in any order, and not kept. They are mappings with the keys `sample_id`, `family`,
 `score` (None where there is nothing to compare with), `error` (None where the row was answered),
-`num_prompt_tokens` and `num_completion_tokens`; those that were to be of a form have `parsed` and `keeps_form`.
+`num_prompt_tokens` and `num_completion_tokens`; those that were to be of a form have `parsed` and
+`keeps_form`.
 """
 
 from __future__ import annotations

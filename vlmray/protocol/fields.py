@@ -11,9 +11,7 @@ from typing import Any
 
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     # tools
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "web_search_options": (),
     "documents": ([],),

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmray.engines.base import failed_completion
 from vlmray.engines.openai.images import PixelBounds, to_url
+from vlmray.models.templates.tools import word_tools
 from vlmray.schema import Completion, Form, GenerationRequest
 
 _BESIDE = {
@@ -72,7 +73,9 @@ def _messages(request: GenerationRequest, bounds: PixelBounds) -> list[dict[str,
     def content_of(content: Any) -> Any:
         return content if isinstance(content, str) else list(map(part_of, content))
 
-    return [{**message, "content": content_of(message["content"])} for message in request.messages]
+    # What the server's template knows of functions is not known here.
+    messages = word_tools(request.messages, request.tools)
+    return [{**message, "content": content_of(message["content"])} for message in messages]
 
 
 def seed_of_row(request: GenerationRequest) -> int:
