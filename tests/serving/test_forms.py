@@ -1,4 +1,4 @@
-"""Forms of answers over HTTP: what clients parse, and functions that they have called, by the official client."""
+"""Forms of answers over HTTP: what the official client parses, and functions that it has called."""
 
 from __future__ import annotations
 

@@ -178,10 +178,11 @@ def score_row(row: Row, task: Task) -> Row:
     if row["error"] is not None:
         row["finish_reason"] = "error"
         return row
-    form, prediction = _form_of(row, task), row["prediction"] or ""
+    form = _form_of(row, task)
     if form is not None:
-        row["keeps_form"] = keeps(form, prediction)
-        row["parsed"] = prediction if form.schema is not None and parses(prediction) else None
+        text = row["prediction"] or ""
+        row["keeps_form"] = keeps(form, text)
+        row["parsed"] = text if form.schema is not None and parses(text) else None
     if row["answers"] and (prediction := row["prediction"]) is not None:
         scored = metrics.score(
             row.get("own_metric") or task.metric, prediction, row["answers"], row["choices"]

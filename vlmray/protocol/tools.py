@@ -2,8 +2,8 @@
 
 tools, tool_choice -> call_form -> answer: {"name": ..., "arguments": ...} -> read_call -> ToolCall
 
-One function is called, and it always is: a model that decides itself does so in a format of its own, which is not
-read here.
+One function is called, and it always is: a model that decides itself does so in a format of its own, which is
+not read here.
 """
 
 from __future__ import annotations
@@ -177,12 +177,7 @@ class CallStream:
         about: dict[str, Any] = {"index": 0, "function": function}
         if not self._begun:
             self._begun = True
-            about = {
-                "index": 0,
-                "id": self._id,
-                "type": "function",
-                "function": {"name": call.name, **function},
-            }
+            about |= {"id": self._id, "type": "function", "function": {"name": call.name, **function}}
         elif not new:
             return None
         return {"tool_calls": [about]}

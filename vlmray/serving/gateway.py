@@ -312,7 +312,7 @@ class _Answer:
         piece = self._first
         try:
             while not isinstance(piece, Reply):
-                delta = call.push(piece) if call else {"content": piece}
+                delta = call.push(piece or "") if call else {"content": piece}
                 if piece and delta:
                     yield _event(chunks.delta(**delta))
                 piece = await anext(self._pieces)

@@ -48,11 +48,9 @@ def _word(message: Mapping[str, Any]) -> Mapping[str, Any]:
     calls = message.get("tool_calls")
     if not calls:
         return message
-    written = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
-    return {
-        "role": "assistant",
-        "content": [*(part for part in content if part.get("text")), *map(_text, written)],
-    }
+    said = [part for part in content if part.get("text")]
+    written = [_text(json.dumps(call["function"], ensure_ascii=False)) for call in calls]
+    return {"role": "assistant", "content": [*said, *written]}
 
 
 def _parts(content: Any) -> list[Any]:
