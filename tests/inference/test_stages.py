@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,13 @@ from vlmray.inference.result_folder import ABSENT, RESULT_SCHEMA, ResultFolder
 from vlmray.inference.stages import (
     Task,
     generate_rows,
+    make_requests,
     prepare_rows,
     process_single_sample,
     save_rows,
     score_row,
 )
-from vlmray.schema import Completion, GenerationRequest, Sample
+from vlmray.schema import Completion, Form, GenerationRequest, Sample
 
 
 def _some(image: Any) -> tuple[Any, ...]:
@@ -313,3 +315,35 @@ def test_one_broken_image_of_several_fails_its_row() -> None:
     sample = Sample(sample_id="test-000000", question="Why?", images=(make_image(1), b"broken"))
     row = process_single_sample(sample, FakeEngine(), TASK)
     assert "cannot identify image" in row["error"]
+
+
+OBJECT = Form(schema='{"type": "object", "required": ["a"]}')
+
+
+@pytest.mark.parametrize(
+    ("form", "prediction", "parsed", "keeps_form"),
+    [
+        (OBJECT, '{"a": 1}', '{"a": 1}', True),
+        (OBJECT, "{}", "{}", False),
+        (OBJECT, '{"a": "cut', None, False),
+        (OBJECT, '{"a": NaN}', None, False),
+        (Form(choices=("1", "2")), "1", None, True),
+        (Form(choices=("1", "2")), "12", None, False),
+        (Form(regex="[0-9]+"), "12", None, True),
+        (Form(regex="[0-9]+"), "12 km", None, False),
+        (None, '{"a": 1}', None, None),
+    ],
+)
+def test_what_parses_and_what_is_of_the_form_asked_for_is_noted(
+    form: Form | None, prediction: str, parsed: str | None, keeps_form: bool | None
+) -> None:
+    task = dataclasses.replace(TASK, form=form)
+    row = score_row(_prepared(make_image(), task=task) | {"prediction": prediction}, task)
+    assert (row["parsed"], row["keeps_form"]) == (parsed, keeps_form)
+
+
+def test_a_request_has_a_form_of_its_own() -> None:
+    task = dataclasses.replace(TASK, form=Form(regex="x"))
+    own = {"form": {"schema": None, "choices": ["a", "b"], "regex": None}}
+    rows = [_prepared(make_image(), task=task), _prepared(make_image(), task=task, settings=own)]
+    assert [each.form for each in make_requests(rows, task)] == [task.form, Form(choices=("a", "b"))]

@@ -142,7 +142,7 @@ def test_what_changes_nothing_is_taken(url: str, backend: Backend) -> None:
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "structured_outputs",
-            "two forms",
+            "is one form of the answer",
         ),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens", "goes on where the form"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),

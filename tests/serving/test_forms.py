@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from helpers.charts import dataset
-from helpers.gateways import KEY, MODEL, Backend, ask, data_uri, serving
+from helpers.gateways import KEY, Backend, ask, data_uri, serving
 from vlmray.engines import build_engine
 
 
@@ -134,7 +134,7 @@ def test_calls_and_results_are_worded_as_text_where_the_template_knows_none(
     backend = Backend()
     with serving(backend) as (url, _):
         other = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
-        other.chat.completions.create(**body, tools=[DRAW], tool_choice="required", model=MODEL)
+        other.chat.completions.create(**body, tools=[DRAW], tool_choice="required")
     (request,) = backend.requests
     assert request.messages[1]["tool_calls"][0]["function"]["arguments"] == {"kind": "<|im_end|>"}
     assert [tool["function"]["name"] for tool in request.tools] == ["draw"]
