@@ -327,16 +327,16 @@ class ResultFolder(RunFolder):
         return cast(Row, row)
 
     def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        data = self._read(f"{_PARTS}/{name}")
+        wanted, data = _schema(columns), self._read(f"{_PARTS}/{name}")
         try:
-            table = pq.read_table(pa.BufferReader(data), columns=columns)
+            part = pq.ParquetFile(pa.BufferReader(data))
+            table = part.read([each for each in wanted.names if each in part.schema_arrow.names])
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(self._damaged(f"{_PARTS}/{name}", error, _CURE)) from error
-        wanted = _schema(columns)
         for place, field in enumerate(wanted):
             if field.name not in table.column_names:
                 table = table.add_column(place, field, pa.nulls(len(table), field.type))
-        return table.select(wanted.names)
+        return table
 
     def _write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
