@@ -61,10 +61,7 @@ CHARTS = f"{FAKE} --dataset_name charts"
             f"{CHARTS} --sample_slices [:1] --chat_template_kwargs 1",
             "--chat_template_kwargs must be a mapping",
         ),
-        (
-            f"{CHARTS} --sample_slices [:1] --response_schema ./no.json",
-            "--response_schema ./no.json: No such",
-        ),
+        (f"{CHARTS} --sample_slices [:1] --response_schema no.json", "--response_schema no.json: No such"),
         (f"{CHARTS} --sample_slices [:1] --response_choices a,b,a", "--response_choices has 'a' twice"),
         (f"{CHARTS} --sample_slices [:1] --response_choices a,,b", "--response_choices has an empty choice"),
         (f"{CHARTS} --sample_slices [:1] --response_choices '[1]'", "--response_choices is no JSON list"),
