@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vlmray.config.sampling import sampling_problems
+from vlmray.engines.forms import check_form
 from vlmray.errors import ContextLengthError, one_line
 from vlmray.schema import Completion, GenerationRequest
 
@@ -109,15 +110,18 @@ def check_request(request: GenerationRequest) -> None:
     """Check what can be checked of a request without a model.
 
     Raises:
-        ValueError: Sampling settings out of range, or not one image for each placeholder.
+        ValueError: Sampling settings out of range, a form that cannot be compiled, or not one image for each
+            placeholder.
     """
     for name, problem in sampling_problems(request):
         raise ValueError(f"{name} {problem}")
     if request.continue_final_message and request.add_generation_prompt:
         raise ValueError("continue_final_message needs add_generation_prompt to be false")
-    if request.form is not None and (request.min_new_tokens or request.ignore_eos):
-        name = "ignore_eos" if request.ignore_eos else "min_new_tokens"
-        raise ValueError(f"{name} goes on where the form of the answer lets it end")
+    if request.form is not None:
+        check_form(request.form)
+        for name in ("min_new_tokens", "ignore_eos"):
+            if getattr(request, name):
+                raise ValueError(f"{name} goes on where the form of the answer lets it end")
     contents = [message["content"] for message in request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     num_places = sum(part.get("type") in ("image", "image_url") for part in parts)

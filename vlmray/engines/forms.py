@@ -21,6 +21,13 @@ from vlmray.schema import Form
 
 _LAYOUT: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_OF_MEMBERS = ("items", "prefixItems", "additionalProperties")
+_OPEN = {
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "anyOf", "oneOf", "$ref", "if"
+}  # fmt: skip
+"""What says itself what else an object may have."""
+
 
 def read_form(config: SamplingConfig) -> Form | None:
     """Return what the options want answers to be.
@@ -43,6 +50,7 @@ def read_form(config: SamplingConfig) -> Form | None:
     return form
 
 
+@functools.lru_cache
 def check_form(form: Form) -> None:
     """Check that a form can be compiled.
 
@@ -69,18 +77,56 @@ def to_grammar(form: Form) -> str:
 
 
 def with_layout(schema: str) -> dict[str, Any]:
-    """Return a schema that says, to llguidance, how JSON is written."""
-    return {**json.loads(schema), "x-guidance": _LAYOUT}
+    """Return a schema that says, to llguidance, how JSON is written, and of objects what is left unsaid.
+
+    An object whose properties are listed has no others, unless the schema says that it may: whatever keeps
+    this keeps the schema, and a model does not go on with names of its own.
+    """
+    found = json.loads(schema)
+    # Parts of one object may list properties each.
+    found = found if '"allOf"' in schema else _closed(found)
+    return {**found, "x-guidance": _LAYOUT}
+
+
+def _closed(schema: Any, *, is_whole: bool = True) -> Any:
+    """Close the objects of a schema, or of one that is the whole of what is said of an object."""
+    if isinstance(schema, list):
+        return [_closed(each, is_whole=is_whole) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _NAMED and isinstance(value, dict):
+            value = {each: _closed(part) for each, part in value.items()}
+        elif name in _OF_MEMBERS:
+            value = _closed(value)
+        elif name in ("anyOf", "oneOf"):
+            value = _closed(value, is_whole="properties" not in schema)
+        found[name] = value
+    closes = is_whole and bool(schema.get("properties")) and not schema.keys() & _OPEN
+    return found | {"additionalProperties": False} if closes else found
 
 
 def keeps(form: Form, text: str) -> bool:
     """Tell whether a text is what was wanted."""
-    if form.schema is not None:
-        return parses(text) and _validator(form.schema).is_valid(json.loads(text))
-    if form.regex is not None:
-        matcher = LLMatcher(_bytes(), to_grammar(form), log_level=0)
-        return matcher.consume_tokens([*text.encode()]) and matcher.is_accepting()
-    return text in form.choices
+    if form.schema is None:
+        return _is_accepted(form, text)
+    if not parses(text):
+        return False
+    try:
+        return _validator(form.schema).is_valid(json.loads(text))
+    except Exception:  # it has a pattern that Python cannot read, or names what it cannot find
+        return _is_accepted(form, text)
+
+
+def _is_accepted(form: Form, text: str) -> bool:
+    matcher = _matcher(form).deep_copy()
+    return matcher.consume_tokens([*text.encode("utf-8", "replace")]) and matcher.is_accepting()
+
+
+@functools.lru_cache
+def _matcher(form: Form) -> LLMatcher:
+    return LLMatcher(_bytes(), to_grammar(form), log_level=0)
 
 
 def parses(text: str) -> bool:
@@ -105,7 +151,7 @@ def example_of(form: Form, most_bytes: int = 10_000) -> str:
     """
     check_form(form)
     tokenizer = _bytes()
-    matcher, written = LLMatcher(tokenizer, to_grammar(form), log_level=0), bytearray()
+    matcher, written = _matcher(form).deep_copy(), bytearray()
     while len(written) < most_bytes:
         allowed = {token for token, bias in enumerate(matcher.compute_logit_bias()) if bias}
         if tokenizer.eos_token in allowed:

@@ -305,7 +305,7 @@ def test_neither_torch_nor_a_tokenizer_is_loaded(tmp_path: Path) -> None:
     script = (
         "import sys, vlmray.inference.replica, vlmray.inference.plan, vlmray.inference.endpoint.checking\n"
         "from vlmray.engines import build_engine\n"
-        "from vlmray.schema import Form, GenerationRequest\n"
+        "from vlmray.schema import GenerationRequest\n"
         f"engine = build_engine(engine='openai', model_id={MODEL!r}, endpoint=sys.argv[1])\n"
         "message = {'role': 'user', 'content': [{'type': 'text', 'text': 'Why?'}]}\n"
         "(found,) = engine.generate([GenerationRequest(request_id='0', messages=[message])])\n"

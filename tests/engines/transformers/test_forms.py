@@ -117,3 +117,32 @@ def write_at_random(tokenizer: Any, grammars: Grammars, form: Form, generator: t
             return str(tokenizer.decode(ids, skip_special_tokens=True))
         assert matcher.consume_token(token)
         ids.append(token)
+
+
+PROPERTIES = {"properties": {"a": {"type": "null"}}, "required": ["a"]}
+OBJECT = {"type": "object", **PROPERTIES}
+AND_MORE = '{"a": null, "b": 1}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "is_allowed"),
+    [
+        (OBJECT, '{"a": null}', True),
+        (OBJECT, AND_MORE, False),
+        ({**OBJECT, "additionalProperties": {"type": "integer"}}, AND_MORE, True),
+        ({"type": "object"}, AND_MORE, True),
+        ({"type": "array", "items": OBJECT}, f"[{AND_MORE}]", False),
+        ({"anyOf": [OBJECT, {"type": "null"}]}, AND_MORE, False),
+        ({"$ref": "#/$defs/x", "$defs": {"x": OBJECT}}, AND_MORE, False),
+        ({"allOf": [OBJECT, {"type": "object", "properties": {"b": {"const": 1}}}]}, AND_MORE, True),
+        ({"type": "object", "properties": {"properties": OBJECT}}, f'{{"properties": {AND_MORE}}}', False),
+    ],
+    ids=str,
+)
+def test_an_object_has_the_fields_that_its_schema_lists(
+    processor: Any, schema: dict[str, Any], text: str, is_allowed: bool
+) -> None:
+    tokenizer = processor.tokenizer
+    matcher = Grammars(tokenizer, end_ids(tokenizer)).matcher(Form(schema=json.dumps(schema)))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (matcher.consume_tokens(ids) and matcher.is_accepting()) == is_allowed

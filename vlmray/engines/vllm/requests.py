@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from vlmray.engines.base import check_request, limit_answer
-from vlmray.engines.forms import check_form
 from vlmray.engines.rows import Row
 from vlmray.engines.transformers.batching import count_visual_tokens
 from vlmray.images.decoding import decode_image
@@ -68,8 +67,6 @@ class Opener:
         """Check a request, and make tokens of its prompt; whatever is wrong with it is raised."""
         request = row.request
         check_request(request)
-        if request.form is not None:
-            check_form(request.form)
         template = self._templates.get(request.adapter)
         prompt = self._prompts.render_request(request, template)
         row.prompt = self._prompts.readable(prompt)
