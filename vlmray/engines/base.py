@@ -45,6 +45,8 @@ class Engine(Protocol):
       images that do not match, an image the processor refuses, an unknown adapter, a row too large
       for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
       in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
+    * **A form is kept.** The answer to a request that has a `form` is of that form, however it is drawn,
+      unless it is cut (`finish_reason="length"`) or stopped by a text or token that the request names.
     * **A text is text.** Special tokens in a message's text are encoded as the characters they are written
       with; only the chat template writes turns and placeholders.
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of

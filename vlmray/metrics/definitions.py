@@ -242,8 +242,8 @@ def field_accuracy(prediction: str, answer: str) -> float:
 
 def _score_fields(predicted: Any, expected: Any, rule: str) -> Iterator[float]:
     if isinstance(expected, list):
-        found = predicted if isinstance(predicted, list) else []
-        pairs = zip_longest(found, expected, fillvalue=_MISSING)
+        members = predicted if isinstance(predicted, list) else []
+        pairs = zip_longest(members, expected, fillvalue=_MISSING)
         yield from (score for pair in pairs for score in _score_fields(*pair, rule))
     elif isinstance(expected, dict):
         rules = expected.get("$rules", {})
