@@ -52,6 +52,20 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What an answer has to be; one of the fields is given."""
+
+    schema: str | None = None
+    """JSON that keeps this JSON schema, which is written as JSON itself."""
+
+    choices: tuple[str, ...] = ()
+    """One of these texts."""
+
+    regex: str | None = None
+    """A text that this expression matches from its beginning to its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How an answer is drawn, and how long it may be."""
 
@@ -84,6 +98,9 @@ class Sampling:
     seed: int = 0
     """Seeds this request alone: a sampled text does not depend on the batch it was drawn in."""
 
+    form: Form | None = None
+    """What the answer has to be; it ends where it is that, or unfinished where it has no tokens left."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest(Sampling):
@@ -112,6 +129,9 @@ class GenerationRequest(Sampling):
 
     continue_final_message: bool = False
     """Whether the prompt ends within the last message, which the answer goes on with."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the answer may call, as OpenAI's API and chat templates write them."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the model's chat template, as far as it knows them."""
@@ -165,6 +185,12 @@ class Row(TypedDict, total=False):
     family: str | None
     prompt: str | None
     prediction: str | None
+    parsed: str | None
+    """The answer where JSON was asked for and it is that."""
+
+    keeps_form: bool | None
+    """Whether the answer is what was asked for; None where any text would do."""
+
     metric: str | None
     score: float | None
     num_prompt_tokens: int | None

@@ -50,7 +50,7 @@ def chat_way(engine_args: dict[str, Any], questions: Questions) -> tuple[float, 
 def ray_data_way(engine_args: dict[str, Any], questions: Questions) -> tuple[float, list[str]]:
     """Answer the whole list by Ray's own pipeline; return what it took above one row, and the texts.
 
-    Its engine is loaded while the pipeline runs: for one row, whose files are cold, for all, and for one again.
+    Its engine is loaded while the pipeline runs: for one row, with cold files, for all, and for one again.
     """
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig

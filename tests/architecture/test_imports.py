@@ -74,7 +74,7 @@ WITH_TORCH = {
     "engines.transformers.engine", "engines.transformers.attention", "engines.transformers.cache",
     "engines.transformers.linear", "engines.transformers.memory", "engines.transformers.sampling",
     "engines.transformers.in_flight", "engines.transformers.batching", "engines.transformers.forward",
-    "engines.transformers.settings",
+    "engines.transformers.settings", "engines.transformers.grammars",
     "engines.vllm.engine", "engines.vllm.requests", "engines.vllm.running", "engines.vllm.sampling",
     "engines.vllm.adapters", "engines.verifying",
     "finetune.artifacts", "finetune.checks",

@@ -1,7 +1,7 @@
 // Calls of clients for JavaScript, each in the client's own terms; see calls.py for what is given and printed.
 import { readFileSync } from "node:fs";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, streamText } from "ai";
+import { APICallError, generateObject, generateText, jsonSchema, streamText, tool } from "ai";
 import OpenAI from "openai";
 
 const given = JSON.parse(process.argv[3]);
@@ -23,6 +23,17 @@ function equals(found, expected) {
   if (JSON.stringify(found) !== JSON.stringify(expected)) {
     throw new Error(`${JSON.stringify(found)} instead of ${JSON.stringify(expected)}`);
   }
+}
+
+const SCHEMA = {
+  type: "object",
+  properties: { count: { type: "integer", minimum: 0, maximum: 99 } },
+  required: ["count"],
+  additionalProperties: false,
+};
+
+function counts(found) {
+  if (!(found.count >= 0 && found.count <= 99)) throw new Error(JSON.stringify(found));
 }
 
 async function raises(isIt, call, word = "") {
@@ -83,12 +94,32 @@ function openaiCalls() {
       );
       equals(await text(), given.answer);
     },
+    schema: async () => {
+      const json_schema = { name: "count", schema: SCHEMA, strict: true };
+      const parsed = await client.chat.completions.parse({
+        model: given.model,
+        messages: ASKED,
+        response_format: { type: "json_schema", json_schema },
+      });
+      counts(JSON.parse(parsed.choices[0].message.content));
+    },
+    function: async () => {
+      const tools = [{ type: "function", function: { name: "count", parameters: SCHEMA } }];
+      const [call] = (await ask({ tools, tool_choice: "required" })).choices[0].message.tool_calls;
+      counts(JSON.parse(call.function.arguments));
+    },
     many: async () => equals(await Promise.all(Array.from({ length: 16 }, () => text())), Array(16).fill(given.answer)),
   };
 }
 
 function aiSdkCalls() {
-  const provider = (apiKey) => createOpenAICompatible({ name: "vlmray", baseURL: given.base_url, apiKey });
+  const provider = (apiKey) =>
+    createOpenAICompatible({
+      name: "vlmray",
+      baseURL: given.base_url,
+      apiKey,
+      supportsStructuredOutputs: true,
+    });
   const messages = [
     {
       role: "user",
@@ -122,6 +153,12 @@ function aiSdkCalls() {
       await raises(failed(400), () => ask(long), "context_length_exceeded");
       await raises(failed(404), () => ask({}, "nobody"), "nobody");
       await raises(failed(401), () => ask({}, given.model, "wrong"));
+    },
+    schema: async () => counts((await generateObject(asking({ schema: jsonSchema(SCHEMA) }))).object),
+    function: async () => {
+      const tools = { count: tool({ inputSchema: jsonSchema(SCHEMA) }) };
+      const [call] = (await ask({ tools, toolChoice: "required" })).toolCalls;
+      counts(call.input);
     },
     many: async () => {
       const found = await Promise.all(Array.from({ length: 16 }, () => ask()));

@@ -48,6 +48,23 @@ def raises(kind: type[Exception], call: Callable[[], object], *words: str) -> No
     assert not missing, f"{missing} not in: {said}"
 
 
+def count_model() -> Any:
+    """What answers of a form are parsed as."""
+    from pydantic import BaseModel, Field
+
+    class Count(BaseModel):
+        """How many there are."""
+
+        count: int = Field(ge=0, le=99)
+
+    return Count
+
+
+def counts(found: Any) -> None:
+    """An answer was parsed."""
+    assert 0 <= found.count <= 99, found
+
+
 def equals(found: object, expected: object) -> None:
     assert found == expected, f"{found!r} instead of {expected!r}"
 
@@ -104,7 +121,34 @@ def openai_calls() -> Calls:
     return {
         "image": lambda: equals(text(), given.answer), "stream": stream, "turns": turns, "options": options,
         "models": models, "errors": lambda: openai_errors(client), "leaving": leaves, "many": many,
+        **openai_forms(client),
     }  # fmt: skip
+
+
+def openai_forms(client: Any) -> Calls:
+    import openai
+
+    asked = {"model": given.model, "messages": ASKED}
+
+    def schema() -> None:
+        wanted = {**asked, "response_format": count_model()}
+        counts(client.chat.completions.parse(**wanted).choices[0].message.parsed)
+        with client.chat.completions.stream(**wanted) as stream:
+            counts(stream.get_final_completion().choices[0].message.parsed)
+
+    def function() -> None:
+        tool = openai.pydantic_function_tool(count_model(), name="count")
+        answer = client.chat.completions.parse(**asked, tools=[tool], tool_choice="required")
+        (call,) = answer.choices[0].message.tool_calls
+        counts(call.function.parsed_arguments)
+        called = {"name": call.function.name, "arguments": call.function.arguments}
+        turns = [
+            {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": called}]},
+            {"role": "tool", "tool_call_id": call.id, "content": "noted"},
+        ]
+        assert client.chat.completions.create(model=given.model, messages=[*ASKED, *turns])
+
+    return {"schema": schema, "function": function}
 
 
 def openai_errors(client: Any) -> None:
@@ -160,9 +204,12 @@ def litellm_calls() -> Calls:
 
         equals(asyncio.run(all_at_once()), [given.answer] * 16)
 
+    def schema() -> None:
+        counts(count_model().model_validate_json(text(response_format=count_model())))
+
     return {
         "image": lambda: equals(text(), given.answer), "stream": stream, "turns": lambda: text(TURNS),
-        "options": options, "errors": errors, "many": many,
+        "options": options, "errors": errors, "many": many, "schema": schema,
     }  # fmt: skip
 
 
@@ -195,6 +242,10 @@ def langchain_calls() -> Calls:
     return {
         "image": lambda: equals(chat().invoke(ASKED).content, given.answer), "stream": stream,
         "turns": lambda: chat().invoke(TURNS), "options": options, "errors": errors, "many": many,
+        "schema": lambda: counts(chat().with_structured_output(count_model()).invoke(ASKED)),
+        "function": lambda: counts(
+            chat().with_structured_output(count_model(), method="function_calling").invoke(ASKED)
+        ),
     }  # fmt: skip
 
 
@@ -249,16 +300,13 @@ def llama_index_calls() -> Calls:
 
 
 def pydantic_ai_calls() -> Calls:
-    from pydantic import BaseModel
-    from pydantic_ai import Agent, BinaryContent, PromptedOutput
+    from pydantic_ai import Agent, BinaryContent, NativeOutput, PromptedOutput
     from pydantic_ai.exceptions import ModelHTTPError
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.profiles.openai import OpenAIModelProfile
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    class Count(BaseModel):
-        count: int
-
+    Count = count_model()
     asked = [BinaryContent(PICTURE, media_type="image/png"), given.question]
 
     def agent(model: str = given.model, key: str = KEY, **options: Any) -> Any:
@@ -279,7 +327,6 @@ def pydantic_ai_calls() -> Calls:
         raises(ModelHTTPError, lambda: agent().run_sync(LONG), "400", "context_length_exceeded")
         raises(ModelHTTPError, lambda: agent(model="nobody").run_sync(asked), "404")
         raises(ModelHTTPError, lambda: agent(key="wrong").run_sync(asked), "401")
-        raises(ModelHTTPError, lambda: agent(output_type=Count).run_sync(asked), "400", "tool_choice")
 
     def stream() -> None:
         async def pieces() -> list[str]:
@@ -297,6 +344,8 @@ def pydantic_ai_calls() -> Calls:
     return {
         "image": lambda: equals(agent().run_sync(asked).output, given.answer), "stream": stream,
         "turns": turns, "options": options, "errors": errors,
+        "schema": lambda: counts(agent(output_type=NativeOutput(Count)).run_sync(asked).output),
+        "function": lambda: counts(agent(output_type=Count).run_sync(asked).output),
     }  # fmt: skip
 
 
@@ -304,25 +353,25 @@ def instructor_calls() -> Calls:
     import instructor
     import openai
     from instructor.exceptions import InstructorError
-    from pydantic import BaseModel
 
-    class Count(BaseModel):
-        count: int
-
+    Count = count_model()
     client = openai.OpenAI(base_url=given.base_url, api_key=KEY, max_retries=0)
 
-    def ask(mode: instructor.Mode) -> Count:
+    def ask(mode: instructor.Mode, model: str = given.model) -> Any:
         asking = instructor.from_openai(client, mode=mode)
-        return asking.create(model=given.model, response_model=Count, messages=ASKED, max_retries=0)
+        return asking.create(model=model, response_model=Count, messages=ASKED, max_retries=0)
 
     def errors() -> None:
-        refused = (openai.BadRequestError, InstructorError)
-        raises(refused, lambda: ask(instructor.Mode.TOOLS), "tool")
-        raises(refused, lambda: ask(instructor.Mode.JSON_SCHEMA), "response_format")
+        refused = (openai.NotFoundError, InstructorError)
+        raises(refused, lambda: ask(instructor.Mode.TOOLS, "nobody"), "nobody")
 
     if given.structured:
         return {"prompted JSON": lambda: equals(ask(instructor.Mode.MD_JSON).count, 4)}
-    return {"errors": errors}
+    return {
+        "errors": errors,
+        "schema": lambda: counts(ask(instructor.Mode.JSON_SCHEMA)),
+        "function": lambda: counts(ask(instructor.Mode.TOOLS)),
+    }
 
 
 CLIENTS: dict[str, Callable[[], Calls]] = {

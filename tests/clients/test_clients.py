@@ -33,7 +33,8 @@ JAVASCRIPT = ["openai (JavaScript)", "AI SDK"]
 STRUCTURED = ["instructor", "pydantic-ai"]
 JSON = 'fake?answer={"count":4}'
 MODELS = {"builtin": "transformers", JSON: "fake"}
-CALLS = ["image", "stream", "turns", "options", "models", "errors", "leaving", "many", "prompted JSON"]
+CALLS = ["image", "stream", "turns", "options", "models", "errors", "leaving", "many", "schema", "function",
+         "prompted JSON"]  # fmt: skip
 
 seen: dict[str, dict[str, str]] = defaultdict(dict)
 

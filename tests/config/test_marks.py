@@ -64,7 +64,8 @@ SAMPLING = {
     "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens"
 }  # fmt: skip
 LATER = SAMPLING | {
-    "endpoint", "engine_options", "max_model_len", "train_on", "chat_template", "chat_template_kwargs"
+    "endpoint", "engine_options", "max_model_len", "train_on", "chat_template", "chat_template_kwargs",
+    "response_choices", "response_regex",
 }  # fmt: skip
 STEPS = {
     "sample_slices", "max_turns", "max_length", "use_peft", "lora_r", "lora_alpha", "lora_dropout",

@@ -61,6 +61,19 @@ CHARTS = f"{FAKE} --dataset_name charts"
             f"{CHARTS} --sample_slices [:1] --chat_template_kwargs 1",
             "--chat_template_kwargs must be a mapping",
         ),
+        (f"{CHARTS} --sample_slices [:1] --response_schema no.json", "--response_schema no.json: No such"),
+        (f"{CHARTS} --sample_slices [:1] --response_choices a,b,a", "--response_choices has 'a' twice"),
+        (f"{CHARTS} --sample_slices [:1] --response_choices a,,b", "--response_choices has an empty choice"),
+        (f"{CHARTS} --sample_slices [:1] --response_choices '[1]'", "--response_choices is no JSON list"),
+        (
+            f"{CHARTS} --sample_slices [:1] --response_choices a,b --response_regex x",
+            "--response_regex is one form of answers, and --response_choices another",
+        ),
+        (f"{CHARTS} --sample_slices [:1] --response_regex '('", "--response_regex: the form of the answer"),
+        (
+            f"{CHARTS} --sample_slices [:1] --response_regex a --min_new_tokens 2",
+            "--min_new_tokens goes on where --response_regex lets an answer end",
+        ),
         (f"{CHARTS} --sample_slices [:1] --system_column family", "is for rows that bring a conversation"),
         ("--dataset_name charts --sample_slices [:1]", "builtin"),
     ],
@@ -92,18 +105,23 @@ def wrong_files(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> dict[st
     from vlmray.builtin.random_models import build_tiny_random_model
     from vlmray.engines.fake import build_tiny_random_adapter
 
+    (tmp_path / "schema.json").write_text('{"type": "array", "uniqueItems": true}')
+    (tmp_path / "list.json").write_text("[]")
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 this is not Parquet PAR1")
     (tmp_path / "empty").mkdir()
     shutil.copy(tiny_model / "config.json", tmp_path / "empty")
     other = build_tiny_random_model(tmp_path / "other", hidden_size=64)
     adapter = build_tiny_random_adapter(tmp_path / "adapter", other)
-    return {"corrupt": tmp_path / "corrupt.parquet", "no_weights": tmp_path / "empty", "adapter": adapter}
+    return {"corrupt": tmp_path / "corrupt.parquet", "no_weights": tmp_path / "empty", "adapter": adapter,
+            "schema": tmp_path / "schema.json", "list": tmp_path / "list.json"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (f"{FAKE} --dataset_name {{corrupt}}", "--dataset_name"),
+        (f"{CHARTS} --response_schema {{schema}}", "cannot be compiled: Unimplemented keys"),
+        (f"{CHARTS} --response_schema {{list}}", "holds no JSON object, and a JSON schema is one"),
         ("--dataset_name charts --model_id {no_weights}", "safetensors"),
         ("--dataset_name charts --model_id tiny-random --adapter {adapter}", "does not fit --model_id"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from vlmray.engines.base import Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.engines.transformers.in_flight import Prepared
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, Form, GenerationRequest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(56, 84), (120, 200), (200, 96), (300, 180), (90, 90)]
@@ -28,6 +29,20 @@ QUESTIONS = [
     "Which color is highest?",
     "Yes or no?",
 ]
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "values": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 2},
+        "kind": {"enum": ["ä \"bar\"", "pie"]},
+    },
+    "required": ["name", "values", "kind"],
+    "additionalProperties": False,
+}  # fmt: skip
+JSON = Form(schema=json.dumps(_SCHEMA))
+CHOICES = Form(choices=("yes", "no", "Straße, 5"))
+REGEX = Form(regex="-?[0-9]{1,3}(%|€)")
 
 
 def make_image(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -51,6 +66,13 @@ def make_request(number: int, num_images: int = 1, **options: Any) -> Generation
 def make_mixed_requests(count: int = 18, **options: Any) -> list[GenerationRequest]:
     """Text-only, one-image and two-image rows of several sizes, in turn."""
     return [make_request(number, number % 3, **options) for number in range(count)]
+
+
+def make_formed_requests(**options: Any) -> list[GenerationRequest]:
+    """Mixed rows of every form, and of none, in turn."""
+    forms = [JSON, None, CHOICES, REGEX, None]
+    requests = make_mixed_requests(20, **options)
+    return [dataclasses.replace(each, form=forms[place % 5]) for place, each in enumerate(requests)]
 
 
 def generate_alone(model: Any, processor: Any, request: GenerationRequest) -> str:

@@ -318,3 +318,14 @@ def test_page_says_whose_work_the_overlap_is() -> None:
     assert "Only the work of this run is shown: 2 rows are from an earlier one." in read_text(built)
     for timeline in (None, Timeline(), make_timeline(Span("read", 0.0, 1.0))):
         assert "Overlap" not in read_text(Report(title="T", summary=resumed, timeline=timeline))
+
+
+def test_a_report_says_how_many_answers_keep_their_form() -> None:
+    kept = {"keeps_form": True, "parsed": "{}"}
+    rows = [make_row(0, **kept), make_row(1, **kept), make_row(2, keeps_form=False, parsed="[]")]
+    rows += [make_row(3, keeps_form=False, parsed=None), make_row(4, error="x"), make_row(5)]
+    summary = summarize(rows, metric=None, elapsed_s=1.0)
+    assert (summary.num_formed, summary.num_keep_form, summary.num_parsed) == (4, 2, 3)
+    assert "2 of 4 answers keep the form asked for; 3 parse as JSON" in report.format_table(summary)
+    plain = summarize([make_row(0)], metric=None, elapsed_s=1.0)
+    assert "form asked for" not in report.format_table(plain)

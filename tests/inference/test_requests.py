@@ -101,6 +101,33 @@ def test_what_a_request_says_of_its_answer_counts(tmp_path: Path) -> None:
     assert (plain.max_new_tokens, plain.temperature, plain.seed) == (99, 0.1, 5)
 
 
+def test_requests_have_forms_of_their_own_and_calls_are_written_as_calls(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    function = {"name": "add", "parameters": schema}
+    fields: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+        {},
+    ]
+    path = tmp_path / "batch.jsonl"
+    lines = [line_of(number, body=body_of(number, **each)) for number, each in enumerate(fields)]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    run = _plan(path, response_regex="[a-z]{3}")
+    _answer(run, 4)
+    write_output(run)
+    bodies = [json.loads(line)["response"]["body"] for line in (tmp_path / "out/batch_output.jsonl").open()]
+    (formed, chosen, called, plain) = (body["choices"][0] for body in bodies)
+    assert json.loads(formed["message"]["content"]) == {"a": 0}
+    assert chosen["message"]["content"] in ("yes", "no")
+    assert (called["message"]["content"], called["finish_reason"]) == (None, "tool_calls")
+    assert called["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": -0}'}
+    assert len(plain["message"]["content"]) == 3  # as the option has it
+    rows = run.folder.rows(["parsed", "keeps_form"])
+    assert [row["keeps_form"] for row in rows] == [True] * 4
+    assert [row["parsed"] is not None for row in rows] == [True, False, True, False]
+
+
 def test_a_request_asks_for_the_base_or_the_adapter(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
     for name, adapter in (("fake", None), ("mine", "adapter"), ("runs/mine", "adapter")):

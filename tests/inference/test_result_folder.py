@@ -352,6 +352,21 @@ def test_the_parts_are_plain_parquet(tmp_path: Path) -> None:
     assert pa.types.is_list(table.schema.field("answers").type)
 
 
+def test_a_folder_from_before_there_were_forms_is_read(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    save(folder, row_of(0))
+    (part,) = (tmp_path / "predictions").iterdir()
+    pq.write_table(pq.read_table(part).drop_columns(["parsed", "keeps_form"]), part)
+    old = json.loads((out := tmp_path / "test-000000_out.json").read_text())
+    out.write_text(json.dumps({name: old[name] for name in old if name not in ("parsed", "keeps_form")}))
+    save(folder, row_of(1))
+    for each in (folder, open_folder(tmp_path)):
+        table = each.read_results()
+        assert table.schema.remove_metadata() == RESULT_SCHEMA
+        assert table["parsed"].to_pylist() == [None, None]
+    assert resume(folder, range(2)) == []
+
+
 def test_a_run_that_ended_before_its_first_result_binds_nobody(tmp_path: Path) -> None:
     ResultFolder.open(str(tmp_path), {"model_id": "a"})
     (tmp_path / "test-000000_in.json").write_text("{}")  # died between this file and the answer

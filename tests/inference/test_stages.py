@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,13 @@ from vlmray.inference.result_folder import ABSENT, RESULT_SCHEMA, ResultFolder
 from vlmray.inference.stages import (
     Task,
     generate_rows,
+    make_requests,
     prepare_rows,
     process_single_sample,
     save_rows,
     score_row,
 )
-from vlmray.schema import Completion, GenerationRequest, Sample
+from vlmray.schema import Completion, Form, GenerationRequest, Sample
 
 
 def _some(image: Any) -> tuple[Any, ...]:
@@ -239,6 +241,16 @@ def test_a_single_sample_has_all_columns(question: str, image: bytes | None) -> 
     assert (row["prediction"] is None) == (row["error"] is not None) == (row["finish_reason"] == "error")
 
 
+@pytest.mark.parametrize("rules", ['"0,01"', "[1]", '{"a": "nearly"}'])
+def test_an_answer_that_no_rule_can_score_is_an_error_of_its_row(rules: str) -> None:
+    task = dataclasses.replace(TASK, metric="field_accuracy")
+    sample = Sample(sample_id="x", question="Why?", answers=(f'{{"a": 1, "$rules": {rules}}}',))
+    row = process_single_sample(sample, FakeEngine.from_model_id('fake?answer={"a":2}'), task)
+    assert (row["finish_reason"], row["prediction"], row["score"]) == ("error", None, None)
+    assert row["error"] is not None
+    assert row["error"].startswith("the row's answers cannot be scored: ")
+
+
 def test_a_single_sample_is_saved(tmp_path: Path) -> None:
     folder = ResultFolder.open(str(tmp_path), {})
     sample = Sample(
@@ -313,3 +325,35 @@ def test_one_broken_image_of_several_fails_its_row() -> None:
     sample = Sample(sample_id="test-000000", question="Why?", images=(make_image(1), b"broken"))
     row = process_single_sample(sample, FakeEngine(), TASK)
     assert "cannot identify image" in row["error"]
+
+
+OBJECT = Form(schema='{"type": "object", "required": ["a"]}')
+
+
+@pytest.mark.parametrize(
+    ("form", "prediction", "parsed", "keeps_form"),
+    [
+        (OBJECT, '{"a": 1}', '{"a": 1}', True),
+        (OBJECT, "{}", "{}", False),
+        (OBJECT, '{"a": "cut', None, False),
+        (OBJECT, '{"a": NaN}', None, False),
+        (Form(choices=("1", "2")), "1", None, True),
+        (Form(choices=("1", "2")), "12", None, False),
+        (Form(regex="[0-9]+"), "12", None, True),
+        (Form(regex="[0-9]+"), "12 km", None, False),
+        (None, '{"a": 1}', None, None),
+    ],
+)
+def test_what_parses_and_what_is_of_the_form_asked_for_is_noted(
+    form: Form | None, prediction: str, parsed: str | None, keeps_form: bool | None
+) -> None:
+    task = dataclasses.replace(TASK, form=form)
+    row = score_row(_prepared(make_image(), task=task) | {"prediction": prediction}, task)
+    assert (row["parsed"], row["keeps_form"]) == (parsed, keeps_form)
+
+
+def test_a_request_has_a_form_of_its_own() -> None:
+    task = dataclasses.replace(TASK, form=Form(regex="x"))
+    own = {"form": {"schema": None, "choices": ["a", "b"], "regex": None}}
+    rows = [_prepared(make_image(), task=task), _prepared(make_image(), task=task, settings=own)]
+    assert [each.form for each in make_requests(rows, task)] == [task.form, Form(choices=("a", "b"))]

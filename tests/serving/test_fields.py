@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from helpers.gateways import MODEL, Backend, ask, data_uri, png, post, says, serving, user
-from vlmray.schema import GenerationRequest
+from vlmray.schema import Form, GenerationRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_uri(png())}}
 TEXT = {"type": "text", "text": "How many?"}
@@ -40,6 +40,16 @@ def asked(url: str, backend: Backend, body: dict[str, Any]) -> GenerationRequest
         ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
         ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"},
          {"chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "low"}}),
+        ({"response_format": {"type": "json_object"}}, {"form": Form(schema='{"type": "object"}')}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"title": "é"}}}},
+         {"form": Form(schema='{"title": "é"}')}),
+        ({"structured_outputs": {"json": {"type": "null"}, "regex": None}},
+         {"form": Form(schema='{"type": "null"}')}),
+        ({"structured_outputs": {"json": '{"type": "null"}'}}, {"form": Form(schema='{"type": "null"}')}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"form": Form(choices=("a", "b"))}),
+        ({"structured_outputs": {"regex": "a+"}, "response_format": {"type": "text"}},
+         {"form": Form(regex="a+")}),
+        ({"structured_outputs": {}, "response_format": None}, {"form": None}),
     ],
 )  # fmt: skip
 def test_fields_are_what_the_engine_is_asked(
@@ -59,8 +69,9 @@ def test_a_client_sends_them_beside_its_own(client: openai.OpenAI, backend: Back
 
 REFUSED: dict[str, Any] = {
     "guided_json": {"type": "object"}, "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": "x",
-    "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}, "regex": "a",
-    "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
+    "structured_outputs": {"grammar": "a"}, "regex": "a",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
     "functions": [{"name": "f"}], "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 1,
     "logit_bias": {"5": 1}, "bad_words": ["a"], "allowed_token_ids": [1], "best_of": 2,
     "use_beam_search": True, "length_penalty": 2.0, "early_stopping": True, "chat_template": "{{ x }}",
@@ -115,6 +126,28 @@ def test_what_changes_nothing_is_taken(url: str, backend: Backend) -> None:
         ({"chat_template_kwargs": {"a": "x" * 20_000}}, "chat_template_kwargs", "longer than"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object, got a list"),
         ({"max_tokens": 10**400}, "max_tokens", ""),
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "'json_schema', got 'grammar'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "and no json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format", "has type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "is missing",
+        ),
+        ({"response_format": "json"}, "response_format", "an object"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]", "at least 1"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "is no JSON"),
+        ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs", "several forms"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "is one form of the answer",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens", "goes on where the form"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": "any", "tools": []}, "tool_choice", "is 'any'; expected none, auto, required"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "match"),
         ({"temperature": 3}, "temperature", "should be less than or equal to 2, got 3"),
     ],
 )
@@ -129,6 +162,7 @@ def part(kind: str, **fields: Any) -> dict[str, Any]:
     return user([TEXT, {"type": kind, **fields}])
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 URL = {"url": data_uri(png())}
 PLACE = "messages[0].content[1]"
 CONTENT = "messages[0].content"
@@ -152,7 +186,7 @@ NOT_TAKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "a part that is a text": (user([TEXT, "x"]), PLACE, "is 'x'; expected an object"),
     "text null": (part("text", text=None), f"{PLACE}.text", "got null"),
     "text a number": (part("text", text=5), f"{PLACE}.text", "a string, got 5"),
-    "role tool": (says("tool", "x"), "messages[0].role", "'assistant', got 'tool'"),
+    "role": (says("function", "x"), "messages[0].role", "'tool', got 'function'"),
     "no role": ({"model": MODEL, "messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
     "content a number": (user(3), CONTENT, "is 3; expected a text, or a list of parts"),
     "content an object": (user({"text": "x"}), CONTENT, "is an object; expected a text"),
@@ -166,8 +200,8 @@ NOT_TAKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "0 messages": ({"model": MODEL, "messages": []}, "messages", "at least 1"),
     "model a number": ({**user("x"), "model": 5}, "model", "model should be a string, got 5"),
     "tool_calls": (
-        {"model": MODEL, "messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
-        "messages[0]", "has tool_calls, which is not supported",
+        {"model": MODEL, "messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+        "messages[0]", "has tool_calls; only assistant messages may",
     ),
     "a local path": (part("image_url", image_url={"url": "a.png"}), f"{PLACE}.image_url", "data URI"),
     "no image": (part("image_url", image_url={"url": "data:,x"}), f"{PLACE}.image_url", "cannot read"),

@@ -15,6 +15,7 @@ from helpers.adapters import MIXING, build_adapter
 from helpers.engines import (
     check_that_leavers_leave,
     generate_alone,
+    make_formed_requests,
     make_image,
     make_mixed_requests,
     make_request,
@@ -28,7 +29,7 @@ from vlmray.engines import check_engine
 from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.errors import OptionError
-from vlmray.schema import GenerationRequest
+from vlmray.schema import Form, GenerationRequest
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,15 @@ def test_all_of_a_completion_is_that_of_transformers(engine: Engine, other: Engi
     expected = other.generate(requests)
     assert engine.generate(requests) == expected
     assert {completion.finish_reason for completion in expected} == {"stop", "length"}
+
+
+def test_answers_keep_the_same_forms_as_those_of_transformers(engine: Engine, other: Engine) -> None:
+    requests = make_formed_requests(max_new_tokens=60)
+    expected = other.generate(requests)
+    assert engine.generate(requests) == expected
+    bad = make_request(0, form=Form(regex="("))
+    assert engine.generate([bad]) == other.generate([bad])
+    assert engine.check(bad) == other.check(bad)
 
 
 def test_special_tokens_in_a_text_are_characters(engine: Engine, other: Engine) -> None:

@@ -75,7 +75,7 @@ def describe_samples(
         "prompt": {
             "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
             "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
-            **_worded(config),
+            **_worded(config), **_formed(run),
         },
     }  # fmt: skip
 
@@ -84,6 +84,12 @@ def _worded(config: BenchmarkConfig) -> dict[str, Any]:
     """Return how prompts were worded, as far as that was said."""
     wording = {"chat_template_kwargs": config.chat_template_kwargs, **template_fingerprint(config)}
     return {name: value for name, value in wording.items() if value}
+
+
+def _formed(run: InferenceRun) -> dict[str, Any]:
+    """Return what answers had to be, where they had to be something."""
+    form = run.task.form
+    return {} if form is None else {"form": form.schema or form.regex or list(form.choices)}
 
 
 def _drawn(config: BenchmarkConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,10 +43,48 @@ class SamplingConfig(Options):
     min_new_tokens: int | None = option(None, affects="result")
     """Tokens to generate per answer, at least; default: 0."""
 
+    response_schema: str | None = option(None, affects="derived")
+    """File of a JSON schema: every answer is JSON that keeps it."""
+
+    response_choices: str | None = option(None, affects="result")
+    """Every answer is one of these texts: 'yes,no', or as JSON where a text holds a comma: '["1,5", "2"]'."""
+
+    response_regex: str | None = option(None, affects="result")
+    """Every answer is a text that this regular expression matches as a whole, in the syntax of Rust's regex:
+    '[0-9]+%?'."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, problem in sampling_problems(self):
             raise OptionError(name, problem)
+        given = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(given[1], f"is one form of answers, and --{given[0]} another", "pass one")
+        if given and self.min_new_tokens:
+            raise OptionError(
+                "min_new_tokens", f"goes on where --{given[0]} lets an answer end", "leave it out"
+            )
+        self.choices()
+
+    def choices(self) -> tuple[str, ...]:
+        """Return the texts of which every answer is to be one; none where it may be another."""
+        text = self.response_choices
+        if text is None:
+            return ()
+        try:
+            found = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+            choices = tuple(choice.strip() for choice in found)
+        except (ValueError, AttributeError) as error:
+            raise OptionError("response_choices", f"is no JSON list of texts: {text}") from error
+        repeated = [choice for choice in choices if choices.count(choice) > 1]
+        if "" in choices or not choices:
+            raise OptionError("response_choices", f"has an empty choice: {text!r}")
+        if repeated:
+            raise OptionError("response_choices", f"has {repeated[0]!r} twice")
+        return choices
+
+
+_FORMS = ("response_schema", "response_choices", "response_regex")
 
 
 _BOUNDS: dict[str, tuple[str, float, float]] = {

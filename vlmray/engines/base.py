@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from vlmray.config.sampling import sampling_problems
+from vlmray.engines.forms import check_form
 from vlmray.errors import ContextLengthError, one_line
 from vlmray.schema import Completion, GenerationRequest
 
@@ -44,6 +45,8 @@ class Engine(Protocol):
       images that do not match, an image the processor refuses, an unknown adapter, a row too large
       for the memory) becomes a completion with `finish_reason="error"`, an empty text and the reason
       in `error`; its neighbours are answered as if it were not there. Only a broken engine raises.
+    * **A form is kept.** The answer to a request that has a `form` is of that form, however it is drawn,
+      unless it is cut (`finish_reason="length"`) or stopped by a text or token that the request names.
     * **A text is text.** Special tokens in a message's text are encoded as the characters they are written
       with; only the chat template writes turns and placeholders.
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
@@ -109,12 +112,18 @@ def check_request(request: GenerationRequest) -> None:
     """Check what can be checked of a request without a model.
 
     Raises:
-        ValueError: Sampling settings out of range, or not one image for each placeholder.
+        ValueError: Sampling settings out of range, a form that cannot be compiled, or not one image for each
+            placeholder.
     """
     for name, problem in sampling_problems(request):
         raise ValueError(f"{name} {problem}")
     if request.continue_final_message and request.add_generation_prompt:
         raise ValueError("continue_final_message needs add_generation_prompt to be false")
+    if request.form is not None:
+        check_form(request.form)
+        for name in ("min_new_tokens", "ignore_eos"):
+            if getattr(request, name):
+                raise ValueError(f"{name} goes on where the form of the answer lets it end")
     contents = [message["content"] for message in request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     num_places = sum(part.get("type") in ("image", "image_url") for part in parts)

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
+from vlmray.engines.forms import example_of, keeps
 from vlmray.errors import OptionError
 from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
@@ -72,7 +73,8 @@ class FakeEngine:
 
     By default a text depends on the question, the pixels and the adapter, so an answer at another
     request's place shows. It is made from an id with parameters, so that it passes through
-    configurations and into other processes like any model: `fake?latency_s=0.01&error_every=7`.
+    configurations and into other processes like any model: `fake?latency_s=0.01&error_every=7`. Where a form
+    is asked for that this text has not, it is a short text of that form.
 
     Args:
         answer: Say this to everything.
@@ -213,9 +215,12 @@ class FakeEngine:
                 raise RuntimeError("the fake engine was told to fail on this request (error_every)")
             prompt = _plain_prompt(request)
             limit = limit_answer(request, len(prompt.split()), self.max_model_len)
+            text = self.answer or f"fake {_digest(request, prompt)}"
+            if request.form is not None and not keeps(request.form, text):
+                text = example_of(request.form)
         except (RuntimeError, ValueError) as error:
             return failed_completion(error)
-        words = (self.answer or f"fake {_digest(request, prompt)}").split()
+        words = text.split()
         kept = words[:limit]
         return Completion(
             text=" ".join(kept),

@@ -14,6 +14,10 @@ _NOT_FINITE = (
     "the model's scores for the next token are not finite (NaN or infinity); look for such values in the "
     "weights of model and adapter, or try --dtype float32"
 )
+_NOTHING_LEFT = (
+    "the model's scores for the next token are not finite (NaN or infinity), or the model's generation "
+    "config suppresses all that the form of the answer allows"
+)
 
 
 @dataclass(slots=True)
@@ -85,7 +89,8 @@ def read_token(rows: Sequence[Row], listener: Listener, index: int, token_id: in
     if listener.end_if_cancelled(row):
         return True
     if token_id is None:
-        listener.end(row, failed_completion(FloatingPointError(_NOT_FINITE), prompt=row.prompt))
+        reason = _NOT_FINITE if row.request.form is None else _NOTHING_LEFT
+        listener.end(row, failed_completion(FloatingPointError(reason), prompt=row.prompt))
         return True
     answer = row.answer
     assert answer is not None

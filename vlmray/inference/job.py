@@ -39,7 +39,10 @@ from vlmray.schema import Row
 _REPLICA = "_Replica"
 """What its actors are called, by Ray too."""
 
-_SUMMARY_COLUMNS = ("sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens")
+_SUMMARY_COLUMNS = (
+    "sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens", "parsed",
+    "keeps_form",
+)  # fmt: skip
 
 
 def run_inference(run: InferenceRun) -> Summary:

@@ -21,6 +21,7 @@ from vlmray.dataset.sources import Source
 from vlmray.engines import check_engine
 from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
+from vlmray.engines.forms import read_form
 from vlmray.errors import RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
 from vlmray.inference.stages import ADAPTER, Task
@@ -67,6 +68,7 @@ def plan_inference(
             **options_that_affect(config, "result"),
             **model.fingerprints,
             **template_fingerprint(config),
+            "response_schema": task.form and task.form.schema,
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),
         },
@@ -175,6 +177,7 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         metric=spec.metric,
         chat_template_kwargs=config.chat_template_kwargs or {},
         models=_names_of_models(config) if spec.form == "request" else {},
+        form=read_form(config),
         **sampling_of(config),
     )
 

@@ -52,6 +52,7 @@ def format_table(summary: Summary) -> str:
         f"{summary.num_rows:,} rows in{resumed} = {summary.num_answered:,} answered"
         f" + {summary.num_failed:,} failed"
     )
+    lines += [f"{fact.value} {fact.label}; {fact.note}" for fact in _form_facts(summary)]
     lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _rate_facts(summary)))
     if summary.usage:
         lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _usage_facts(summary.usage)))
@@ -80,6 +81,7 @@ def render_html(report: Report) -> str:
             headline=_headline(summary),
             facts=(
                 *_count_facts(summary),
+                *_form_facts(summary),
                 *_rate_facts(summary),
                 *(_usage_facts(summary.usage) if summary.usage else ()),
             ),
@@ -185,6 +187,13 @@ def _count_facts(summary: Summary) -> list[Fact]:
         Fact("answered", f"{summary.num_answered:,}"),
         Fact("failed", f"{summary.num_failed:,}"),
     ]
+
+
+def _form_facts(summary: Summary) -> list[Fact]:
+    if not summary.num_formed:
+        return []
+    label = f"of {summary.num_formed:,} answers keep the form asked for"
+    return [Fact(label, f"{summary.num_keep_form:,}", f"{summary.num_parsed:,} parse as JSON")]
 
 
 def _rate_facts(summary: Summary) -> list[Fact]:

@@ -51,6 +51,8 @@ RESULT_SCHEMA = pa.schema(
         "family": pa.string(),
         "prompt": pa.string(),
         "prediction": pa.string(),
+        "parsed": pa.string(),
+        "keeps_form": pa.bool_(),
         "metric": pa.string(),
         "score": pa.float64(),
         "num_prompt_tokens": pa.int32(),
@@ -59,7 +61,7 @@ RESULT_SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
-"""Columns of a result row, in `_out.json` and in Parquet alike."""
+"""Columns of a result row, in `_out.json` and in Parquet alike; an older folder lacks those of forms."""
 
 _PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
 _GROUP_SIZE = 1000
@@ -259,11 +261,9 @@ class ResultFolder(RunFolder):
         if sample_ids is None:
             return self._read_part(part, columns)
         found = pc.is_in(self._read_part(part, ["sample_id"])["sample_id"], sample_ids)
-        return (
-            self._read_part(part, columns).filter(found)
-            if pc.any(found).as_py()
-            else _schema(columns).empty_table()
-        )
+        if not pc.any(found).as_py():
+            return _schema(columns).empty_table()
+        return self._read_part(part, columns).filter(found)
 
     def read_images(self, sample_id: str) -> list[bytes]:
         """Return a sample's images as they were written."""
@@ -325,11 +325,13 @@ class ResultFolder(RunFolder):
         return cast(Row, row)
 
     def _read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        data = self._read(f"{_PARTS}/{name}")
+        wanted, data = _schema(columns), self._read(f"{_PARTS}/{name}")
         try:
-            return pq.read_table(pa.BufferReader(data), columns=columns)
+            part = pq.ParquetFile(pa.BufferReader(data))
+            table = part.read([each for each in wanted.names if each in part.schema_arrow.names])
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(self._damaged(f"{_PARTS}/{name}", error, _CURE)) from error
+        return pa.concat_tables([wanted.empty_table(), table], promote_options="default")
 
     def _write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

@@ -23,9 +23,10 @@ from vlmray.config import shared_options
 from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
+from vlmray.engines.forms import keeps, parses
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
-from vlmray.schema import Completion, GenerationRequest, Row, Sample, Sampling
+from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
 
 ADAPTER = "adapter"
 """What a run's adapter is called where requests ask for it or for its base."""
@@ -144,8 +145,14 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
         images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
         chat_template_kwargs=template,
         adapter=task.models.get(own.pop("model", "")),
-        **shared_options(task, Sampling) | own,
+        **shared_options(task, Sampling) | own | {"form": _form_of(row, task)},
     )
+
+
+def _form_of(row: Row, task: Task) -> Form | None:
+    """Return what a row's answer has to be."""
+    own = json.loads(row.get("settings") or "{}").get("form")
+    return Form(**{name: _unlisted(value) for name, value in own.items()}) if own else task.form
 
 
 def _unlisted(value: Any) -> Any:
@@ -170,10 +177,19 @@ def score_row(row: Row, task: Task) -> Row:
     row = cast(Row, {**dict.fromkeys(RESULT_SCHEMA.names), **row})
     if row["error"] is not None:
         row["finish_reason"] = "error"
-    elif row["answers"] and (prediction := row["prediction"]) is not None:
-        scored = metrics.score(
-            row.get("own_metric") or task.metric, prediction, row["answers"], row["choices"]
-        )
+        return row
+    form = _form_of(row, task)
+    if form is not None:
+        text = row["prediction"] or ""
+        row["keeps_form"] = keeps(form, text)
+        row["parsed"] = text if form.schema is not None and parses(text) else None
+    if row["answers"] and (prediction := row["prediction"]) is not None:
+        metric = row.get("own_metric") or task.metric
+        try:
+            scored = metrics.score(metric, prediction, row["answers"], row["choices"])
+        except (ValueError, RecursionError) as error:  # what a dataset has for an answer may be no such thing
+            problem = f"the row's answers cannot be scored: {error}"
+            return row | {"error": problem, "finish_reason": "error", "prediction": None}
         row["metric"], row["score"] = scored.metric, scored.value
     return row
 

@@ -2,7 +2,8 @@
 
 Rows are taken one by one, in any order, and not kept. They are mappings with the keys `sample_id`, `family`,
 `score` (None where there is nothing to compare with), `error` (None where the row was answered),
-`num_prompt_tokens` and `num_completion_tokens`.
+`num_prompt_tokens` and `num_completion_tokens`; those that were to be of a form have `parsed` and
+`keeps_form`.
 """
 
 from __future__ import annotations
@@ -125,6 +126,15 @@ class Summary:
     num_prompt_tokens: int
     num_completion_tokens: int
 
+    num_formed: int = 0
+    """Answered rows that were to be of a form: JSON, a choice, what an expression matches."""
+
+    num_keep_form: int = 0
+    """How many of them are."""
+
+    num_parsed: int = 0
+    """How many of them are JSON, where that was asked for."""
+
     usage: Usage | None = None
     """What this run had of the cluster; None where it answered nothing."""
 
@@ -173,6 +183,7 @@ class Tally:
         self._num_wrong = 0  # failed rows that have answers
         self._num_resumed = self._num_new = self._num_new_tokens = 0
         self._num_prompt_tokens = self._num_completion_tokens = 0
+        self._num_formed = self._num_keep_form = self._num_parsed = 0
 
     def add(self, row: Row, *, is_resumed: bool = False) -> None:
         """Count a row, which may be one of an earlier run."""
@@ -186,6 +197,9 @@ class Tally:
         num_written = _read_count(row, "num_completion_tokens")
         self._num_prompt_tokens += _read_count(row, "num_prompt_tokens")
         self._num_completion_tokens += num_written
+        self._num_formed += row.get("keeps_form") is not None
+        self._num_keep_form += bool(row.get("keeps_form"))
+        self._num_parsed += row.get("parsed") is not None
         if not is_resumed:
             self._num_new += 1
             self._num_new_tokens += num_written
@@ -230,6 +244,9 @@ class Tally:
             tokens_per_s=_rate(self._num_new_tokens, elapsed_s),
             num_prompt_tokens=self._num_prompt_tokens,
             num_completion_tokens=self._num_completion_tokens,
+            num_formed=self._num_formed,
+            num_keep_form=self._num_keep_form,
+            num_parsed=self._num_parsed,
             usage=usage,
         )
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import normalizers
 
 from vlmray.models.inputs import check_placeholders, encode_text, special_token_options
+from vlmray.models.templates.tools import knows_tools, word_tools
 from vlmray.schema import GenerationRequest
 
 if TYPE_CHECKING:
@@ -62,8 +63,28 @@ class ChatPrompts:
         Raises:
             ValueError: A text holds a special token that this tokenizer cannot write as characters.
         """
-        copies = [{**message, "content": self._mark(message["content"])} for message in messages]
+        copies = [
+            {**self._mark_all(message), "content": self._mark(message["content"])} for message in messages
+        ]
         return str(self._processor.apply_chat_template(copies, **options))
+
+    def render_request(self, request: GenerationRequest, chat_template: str | None = None) -> str:
+        """Format what is asked; functions are worded by the template if it knows of any, else as text.
+
+        Args:
+            request: What is asked.
+            chat_template: Is used in the place of the model's, where there is one.
+
+        Raises:
+            ValueError: As of `render`.
+        """
+        options = template_options(self._processor, request, chat_template)
+        messages: Sequence[Mapping[str, Any]] = request.messages
+        if knows_tools(_template_text(self._processor, chat_template)):
+            options |= {"tools": self._mark_all(request.tools)} if request.tools else {}
+        elif request.tools or any("tool_calls" in each or each["role"] == "tool" for each in messages):
+            messages = word_tools(messages, request.tools)
+        return self.render(messages, **options)
 
     def readable(self, prompt: str) -> str:
         """Return a prompt with the texts as people wrote them."""
@@ -105,6 +126,14 @@ class ChatPrompts:
             return {**content, "text": self._mark(content["text"])} if "text" in content else dict(content)
         return content and [self._mark(part) for part in content]
 
+    def _mark_all(self, value: Any) -> Any:
+        """Mark all texts of a JSON value."""
+        if isinstance(value, str):
+            return self._mark(value)
+        if isinstance(value, Mapping):
+            return {self._mark(name): self._mark_all(each) for name, each in value.items()}
+        return [self._mark_all(each) for each in value] if isinstance(value, list | tuple) else value
+
     def _mark_of(self, match: re.Match[str]) -> str:
         if match[0] in self._unwritable:
             raise ValueError(
@@ -143,8 +172,7 @@ def template_options(
         request: Names variables.
         chat_template: Is used in the place of the model's, where there is one.
     """
-    template = chat_template or processor.chat_template
-    text = template.get("default", "") if isinstance(template, dict) else template or ""
+    text = _template_text(processor, chat_template)
     known = {
         name: value
         for name, value in request.chat_template_kwargs.items()
@@ -155,6 +183,11 @@ def template_options(
         "continue_final_message": request.continue_final_message,
         **({"chat_template": chat_template} if chat_template else {}),
     }
+
+
+def _template_text(processor: Any, chat_template: str | None) -> str:
+    template = chat_template or processor.chat_template
+    return str(template.get("default", "") if isinstance(template, dict) else template or "")
 
 
 def find_special_tokens(processor: Any) -> set[str]:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlmray.protocol.tools import Called, ToolCall, read_call
+
 
 class Usage(BaseModel):
     """Tokens of a request and its answer, visual ones included."""
@@ -29,8 +31,9 @@ class AnswerMessage(BaseModel):
     """What the model said."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Choice(BaseModel):
@@ -38,8 +41,32 @@ class Choice(BaseModel):
 
     index: Literal[0] = 0
     message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     logprobs: None = None
+
+    @classmethod
+    def of(cls, completion_id: str, text: str, *, is_cut: bool, is_call: bool) -> Choice:
+        """Read an answer, which may have to be a call.
+
+        Args:
+            completion_id: What the answer is known by, and its call.
+            text: What the model wrote.
+            is_cut: Whether it had to stop.
+            is_call: Whether it had to call a function.
+        """
+        call = read_call(text, is_all=True) if is_call else None
+        if call is None:
+            return cls(message=AnswerMessage(content=text), finish_reason="length" if is_cut else "stop")
+        called = ToolCall(id=call_id(completion_id), function=Called(**call._asdict()))
+        return cls(
+            message=AnswerMessage(content=None, tool_calls=[called]),
+            finish_reason="length" if is_cut else "tool_calls",
+        )
+
+
+def call_id(completion_id: str) -> str:
+    """Return what the call of an answer is known by."""
+    return completion_id.replace("chatcmpl-", "call_")
 
 
 class ChatCompletion(BaseModel):
@@ -100,7 +127,7 @@ class Chunks:
             "model": model,
         }
 
-    def delta(self, finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
+    def delta(self, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
         """A piece of the answer, or its end."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice]}

@@ -11,15 +11,11 @@ from typing import Any
 
 _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     # tools
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "web_search_options": (),
     "documents": ([],),
     # what the answer has to look like
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": ([],),
@@ -97,6 +93,9 @@ _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 """The values, beside null, at which they make no difference."""
 
 _INSTEAD = {
+    "guided_json": "response_format",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
     "max_new_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "max_length": "max_tokens",

@@ -23,8 +23,11 @@ from pydantic import (
 
 from vlmray.protocol.errors import ApiError
 from vlmray.protocol.fields import find_unsupported
+from vlmray.protocol.forms import ResponseFormat, StructuredOutputs
 from vlmray.protocol.templates import is_taken
+from vlmray.protocol.tools import Function, Tool, ToolCall, ToolChoice, call_form, forced_functions
 from vlmray.protocol.words import MARK, describe, explain
+from vlmray.schema import Form
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_TOKENS = 128
@@ -123,12 +126,16 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = Field(default=None, validate_default=True)
+    tool_calls: list[ToolCall] | None = Field(default=None, description="of an assistant message")
+    tool_call_id: str | None = Field(default=None, description="of a tool message: the call that it answers")
 
     @model_validator(mode="after")
     def _check(self) -> Message:
-        for name in ("tool_calls", "function_call", "audio", "refusal", "prefix"):
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"is of role {self.role} and has tool_calls; only assistant messages may")
+        for name in ("function_call", "audio", "refusal", "prefix"):
             if (self.model_extra or {}).get(name):
                 hint = "; use continue_final_message" if name == "prefix" else ""
                 raise ValueError(f"has {name}, which is not supported{hint}")
@@ -184,6 +191,10 @@ class ChatRequest(BaseModel):
     ignore_eos: bool | None = Field(default=None, description="go on where the model would end")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
+    tools: list[Tool] | None = Field(default=None, description="functions that may be called")
+    tool_choice: ToolChoice = Field(
+        default=None, description="required, or a function: the answer calls one; none: it does not"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_generation_prompt: bool | None = Field(default=None, description="default true")
@@ -193,6 +204,10 @@ class ChatRequest(BaseModel):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="variables for the model's chat template"
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="as vLLM has it: json, choice or regex"
     )
     reasoning_effort: str | None = Field(default=None, description="for chat templates that know it")
 
@@ -231,6 +246,19 @@ class ChatRequest(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def forced_functions(self) -> list[Function]:
+        """The functions of which the answer has to call one."""
+        return forced_functions(self.tools or [], self.tool_choice)
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer has to be."""
+        if self.forced_functions:
+            return call_form(self.forced_functions)
+        wanted = (self.response_format, self.structured_outputs)
+        return next((each.form for each in wanted if each is not None and each.form is not None), None)
+
+    @property
     def template_kwargs(self) -> dict[str, Any]:
         """The variables for the chat template."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
@@ -251,6 +279,8 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
     unsupported = find_unsupported(request.model_extra or {})
     if unsupported:
         raise ApiError(400, unsupported[1], param=unsupported[0])
+    _check_tools(request)
+    _check_form(request)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is for requests with stream", param="stream_options")
     if request.continue_final_message and request.add_generation_prompt is not False:
@@ -258,6 +288,33 @@ def read_request(body: dict[str, Any]) -> ChatRequest:
             400, "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
         )
     return request
+
+
+def _check_tools(request: ChatRequest) -> None:
+    """Refuse tools that a model would have to choose by itself, and a choice of none that there are."""
+    choice = request.tool_choice
+    if request.tools and choice in (None, "auto"):
+        message = "tools is not supported with tool_choice auto; pass required, a function, or none"
+        raise ApiError(400, message, param="tools")
+    try:
+        forced = request.forced_functions
+    except ValueError as error:
+        raise ApiError(400, f"tool_choice {error}", param="tool_choice") from error
+    if choice == "required" and not forced:
+        raise ApiError(400, "tool_choice is required, and there are no tools", param="tool_choice")
+
+
+def _check_form(request: ChatRequest) -> None:
+    """Refuse an answer of two forms, or of one that it cannot keep."""
+    form = request.form
+    for name in ("response_format", "structured_outputs"):
+        other = getattr(request, name)
+        if other is not None and other.form not in (None, form):
+            message = f"{name} is one form of the answer, and another is asked for; an answer can have one"
+            raise ApiError(400, message, param=name)
+    for name in ("min_tokens", "ignore_eos"):
+        if form is not None and getattr(request, name):
+            raise ApiError(400, f"{name} goes on where the form of the answer lets it end", param=name)
 
 
 def image_sources(request: ChatRequest) -> dict[str, str]:
@@ -285,9 +342,39 @@ def to_messages(request: ChatRequest) -> list[dict[str, Any]]:
                 {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
                 for part in message.parts
             ],
+            **_calls(message),
         }
         for message in request.messages
     ]
+
+
+def _calls(message: Message) -> dict[str, Any]:
+    """Return the calls of a message, or what call it answers, as chat templates read them."""
+    if message.role == "tool":
+        return {"tool_call_id": message.tool_call_id or ""}
+    calls = [
+        {
+            "id": call.id, "type": call.type,
+            "function": {"name": call.function.name, "arguments": _read_arguments(call.function.arguments)},
+        }
+        for call in message.tool_calls or ()
+    ]  # fmt: skip
+    return {"tool_calls": calls} if calls else {}
+
+
+def _read_arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # a call that was cut
+        return text
+
+
+def tools_of(request: ChatRequest) -> tuple[dict[str, Any], ...]:
+    """Return the functions that the model is told of: those that it may call."""
+    return tuple(
+        {"type": "function", "function": each.model_dump(exclude_none=True, exclude={"strict"})}
+        for each in request.forced_functions
+    )
 
 
 def sampling(request: ChatRequest) -> dict[str, Any]:
@@ -301,6 +388,8 @@ def sampling(request: ChatRequest) -> dict[str, Any]:
         "repetition_penalty": request.repetition_penalty,
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
+        "form": request.form,
+        "tools": tools_of(request) or None,
         "ignore_eos": request.ignore_eos,
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,

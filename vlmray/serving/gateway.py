@@ -24,7 +24,6 @@ from vlmray.config import ServeConfig
 from vlmray.images.decoding import ImageError, decode_image
 from vlmray.images.reading import read_image_bytes
 from vlmray.protocol.answers import (
-    AnswerMessage,
     ChatCompletion,
     Choice,
     Chunks,
@@ -32,9 +31,11 @@ from vlmray.protocol.answers import (
     ModelCard,
     ModelList,
     Usage,
+    call_id,
 )
 from vlmray.protocol.errors import ApiError
 from vlmray.protocol.request import ChatRequest, count_chars, image_sources, sampling, to_messages
+from vlmray.protocol.tools import CallStream
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
 from vlmray.serving.backend import Backend, Reply
@@ -292,9 +293,11 @@ class _Answer:
             created=int(time.time()),
             model=self.model,
             choices=[
-                Choice(
-                    message=AnswerMessage(content=completion.text),
-                    finish_reason="length" if completion.finish_reason == "length" else "stop",
+                Choice.of(
+                    self.id,
+                    completion.text,
+                    is_cut=completion.finish_reason == "length",
+                    is_call=bool(self.chat.forced_functions),
                 )
             ],
             usage=_usage(completion),
@@ -304,12 +307,14 @@ class _Answer:
         """Yield the answer as server-sent events."""
         chunks = Chunks(self.id, self.model)
         options = self.chat.stream_options
-        yield _event(chunks.delta(role="assistant", content=""))
+        call = CallStream(call_id(self.id)) if self.chat.forced_functions else None
+        yield _event(chunks.delta(role="assistant", content=None if call else ""))
         piece = self._first
         try:
             while not isinstance(piece, Reply):
-                if piece:
-                    yield _event(chunks.delta(content=piece))
+                delta = call.push(piece or "") if call else {"content": piece}
+                if piece and delta:
+                    yield _event(chunks.delta(**delta))
                 piece = await anext(self._pieces)
             self._end(piece)
         except Exception as error:  # the status is sent: all that can still be said is an event
@@ -318,7 +323,12 @@ class _Answer:
             self._count.status = api_error.status
             yield _event(ErrorBody(error=api_error.detail).model_dump())
             return
-        yield _event(chunks.delta(finish_reason=piece.completion.finish_reason))
+        reason: str = piece.completion.finish_reason
+        if call:
+            if delta := call.end(piece.completion.text):
+                yield _event(chunks.delta(**delta))
+            reason = "tool_calls" if reason == "stop" else reason
+        yield _event(chunks.delta(finish_reason=reason))
         if options is not None and options.include_usage:
             yield _event(chunks.usage(_usage(piece.completion)))
         yield "data: [DONE]\n\n"

@@ -27,7 +27,7 @@ from vlmray.engines.fake import FakeEngine
 from vlmray.engines.openai import asking
 from vlmray.engines.openai.client import EndpointError, api_key
 from vlmray.engines.openai.engine import OpenAIEngine
-from vlmray.schema import GenerationRequest
+from vlmray.schema import Form, GenerationRequest
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,17 @@ def test_it_answers_what_the_model_behind_the_server_does(ours: tuple[Engine, Ba
     assert list(ready) == requests[::-1]
     assert engine.generate(ready) == found[::-1]
     assert engine.max_model_len is None
+
+
+def test_the_server_is_told_what_the_answer_has_to_be(ours: tuple[Engine, Backend]) -> None:
+    engine, backend = ours
+    forms = [None, Form(schema='{"type": "null"}'), Form(choices=("a, b", "c")), Form(regex="[0-9]+")]
+    backend.requests.clear()
+    found = engine.generate([ask(number, form=form) for number, form in enumerate(forms)])
+    texts = [each.text for each in found]
+    assert texts[1:3] == ["null", "a, b"]
+    assert texts[3].isdecimal()
+    assert {request.form for request in backend.requests} == set(forms)
 
 
 def test_what_a_server_had_cached_is_known_where_it_says_so(ours: tuple[Engine, Backend]) -> None:

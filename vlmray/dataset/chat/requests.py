@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,5 +73,6 @@ def _settings(request: ChatRequest) -> dict[str, Any]:
         "max_new_tokens": request.limit, "seed": request.seed, "stop": list(request.stop_texts) or None,
         "stop_token_ids": request.stop_token_ids, "chat_template_kwargs": request.template_kwargs or None,
     }  # fmt: skip
-    given = {name: value for name, value in said.items() if value is not None}
-    return {"model": request.model, **given, **sampling(request)}
+    given = {name: value for name, value in said.items() if value is not None} | sampling(request)
+    form = {"form": dataclasses.asdict(given["form"])} if "form" in given else {}
+    return {"model": request.model, **given, **form}

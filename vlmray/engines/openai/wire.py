@@ -6,6 +6,7 @@ GenerationRequest -> to_body -> body of POST /v1/chat/completions; its answer ->
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -13,7 +14,8 @@ from typing import Any
 
 from vlmray.engines.base import failed_completion
 from vlmray.engines.openai.images import PixelBounds, to_url
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.models.templates.tools import word_tools
+from vlmray.schema import Completion, Form, GenerationRequest
 
 _BESIDE = {
     "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
@@ -43,8 +45,20 @@ def to_body(request: GenerationRequest, model: str, bounds: PixelBounds) -> dict
         "top_p": request.top_p,
         "seed": request.seed,
         "extra_body": beside,
+        **_wanted(request.form, beside),
     }
     return {**body, "stop": list(request.stop)} if request.stop else body
+
+
+def _wanted(form: Form | None, beside: dict[str, Any]) -> dict[str, Any]:
+    """Say what the answer has to be: JSON as OpenAI's API has it, the rest as vLLM's servers and ours do."""
+    if form is None:
+        return {}
+    if form.schema is not None:
+        schema = {"name": "answer", "schema": json.loads(form.schema), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    beside["structured_outputs"] = {"regex": form.regex} if form.regex else {"choice": list(form.choices)}
+    return {}
 
 
 def _messages(request: GenerationRequest, bounds: PixelBounds) -> list[dict[str, Any]]:
@@ -59,7 +73,9 @@ def _messages(request: GenerationRequest, bounds: PixelBounds) -> list[dict[str,
     def content_of(content: Any) -> Any:
         return content if isinstance(content, str) else list(map(part_of, content))
 
-    return [{**message, "content": content_of(message["content"])} for message in request.messages]
+    # What the server's template knows of functions is not known here.
+    messages = word_tools(request.messages, request.tools)
+    return [{**message, "content": content_of(message["content"])} for message in messages]
 
 
 def seed_of_row(request: GenerationRequest) -> int:

@@ -50,7 +50,7 @@ from vlmray.models.checks import check_adapter_folder
 from vlmray.models.families import family_of
 from vlmray.models.inputs import row_signature
 from vlmray.models.loading import find_max_model_len, load_checkpoint
-from vlmray.models.prompts import ChatPrompts, template_options
+from vlmray.models.prompts import ChatPrompts
 from vlmray.models.templates.chat import AdapterTemplates
 from vlmray.schema import Completion, GenerationRequest
 
@@ -272,8 +272,10 @@ class TransformersEngine:
         check_request(request)
         if request.adapter not in self._adapters:
             raise ValueError(f"unknown adapter {request.adapter!r}; known: {self._known_adapters()}")
+        if request.form is not None:
+            self.forward.grammars.check(request.form)
         template = self._templates.get(request.adapter)
-        prompt = self.prompts.render(request.messages, **template_options(self.processor, request, template))
+        prompt = self.prompts.render_request(request, template)
         row.prompt, row.tail = self.prompts.readable(prompt), prompt
         row.num_tokens = len(self.prompts.tokenize(prompt))
         limit_answer(request, row.num_tokens, self.max_model_len)  # before its images are encoded

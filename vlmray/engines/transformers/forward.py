@@ -17,10 +17,13 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
+from vlmray.engines.base import failed_completion
+from vlmray.engines.forms import explain
 from vlmray.engines.rows import Listener, end_ids, read_token
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.transformers.batching import have_common_heads
 from vlmray.engines.transformers.cache import make_cache
+from vlmray.engines.transformers.grammars import Grammars
 from vlmray.engines.transformers.in_flight import InFlight
 from vlmray.engines.transformers.sampling import RowwiseLogitsProcessor, RowwiseStoppingCriteria
 from vlmray.engines.transformers.settings import least_new_tokens, own_processors, plain_config
@@ -48,6 +51,7 @@ class Forward:
         self.copies_rows = family.shares_prefix and _attends_to_all(model.config.get_text_config())
         """Whether rows that begin alike go through the model once up to there, and ended ones leave it."""
 
+        self.grammars = Grammars(processor.tokenizer, end_ids(model.generation_config))
         self._processor = processor
 
     def run(self, rows: list[InFlight], listener: Listener) -> None:
@@ -85,6 +89,7 @@ class Forward:
             own, end_ids=ends, num_prompt_tokens=row.num_prompt_tokens, min_new_tokens=least,
             device=self.model.device,
         )  # fmt: skip
+        row.matcher = None if request.form is None else self.grammars.matcher(request.form)
 
     @contextlib.contextmanager
     def _plain_generation(self) -> Iterator[GenerationConfig]:
@@ -117,10 +122,11 @@ class Forward:
             own.repetition_penalty or 1.0,
             [answer.num_tokens for answer in answers],
             [row.processors for row in rows],
+            [row.matcher for row in rows],
         )
         stop = RowwiseStoppingCriteria(
             len(rows),
-            functools.partial(read_token, rows, listener),
+            functools.partial(_read_token, rows, listener),
             num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
             is_finite=lambda: choose.is_finite,
         )
@@ -200,6 +206,18 @@ class Forward:
         for name in ("input_ids", "attention_mask"):
             inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
         return inputs
+
+
+def _read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int | None) -> bool:
+    """Add a row's next token to its answer, and have its form follow; tell whether it ends there."""
+    row = rows[index]
+    if row.matcher is not None and row.matcher.is_error():
+        listener.end(row, failed_completion(ValueError(explain(row.matcher.get_error())), prompt=row.prompt))
+        return True
+    ended = read_token(rows, listener, index, token_id)
+    if row.matcher is not None and token_id is not None and not ended:
+        row.matcher.consume_token(token_id)
+    return ended
 
 
 def _attends_to_all(config: Any) -> bool:

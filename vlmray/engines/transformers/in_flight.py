@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
 from transformers import LogitsProcessor
 
 from vlmray.engines.rows import Row
@@ -40,6 +41,9 @@ class InFlight(Row):
 
     processors: Sequence[LogitsProcessor] = ()
     """What its scores go through, without its neighbours."""
+
+    matcher: LLMatcher | None = None
+    """What follows its answer, where that has a form."""
 
     @property
     def group(self) -> int:

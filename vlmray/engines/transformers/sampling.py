@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from llguidance import LLMatcher
 from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
+from vlmray.engines.transformers.grammars import allow
 from vlmray.schema import GenerationRequest
 
 GREEDY_BELOW = 1e-5
@@ -33,6 +35,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         repetition_penalty: The model's own, for requests that ask for none; 1 is none.
         num_tokens: Of each row's answer, where the prompts hold its beginning already.
         own: Processors of each row, that see it without its neighbours and padding.
+        matchers: Of each row that has a form, what follows its answer.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         repetition_penalty: float = 1.0,
         num_tokens: Sequence[int] | None = None,
         own: Sequence[Sequence[LogitsProcessor]] | None = None,
+        matchers: Sequence[LLMatcher | None] = (),
     ) -> None:
         self.requests = list(requests)
         self.attention_mask = attention_mask
@@ -49,6 +53,7 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         self.is_finite = torch.ones(len(self.requests), dtype=torch.bool)
         """(B,) which rows the model gave numbers for at the last step: not NaN, nor infinite at the top."""
 
+        self._matchers = matchers if any(matchers) else ()
         self._own = list(own or [()] * len(self.requests))
         self._repetition = self._column(
             [
@@ -79,6 +84,8 @@ class RowwiseLogitsProcessor(LogitsProcessor):
             scores = self._penalize_seen(input_ids, scores, self._repetition)
         if self._presence is not None or self._frequency is not None:
             scores = self._penalize_said(input_ids, scores)
+        if self._matchers:
+            scores = allow(scores, self._matchers)
         alone = [
             row
             for row, request in enumerate(self.requests)
@@ -88,6 +95,8 @@ class RowwiseLogitsProcessor(LogitsProcessor):
             scores = scores.clone()
             for row in alone:
                 scores[row] = self._choose(row, step, input_ids, scores[row])
+        if self._matchers:  # a model's own settings may leave nothing of what a form allows
+            self.is_finite &= scores.amax(dim=-1) > float("-inf")
         return scores
 
     def _choose(self, row: int, step: int, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,7 @@ def engine_args(
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "limit_mm_per_prompt": {"video": 0},
+        "structured_outputs_config": {"backend": "guidance"},  # as our own engine has it
         "disable_log_stats": True,
         "enforce_eager": not on_gpu,
         "seed": 0,

@@ -18,7 +18,7 @@ from vlmray.engines.base import check_request, limit_answer
 from vlmray.engines.rows import Row
 from vlmray.engines.transformers.batching import count_visual_tokens
 from vlmray.images.decoding import decode_image
-from vlmray.models.prompts import ChatPrompts, template_options
+from vlmray.models.prompts import ChatPrompts
 from vlmray.schema import GenerationRequest
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ class Opener:
         request = row.request
         check_request(request)
         template = self._templates.get(request.adapter)
-        prompt = self._prompts.render(
-            request.messages, **template_options(self._processor, request, template)
-        )
+        prompt = self._prompts.render_request(request, template)
         row.prompt = self._prompts.readable(prompt)
         row.token_ids = self._prompts.tokenize(prompt)
         limit_answer(request, len(row.token_ids), max_model_len)  # before its images are looked at

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, GenerationConfig
 
+from vlmray.engines.forms import with_layout
 from vlmray.engines.rows import Row, end_ids
 from vlmray.engines.transformers.sampling import GREEDY_BELOW
 from vlmray.engines.transformers.settings import least_new_tokens
 from vlmray.errors import OptionError
+from vlmray.schema import Form
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
 
 def read_settings(model_id: str, *, trust_remote_code: bool) -> GenerationConfig:
@@ -83,10 +86,24 @@ def sampling_params(row: Row, config: GenerationConfig, *, streams: bool) -> Sam
         ignore_eos=True,  # all that ends an answer is named
         stop_token_ids=sorted(ends),
         logit_bias=_suppressed(config, ends) or None,
+        structured_outputs=_structured(request.form),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
     )
+
+
+def _structured(form: Form | None) -> StructuredOutputsParams | None:
+    """Return what vLLM is told of the form of an answer."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if form is None:
+        return None
+    if form.schema is not None:
+        return StructuredOutputsParams(json=with_layout(form.schema))
+    if form.regex is not None:
+        return StructuredOutputsParams(regex=form.regex)
+    return StructuredOutputsParams(choice=list(form.choices))
 
 
 def row_end_ids(row: Row, config: GenerationConfig) -> set[int]:

@@ -15,7 +15,7 @@ from vlmray.dataset.slices import sample_id
 from vlmray.dataset.text.values import with_numbers
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.result_folder import BATCH_OUTPUT
-from vlmray.protocol.answers import AnswerMessage, ChatCompletion, Choice, Usage
+from vlmray.protocol.answers import ChatCompletion, Choice, Usage
 from vlmray.schema import Row
 
 _ROWS_PER_READ = 64  # their images are in them
@@ -38,22 +38,25 @@ def _lines(run: InferenceRun, results: dict[str, Row]) -> Iterator[dict[str, Any
         asked = run.source.read(chunk, ["custom_id", "body"])
         for index, row in zip(chunk, asked, strict=True):
             result = results[sample_id(run.config.dataset_split, index)]
-            yield to_line(row["custom_id"], _model_of(row["body"]), result, created)
+            yield to_line(row["custom_id"], row["body"], result, created)
 
 
-def to_line(custom_id: Any, model: str, row: Row, created: int) -> dict[str, Any]:
+def to_line(custom_id: Any, asked: Any, row: Row, created: int) -> dict[str, Any]:
     """Return what a batch says of one request."""
+    asked = asked if isinstance(asked, dict) else {}
     digest = hashlib.sha256(f"{row['sample_id']}\0{custom_id}".encode("utf-8", "replace")).hexdigest()[:24]
     line = {"id": f"batch_req_{digest}", "custom_id": with_numbers(custom_id)}
     if row["error"] is not None:
         code = "invalid_request" if row["num_completion_tokens"] is None else "request_failed"
         return {**line, "response": None, "error": {"code": code, "message": row["error"]}}
     body = ChatCompletion(
-        id=f"chatcmpl-{digest}", created=created, model=model, usage=_usage(row),
+        id=f"chatcmpl-{digest}", created=created, model=str(asked.get("model")), usage=_usage(row),
         choices=[
-            Choice(
-                message=AnswerMessage(content=row["prediction"] or ""),
-                finish_reason="length" if row["finish_reason"] == "length" else "stop",
+            Choice.of(
+                f"chatcmpl-{digest}",
+                row["prediction"] or "",
+                is_cut=row["finish_reason"] == "length",
+                is_call=asked.get("tool_choice") not in (None, "none", "auto"),
             )
         ],
     )  # fmt: skip
@@ -63,7 +66,3 @@ def to_line(custom_id: Any, model: str, row: Row, created: int) -> dict[str, Any
 
 def _usage(row: Row) -> Usage:
     return Usage.of(row["num_prompt_tokens"] or 0, row["num_completion_tokens"] or 0)
-
-
-def _model_of(body: Any) -> str:
-    return str(body.get("model")) if isinstance(body, dict) else ""
