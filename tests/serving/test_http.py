@@ -71,6 +71,7 @@ BAD: dict[str, tuple[int, bytes | dict[str, Any]]] = {
     "stop of a wrong type": (400, ask(stop=[1])),
     "tools": (400, ask(tools=[{"type": "function", "function": {"name": "f"}}])),
     "an unknown form": (400, ask(response_format={"type": "xml"})),
+    "a form of all memory": (400, ask(structured_outputs={"json": {"type": "array", "maxItems": 10**9}})),
     "a form that cannot be compiled": (400, ask(structured_outputs={"regex": "("})),
     "logprobs": (400, ask(logprobs=True)),
     "stream_options without stream": (400, ask(stream_options={"include_usage": True})),

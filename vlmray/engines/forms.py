@@ -22,6 +22,8 @@ from vlmray.schema import Form
 
 _LAYOUT: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_MOST_PLACES = 100_000
+
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _OF_MEMBERS = ("items", "prefixItems", "additionalProperties")
 _OPEN = {
@@ -58,9 +60,30 @@ def check_form(form: Form) -> None:
     Raises:
         ValueError: It cannot.
     """
-    problem = LLMatcher.validate_grammar(to_grammar(form))
+    try:
+        _check_counts(form)
+        problem = LLMatcher.validate_grammar(to_grammar(form))
+    except RecursionError:
+        problem = "it is nested too deeply"
     if problem:
         raise ValueError(explain(problem))
+
+
+def _check_counts(form: Form) -> None:
+    """Refuse what would take the memory of the process: each place of an array is compiled."""
+    total, parts = 0.0, [json.loads(form.schema)] if form.schema is not None else []
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            counts = [part.get(name) for name in ("minItems", "maxItems")]
+            total += max((count for count in counts if isinstance(count, int | float)), default=0)
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    if total > _MOST_PLACES:
+        raise ValueError(
+            f"the schema's arrays have {total:,.0f} places; at most {_MOST_PLACES:,} are compiled"
+        )
 
 
 def explain(problem: str) -> str:

@@ -76,6 +76,8 @@ def test_a_form_is_compiled_once(make_engine: Any, monkeypatch: pytest.MonkeyPat
     [
         ({"form": Form(schema='{"type": "strin"}')}, "cannot be compiled: Invalid type: strin"),
         ({"form": Form(regex="(")}, "unclosed group"),
+        ({"form": Form(schema='{"items": {"type": "array", "minItems": 1e9}}')}, "1,000,000,000 places"),
+        ({"form": Form(schema='{"items": ' * 700 + "{}" + "}" * 700)}, "cannot be compiled: "),
         ({"form": CHOICES, "min_new_tokens": 2}, "min_new_tokens goes on where the form"),
         ({"form": CHOICES, "ignore_eos": True}, "ignore_eos goes on where the form"),
     ],
