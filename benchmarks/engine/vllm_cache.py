@@ -23,19 +23,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.common.models import build_random_model
-from vlmray.cluster.plans import MODEL_ON_CPU
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.engine.beside_vllm import ROOT, SAME, make_parser
 
 
 def main() -> None:
     """Measure, and print a table and one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model_id", default="random-132m", help="one of benchmarks/common/models.py")
-    parser.add_argument("--processor", required=True, help="folder of tokenizer, processor and config")
-    parser.add_argument("--dataset_name", required=True, help="a Parquet file")
+    parser = make_parser(__doc__, "a Parquet file")
     parser.add_argument("--num_rows", type=int, default=600)
     parser.add_argument("--num_replicas", type=int, default=1)
     parser.add_argument("--engine_options", default="{}", help="of vLLM")
@@ -66,11 +59,7 @@ def run(options: argparse.Namespace, dataset: Path, output_dir: Path) -> dict[st
         "num_replicas": options.num_replicas, "log_level": "WARNING",
     }  # fmt: skip
     command = [sys.executable, "jobs/infer.py", *(f"--{name}={value}" for name, value in arguments.items())]
-    environment = {
-        **os.environ, **MODEL_ON_CPU["env_vars"], "RAY_ADDRESS": "local", "RAY_worker_niceness": "0",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr, env=environment)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr, env={**os.environ, **SAME})
     manifest = json.loads((output_dir / "run.json").read_text())
     usage = manifest["summary"]["usage"]
     answer_s = usage["held_s"] / options.num_replicas - manifest["stages_s"]["load"]

@@ -28,13 +28,12 @@ from pathlib import Path
 from benchmarks.common.clients import make_body, measure_clients
 from benchmarks.common.models import build_random_model
 from benchmarks.common.requests import read_requests
-from vlmray.cluster.plans import MODEL_ON_CPU
+from benchmarks.engine.beside_vllm import ROOT, make_parser, without_vlmray
 from vlmray.config import EngineConfig, InferConfig
 from vlmray.engines.vllm.options import engine_args
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
 
-ROOT = Path(__file__).parents[2]
 SERVERS = ("vllm", "vlmray")
 STARTS_WITHIN_S = 300
 Figures = dict[str, float]
@@ -63,12 +62,7 @@ NUM_FIRST = 4
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model_id", default="random-132m", help="one of benchmarks/common/models.py")
-    parser.add_argument("--processor", required=True, help="folder of tokenizer, processor and config")
-    parser.add_argument("--dataset_name", required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--num_requests", type=int, nargs="+", default=[16, 48, 96], help="of each pass")
     parser.add_argument("--repeats", type=int, default=3)
@@ -113,14 +107,12 @@ def _body(request: GenerationRequest, *, stream: bool) -> bytes:
 @contextlib.contextmanager
 def start(server: str, options: argparse.Namespace, model_path: str) -> Iterator[None]:
     """Run a server until it is asked no more."""
-    environment = {
-        **os.environ, **MODEL_ON_CPU["env_vars"], "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local",
-        "RAY_worker_niceness": "0", "OMP_NUM_THREADS": str(options.num_threads),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-    }  # fmt: skip
     command = _vlmray_command(model_path) if server == "vlmray" else _vllm_command(model_path)
     process = subprocess.Popen(
-        [sys.executable, *command, f"--port={options.port}"], cwd=ROOT, env=environment, stdout=sys.stderr
+        [sys.executable, *command, f"--port={options.port}"],
+        cwd=ROOT,
+        env=without_vlmray(options.num_threads),
+        stdout=sys.stderr,
     )
     try:
         _wait(f"http://127.0.0.1:{options.port}/{'ready' if server == 'vlmray' else 'health'}", process)

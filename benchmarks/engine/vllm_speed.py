@@ -29,16 +29,11 @@ from typing import Any
 from benchmarks.common.forced import environment, write_lengths
 from benchmarks.common.models import build_random_model
 from benchmarks.common.requests import read_requests
-from vlmray.cluster.plans import MODEL_ON_CPU
+from benchmarks.engine.beside_vllm import ROOT, SAME, make_parser, without_vlmray
 from vlmray.config import EngineConfig, InferConfig
 from vlmray.engines.vllm.options import engine_args
 from vlmray.models.processors import load_processor
 from vlmray.schema import GenerationRequest
-
-ROOT = Path(__file__).parents[2]
-SAME = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0", **MODEL_ON_CPU["env_vars"]}
-"""Environment of all: what else runs on the machine is to disturb Ray's processes as much as others, and
-memory and waiting threads are as vlmray has them for vLLM."""
 
 CONTENDERS = ("chat", "infer", "ray-data-llm")
 Figures = dict[str, Any]
@@ -64,12 +59,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model_id", default="random-132m", help="one of benchmarks/common/models.py")
-    parser.add_argument("--processor", required=True, help="folder of tokenizer, processor and config")
-    parser.add_argument("--dataset_name", required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_rows", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num_threads", type=int, default=os.cpu_count())
@@ -124,7 +114,7 @@ def run_infer(options: argparse.Namespace, folder: Path, output_dir: Path) -> Fi
     command = [sys.executable, "jobs/infer.py", *(f"--{name}={value}" for name, value in arguments.items())]
     subprocess.run(
         command, cwd=ROOT, check=True, stdout=sys.stderr,
-        env={**environment(folder / "lengths.json"), **SAME, "PYTHONPATH": str(ROOT)},
+        env={**environment(folder / "lengths.json"), **SAME},
     )  # fmt: skip
     manifest = json.loads((output_dir / "run.json").read_text())
     load_s = manifest["stages_s"]["load"]
@@ -142,11 +132,7 @@ def run_way(options: argparse.Namespace, contender: str, folder: Path) -> Figure
     found = subprocess.run(
         [python, "-m", "benchmarks.engine.vllm_ways", contender, str(folder / "work.json")],
         cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-        env={
-            **os.environ, "OMP_NUM_THREADS": str(options.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT),
-            **SAME,
-        },
+        env=without_vlmray(options.num_threads),
     )  # fmt: skip
     return dict(json.loads(found.stdout.splitlines()[-1]))
 

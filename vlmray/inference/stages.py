@@ -86,7 +86,7 @@ def _prepare_row(row: Row, task: Task, check_image: Callable[[bytes], bytes | No
 
 
 def _check_model(row: Row, task: Task) -> None:
-    model = json.loads(row.get("settings") or "{}").get("model")
+    model = _own_settings(row).get("model")
     if model is not None and model not in task.models:
         raise ValueError(f"the model {model[:80]!r} does not exist; known: {', '.join(task.models)}")
 
@@ -137,7 +137,8 @@ def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
 def _make_request(row: Row, task: Task) -> GenerationRequest:
     messages = row["messages"]
     assert messages is not None
-    own = {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
+    own = _own_settings(row)
+    own["form"] = _form_of(own, task)
     template = {**task.chat_template_kwargs, **own.pop("chat_template_kwargs", {})}
     return GenerationRequest(
         request_id=row["sample_id"],
@@ -145,14 +146,19 @@ def _make_request(row: Row, task: Task) -> GenerationRequest:
         images=cast(list[Any], images_of(row)),  # among them URLs, where those are passed on
         chat_template_kwargs=template,
         adapter=task.models.get(own.pop("model", "")),
-        **shared_options(task, Sampling) | own | {"form": _form_of(row, task)},
+        **shared_options(task, Sampling) | own,
     )
 
 
-def _form_of(row: Row, task: Task) -> Form | None:
-    """Return what a row's answer has to be."""
-    own = json.loads(row.get("settings") or "{}").get("form")
-    return Form(**{name: _unlisted(value) for name, value in own.items()}) if own else task.form
+def _own_settings(row: Row) -> dict[str, Any]:
+    """Return what a row, which is a request, says itself of how it is answered."""
+    return {name: _unlisted(value) for name, value in json.loads(row.get("settings") or "{}").items()}
+
+
+def _form_of(own: Mapping[str, Any], task: Task) -> Form | None:
+    """Return what the answer has to be to a row with settings of its own."""
+    form = own.get("form")
+    return Form(**{name: _unlisted(value) for name, value in form.items()}) if form else task.form
 
 
 def _unlisted(value: Any) -> Any:
@@ -178,7 +184,7 @@ def score_row(row: Row, task: Task) -> Row:
     if row["error"] is not None:
         row["finish_reason"] = "error"
         return row
-    form = _form_of(row, task)
+    form = _form_of(_own_settings(row), task)
     if form is not None:
         text = row["prediction"] or ""
         row["keeps_form"] = keeps(form, text)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmray.schema import parts_of
+
 _INTRODUCTION = (
     "These functions can be called:\n{functions}\n"
     'Call one by answering with its name and its arguments as JSON: {{"name": "...", "arguments": {{...}}}}'
@@ -37,12 +39,12 @@ def word_tools(
     parts = [_text(_INTRODUCTION.format(functions=functions))]
     if worded and worded[0]["role"] == "system":
         first = worded.pop(0)
-        parts = [*_parts(first["content"]), _text("\n\n"), *parts]
+        parts = [*(parts_of(first) or ()), _text("\n\n"), *parts]
     return [{"role": "system", "content": parts}, *worded]
 
 
 def _word(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    content = _parts(message["content"])
+    content = list(parts_of(message) or ())
     if message["role"] == "tool":
         return {"role": "user", "content": [_text("The function's result: "), *content]}
     calls = message.get("tool_calls")
@@ -51,10 +53,6 @@ def _word(message: Mapping[str, Any]) -> Mapping[str, Any]:
     said = [part for part in content if part.get("text")]
     written = [_text(json.dumps(call["function"], ensure_ascii=False)) for call in calls]
     return {"role": "assistant", "content": [*said, *written]}
-
-
-def _parts(content: Any) -> list[Any]:
-    return [_text(content)] if isinstance(content, str) else list(content or ())
 
 
 def _text(text: str) -> dict[str, Any]:
