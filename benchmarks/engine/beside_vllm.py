@@ -17,10 +17,16 @@ SAME = {
 memory and waiting threads are as vlmray has them for vLLM."""
 
 
+def same_threads(num_threads: int) -> dict[str, str]:
+    """Return the environment in which the model computes on so many cores, and leaves the rest to others."""
+    cores = "nobind" if num_threads == os.cpu_count() else f"0-{num_threads - 1}"
+    return {**SAME, "VLLM_CPU_OMP_THREADS_BIND": cores}
+
+
 def without_vlmray(num_threads: int) -> dict[str, str]:
     """Return the environment of a process that starts vLLM itself, threads and memory as vlmray has them."""
     return {
-        **os.environ, **SAME, "OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **os.environ, **same_threads(num_threads), "OMP_NUM_THREADS": str(num_threads),
         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
 

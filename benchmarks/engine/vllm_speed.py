@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.common.forced import environment, write_lengths
 from benchmarks.common.models import build_random_model
 from benchmarks.common.requests import read_requests
-from benchmarks.engine.beside_vllm import ROOT, SAME, make_parser, without_vlmray
+from benchmarks.engine.beside_vllm import ROOT, make_parser, same_threads, without_vlmray
 from vlmray.config import EngineConfig, InferConfig
 from vlmray.engines.vllm.options import engine_args
 from vlmray.models.processors import load_processor
@@ -114,7 +114,7 @@ def run_infer(options: argparse.Namespace, folder: Path, output_dir: Path) -> Fi
     command = [sys.executable, "jobs/infer.py", *(f"--{name}={value}" for name, value in arguments.items())]
     subprocess.run(
         command, cwd=ROOT, check=True, stdout=sys.stderr,
-        env={**environment(folder / "lengths.json"), **SAME},
+        env={**environment(folder / "lengths.json"), **same_threads(options.num_threads)},
     )  # fmt: skip
     manifest = json.loads((output_dir / "run.json").read_text())
     load_s = manifest["stages_s"]["load"]

@@ -250,6 +250,16 @@ def test_transparency_is_laid_on_white() -> None:
     assert decode_image(_encode(Image.new("L", (2, 2), 9), transparency=9)).getpixel((0, 0)) == WHITE
 
 
+def test_pixels_that_hide_all_stay_as_they_are_beside_one_that_does_not() -> None:
+    opaque = Image.effect_noise((8, 8), 90).convert("RGBA")
+    assert decode_image(_encode(opaque)) == opaque.convert("RGB")
+    opaque.putpixel((0, 0), (255, 0, 0, 0))
+    decoded = decode_image(_encode(opaque))
+    assert decoded.getpixel((0, 0)) == WHITE
+    decoded.putpixel((0, 0), RED)
+    assert decoded == opaque.convert("RGB")
+
+
 def test_transparent_16_bit_grey_has_no_transparency_left() -> None:
     image = Image.new("I;16", (2, 1), 40_000)
     image.putpixel((1, 0), 156)  # what the other comes to in 8 bits

@@ -54,8 +54,8 @@ class Engine(Protocol):
       called by the thread that called `generate`, before it returns.
     * **A row that nobody wants ends.** `cancelled` is asked of every row before its first token and between
       any two, in the thread that called `generate`. Once it is true the row gets no more of them: its
-      completion has what it got so far and `finish_reason="cancelled"`. Its neighbours are answered as if it
-      had gone on.
+      completion has what was streamed so far and `finish_reason="cancelled"`. Its neighbours are answered as
+      if it had gone on.
     * **Counts are the row's own**: padding is counted nowhere, visual tokens are, and so is the end
       token when the model wrote one.
 

@@ -210,11 +210,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB, keeping what a viewer would show."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bit(image)
-    if image.has_transparency_data:
+    if image.has_transparency_data and not _is_opaque(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    """Tell whether nothing shines through, though the mode could have it: most charts are stored so."""
+    return image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NUM_AHEAD = 32  # rows whose images are decoded before their call
-_POLL_S = 0.02  # between two questions whether anybody still waits
+_POLL_S = 0.1  # between two questions whether anybody still waits: each call asks them, beside the model
 _DEAD = "vLLM's process has ended"
 _PROBE = "What does the picture show? Say it in a few words."
 
@@ -217,7 +217,7 @@ class VLLMEngine:
             if row.completion is not None:
                 listener.end(row, row.completion)
         open_rows = [row for row in prepared.rows if row.completion is None]
-        streams = on_text is not None or cancelled is not None or any(row.request.stop for row in open_rows)
+        streams = on_text is not None or any(row.request.stop for row in open_rows)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         tasks = {row.index: self._begin(row, streams, events.put) for row in open_rows}
         try:
