@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any
@@ -81,13 +81,24 @@ def answer_to(text: str) -> str:
 
 
 class FaultyServer:
-    """The server; `running` has it run in a thread."""
+    """The server; `running` has it run in a thread.
 
-    def __init__(self, faults: Faults) -> None:
+    Args:
+        faults: What befalls requests.
+        answer: What it says to a text; words with spaces between them.
+    """
+
+    def __init__(self, faults: Faults, answer: Callable[[str], str] = answer_to) -> None:
         self.faults = faults
+        self._answer = answer
         self.seen = Seen()
         self.url = ""
         self._random = random.Random(faults.seed)
+        self._num_left = 10**9
+
+    def leave_after(self, number: int) -> None:
+        """Break every connection once so many more requests were answered."""
+        self._num_left = number
 
     @contextlib.contextmanager
     def running(self, port: int = 0) -> Iterator[FaultyServer]:
@@ -164,6 +175,9 @@ class FaultyServer:
         if self.seen.in_flight > self.faults.capacity:
             self.seen.over.append(time.monotonic() - self.seen.started)
             return await _send(writer, 503, {"error": {"message": "over capacity"}})
+        if self._num_left <= 0:
+            return False
+        self._num_left -= 1
         fault = self._draw()
         self.seen.faults[fault] += 1
         if fault in ("429", "503"):
@@ -173,7 +187,7 @@ class FaultyServer:
             return await _send(writer, 400, {"error": {"message": "no such image", "code": "bad_image"}})
         if fault == "stall":
             await asyncio.Event().wait()
-        words = answer_to(text).split(" ")
+        words = self._answer(text).split(" ")
         half = self._random.random() < 0.5
         await asyncio.sleep(
             self.faults.latency_s + self.faults.token_s * len(words) / (1 + (fault == "drop"))

@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 
 from vlmray import __version__
 from vlmray.benchmark.baseline import EARLIER, PREDICTIONS
+from vlmray.benchmark.judge.asking import Judged, judge_rows
+from vlmray.benchmark.judge.report import ungraded_line
+from vlmray.benchmark.judge.settings import JUDGE
 from vlmray.benchmark.plan import RESULTS, Benchmark, BenchmarkError
 from vlmray.benchmark.report import format_markdown, render_benchmark_html
 from vlmray.benchmark.samples import SampleFacts, describe_samples
@@ -44,7 +47,8 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     """Read the answers back, compare them, and write report and files."""
     config = benchmark.config
     rows = _read_rows(benchmark) if benchmark.metrics else {}
-    board = _scoreboard(benchmark, rows) if benchmark.metrics else None
+    judged = judge_rows(benchmark, rows) if benchmark.judge else None
+    board = _scoreboard(benchmark, rows, judged) if benchmark.metrics else None
     first = benchmark.runs[benchmark.candidates[0].name]
     dataset = display_name(config.dataset_name, config.dataset_config)
     results = Results(
@@ -54,6 +58,7 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
             for candidate in benchmark.candidates
         },
         board=board,
+        judged=judged,
         against_baseline=_against_baseline(benchmark, board),
         speed=tuple(speed),
         price_per_hour=config.price_per_hour,
@@ -80,12 +85,23 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     return results
 
 
-def _scoreboard(benchmark: Benchmark, rows: Rows) -> Scoreboard:
-    """Score what every model answered."""
+def _scoreboard(benchmark: Benchmark, rows: Rows, judged: Judged | None) -> Scoreboard:
+    """Score what every model answered; a judge that graded no sample whole is left out, unless it decides.
+
+    Raises:
+        BenchmarkError: It does.
+    """
     margin = benchmark.config.margin
+    names = benchmark.metrics
+    if judged and not judged.counted:
+        if names[0] == JUDGE:
+            problem = ungraded_line(judged) or "judge: all answers failed"
+            raise BenchmarkError(f"{problem}, so nothing can be compared; the same command asks it again")
+        names = tuple(name for name in names if name != JUDGE)
     return score_models(
-        benchmark.samples, rows, benchmark.metrics, margin=None if margin is None else margin / 100
-    )
+        benchmark.samples, rows, names, margin=None if margin is None else margin / 100,
+        grades=judged.grades if judged else {},
+    )  # fmt: skip
 
 
 def pilot(benchmark: Benchmark) -> Scoreboard:
@@ -103,7 +119,8 @@ def pilot(benchmark: Benchmark) -> Scoreboard:
                 f"needs answers, and {len(run.pending):,} of the {len(run.selected):,} of {name} are missing",
                 "run the same command without it first",
             )
-    return _scoreboard(benchmark, _read_rows(benchmark))
+    rows = _read_rows(benchmark)
+    return _scoreboard(benchmark, rows, judge_rows(benchmark, rows) if benchmark.judge else None)
 
 
 def _read_rows(benchmark: Benchmark) -> Rows:
@@ -138,7 +155,7 @@ def _predictions(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> bytes:
                     "error": row["error"],
                     "num_completion_tokens": row["num_completion_tokens"],
                     **{
-                        name: board.answers[model, name][sample.sample_id] if scored else None
+                        name: board.answers[model, name].get(sample.sample_id) if scored else None
                         for name in board.metrics
                     },
                 }
@@ -175,7 +192,7 @@ def _galleries(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> dict[str,
     other = others[0] if others else base
     chosen: dict[str, list[SampleFacts]] = {"fixed": [], "broken": [], "both wrong": []}
     for sample in benchmark.samples:
-        if not sample.answers:
+        if sample.sample_id not in board.answers[base, metric]:
             continue
         before, after = (board.answers[model, metric][sample.sample_id] for model in (base, other))
         kind = "fixed" if after > before else "broken" if after < before else "both wrong"

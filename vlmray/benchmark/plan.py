@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from vlmray import metrics
 from vlmray.benchmark.baseline import read_baseline
+from vlmray.benchmark.judge.settings import JUDGE, JUDGEMENTS, JudgeConfig, read_judge
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, known_options, shared_options
 from vlmray.dataset.selection import describe_columns, open_selection, refuse_requests
 from vlmray.engines.auto import EngineChoice
+from vlmray.engines.openai.client import EndpointError
 from vlmray.errors import OptionError, RunError
+from vlmray.inference.endpoint.checking import check_served
 from vlmray.inference.plan import InferenceRun, choose_engine_of, plan_inference
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
@@ -46,6 +49,8 @@ class Benchmark:
     baseline: Mapping[str, Mapping[str, Row]] | None
     """Rows of the earlier run by model and sample id."""
 
+    judge: JudgeConfig | None = None
+
 
 def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) -> Benchmark:
     """Open the dataset, the folders and the earlier run, and check all options against them.
@@ -69,6 +74,7 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
     first = runs[candidates[0].name]
     refuse_requests(questions.spec)
     names = _metric_names(config, questions.spec.metric)
+    judge = read_judge(config.judge) if config.judge else None
     samples = tuple(read_facts(first))
     if names and not any(sample.answers for sample in samples):
         raise OptionError(
@@ -76,15 +82,18 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
             f"{config.dataset_name} has no answers to compare with in split {config.dataset_split!r}",
             "pass --metrics none to measure speed alone",
         )
+    if judge is not None:
+        _check_judge(judge)
     if config.overwrite:
         folder.delete(SPEED)
+        folder.delete(JUDGEMENTS)
     baseline = (
         read_baseline(config.baseline, describe_samples(config, first, samples)) if config.baseline else None
     )
     logger.info("%s: %s", config.dataset_name, describe_columns(questions.source, questions.spec))
     return Benchmark(
         config=config, candidates=candidates, metrics=names, runs=runs, folder=folder, samples=samples,
-        baseline=baseline,
+        baseline=baseline, judge=judge,
     )  # fmt: skip
 
 
@@ -109,7 +118,7 @@ def choose_engine_for(configs: Sequence[BenchmarkConfig]) -> EngineChoice:
 
 def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
     options = shared_options(config, InferConfig)
-    primary = _metric_names(config, None)[:1]
+    primary = [name for name in _metric_names(config, None) if name != JUDGE][:1]
     options |= {
         "model_id": candidate.model_id,
         "adapter": candidate.adapter,
@@ -130,13 +139,26 @@ def _metric_names(config: BenchmarkConfig, own: str | None) -> tuple[str, ...]:
     """Return the metrics asked for; `own` is the dataset's, which decides where none was asked for."""
     if config.metrics == "none":
         return ()
+    judged = (JUDGE,) if config.judge else ()
     if config.metrics is None:
-        return tuple(dict.fromkeys([own, *DEFAULT_METRICS])) if own else ()
-    names = tuple(dict.fromkeys(name.strip() for name in config.metrics.split(",")))
-    known = (*metrics.METRICS, metrics.BLEU)
+        return tuple(dict.fromkeys([own, *DEFAULT_METRICS, *judged])) if own else ()
+    names = tuple(dict.fromkeys([*(name.strip() for name in config.metrics.split(",")), *judged]))
+    known = (*metrics.METRICS, metrics.BLEU, *judged)
     for name in names:
         if name not in known:
             raise OptionError("metrics", f": {name!r} is unknown", f"known: {', '.join(known)}")
     if names[0] == metrics.BLEU:
         raise OptionError("metrics", ": the first one decides, and BLEU says nothing of single answers")
+    if names[0] == JUDGE and config.baseline:
+        raise OptionError(
+            "baseline", "compares by a rule, and judge decides", "name a rule first in --metrics"
+        )
     return names
+
+
+def _check_judge(judge: JudgeConfig) -> None:
+    """See that the judge is there before anything starts."""
+    try:
+        check_served(judge.endpoint, judge.model_id, judge.key())
+    except EndpointError as error:
+        raise OptionError("judge", f": {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
+from vlmray.benchmark.judge.report import judge_tables, ungraded_line
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
 from vlmray.benchmark.speed import Percentiles
 from vlmray.benchmark.verdicts import Results, format_p, format_range
@@ -32,7 +33,8 @@ def format_results(results: Results) -> str:
         parts.append(_score_table(results.board, with_intervals=False).to_text())
     if results.speed:
         parts.append(_speed_table(results, short=True).to_text())
-    parts += [textwrap.fill(verdict, TERMINAL_WIDTH) for verdict in results.verdicts]
+    missing = ungraded_line(results.judged) if results.judged else None
+    parts += [textwrap.fill(line, TERMINAL_WIDTH) for line in [*results.verdicts, missing] if line]
     return "\n\n".join(parts)
 
 
@@ -99,6 +101,7 @@ def render_benchmark_html(results: Results) -> str:
             sections.append(_margin_table(board))
         sections.append(_score_table(board, with_intervals=True))
         sections += [breakdown_table(board, kind) for kind in board.kinds]
+        sections += judge_tables(results.judged, board) if results.judged else []
     if results.speed:
         sections += [_speed_table(results), *_speed_plots(results)]
     sections += gallery_sections(results)

@@ -13,9 +13,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal
 
 from vlmray import metrics
+from vlmray.benchmark.judge.settings import JUDGE
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.metrics.significance import (
     ALPHA,
@@ -32,6 +34,9 @@ from vlmray.schema import Row
 
 Rows = Mapping[str, Mapping[str, Row]]
 """Result rows by model and sample id."""
+
+Grades = Mapping[tuple[str, str], float]
+"""What a judge found answers worth, 0 to 1, by model and sample id."""
 
 Verdict = Literal["better", "worse", "no significant change", "too few images"]
 
@@ -151,6 +156,7 @@ def score_models(
     metric_names: Sequence[str],
     *,
     margin: float | None = None,
+    grades: Grades = MappingProxyType({}),
     num_resamples: int = 9_999,
 ) -> Scoreboard:
     """Score every model's answers with every metric.
@@ -161,12 +167,13 @@ def score_models(
     Args:
         samples: What was asked.
         rows: Result rows by model and sample id; the first model is the one compared with.
-        metric_names: Names of `metrics.METRICS`, or `bleu`.
+        metric_names: Names of `metrics.METRICS`, `bleu` or `judge`.
         margin: By how much a model may be worse than the first, 0 to 1; None: that is not asked.
+        grades: What a judge found answers worth; a sample counts for it if those of all models have a grade.
         num_resamples: Draws of each bootstrap and test.
 
     Raises:
-        ValueError: No sample has an answer to compare with, or a model lacks one.
+        ValueError: No sample has an answer to compare with, a model lacks one, or a metric has no score.
     """
     asked = [sample for sample in samples if sample.answers]
     if not asked:
@@ -175,33 +182,37 @@ def score_models(
     for name in names:
         if missing := [sample.sample_id for sample in asked if sample.sample_id not in rows[name]]:
             raise ValueError(f"{name} has no row of {missing[0]}; compare answers to the same samples")
-    sampled = [name for name in metric_names if name != metrics.BLEU]
-    values = {
-        (model, metric): [score_answer(metric, rows[model][sample.sample_id], sample) for sample in asked]
-        for model in names
-        for metric in sampled
-    }
-    whole = {"all": list(range(len(asked)))}
+    values: dict[tuple[str, str], list[float]] = {}
+    scored: dict[str, list[SampleFacts]] = {}
+    for metric in metric_names:
+        if metric != metrics.BLEU:
+            scored[metric] = [
+                s for s in asked if all(_score(metric, m, rows, s, grades) is not None for m in names)
+            ]
+            for model in names:
+                found = [_score(metric, model, rows, sample, grades) for sample in scored[metric]]
+                values[model, metric] = [score for score in found if score is not None]
+    first = next(iter(scored))
     scores: list[GroupScore] = []
     differences: list[GroupDifference] = []
-    for place, metric in enumerate(sampled):
-        kinds = {"all": whole, **(_breakdowns(asked) if place == 0 else {})}
+    for metric, members in scored.items():
+        kinds = {"all": {"all": [*range(len(members))]}, **(_breakdowns(members) if metric == first else {})}
         for kind, groups in kinds.items():
-            scores += _scores(asked, values, names, metric, kind, groups, num_resamples)
-            differences += _differences(asked, values, names, metric, kind, groups, num_resamples)
+            scores += _scores(members, values, names, metric, kind, groups, num_resamples)
+            differences += _differences(members, values, names, metric, kind, groups, num_resamples)
     return Scoreboard(
         models=names,
-        metrics=tuple(sampled),
+        metrics=tuple(scored),
         scores=tuple(scores),
         differences=tuple(differences),
         answers={
-            key: {sample.sample_id: score for sample, score in zip(asked, found, strict=True)}
-            for key, found in values.items()
+            (model, metric): {s.sample_id: score for s, score in zip(scored[metric], found, strict=True)}
+            for (model, metric), found in values.items()
         },
         bleu={name: _bleu(rows[name], asked) for name in names} if metrics.BLEU in metric_names else {},
-        num_samples=len(asked),
-        num_images=len({sample.image_key for sample in asked}),
-        margins=_margins(asked, values, names, sampled[0], margin, num_resamples) if margin else (),
+        num_samples=len(scored[first]),
+        num_images=len({sample.image_key for sample in scored[first]}),
+        margins=_margins(scored[first], values, names, first, margin, num_resamples) if margin else (),
     )
 
 
@@ -285,6 +296,14 @@ def score_answer(metric: str, row: Row, sample: SampleFacts) -> float:
         return 0.0
     metric = sample.own_metrics.get(metric, metric)
     return metrics.score(metric, row["prediction"] or "", sample.answers, sample.choices).value
+
+
+def _score(metric: str, model: str, rows: Rows, sample: SampleFacts, grades: Grades) -> float | None:
+    """Score a model's answer to a sample; None where the judge gave it no grade."""
+    row = rows[model][sample.sample_id]
+    if metric == JUDGE and row.get("error") is None:
+        return grades.get((model, sample.sample_id))
+    return score_answer(metric, row, sample)
 
 
 def _bleu(rows: Mapping[str, Row], asked: Sequence[SampleFacts]) -> tuple[float, str]:

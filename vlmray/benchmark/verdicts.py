@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmray.benchmark.judge.asking import Judged
+from vlmray.benchmark.judge.report import to_json as judge_json
 from vlmray.benchmark.scoreboard import GroupDifference, GroupMargin, Scoreboard
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.metrics.significance import Difference, num_samples_for
@@ -26,6 +28,9 @@ class Results:
 
     board: Scoreboard | None
     """None where speed alone was measured."""
+
+    judged: Judged | None = None
+    """What a judge made of the answers, where there is one."""
 
     against_baseline: Mapping[str, GroupDifference]
     """Each model against the one that had its name in the earlier run."""
@@ -81,6 +86,7 @@ class Results:
             "against_baseline": {
                 name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()
             },
+            "judge": judge_json(self.judged, board) if self.judged and board else None,
             "speed": [dataclasses.asdict(point) for point in self.speed],
             "failed": {name: sum(group.num_rows for group in found) for name, found in self.errors.items()},
             "elapsed_s": self.elapsed_s,

@@ -43,6 +43,10 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
     """Metrics of the answers, the first one decides: 'relaxed_accuracy,anls,rouge,bleu'; none: measure speed
     alone; default: the dataset's own, exact_match, anls and token_f1."""
 
+    judge: str | None = option(None, affects="run")
+    """JSON file of a model that grades the answers: its endpoint and model_id, and what else differs of
+    prompt_template, scale and others. Adds the metric judge; named first in --metrics, it decides."""
+
     max_new_tokens: int = option(64, affects="result")
     """Tokens to generate per answer, at most."""
 
@@ -99,6 +103,8 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
             raise OptionError("baseline", "compares scores", "--metrics none has none")
         if self.margin is not None and not 0 < self.margin < 100:
             raise OptionError("margin", f"{self.margin:g} must be points above 0 and below 100")
+        if self.metrics == "none" and self.judge:
+            raise OptionError("judge", "is about scores", "--metrics none has none")
         if self.metrics == "none" and (self.margin is not None or self.plan):
             raise OptionError("plan" if self.plan else "margin", "is about scores", "--metrics none has none")
         has_adapters = any(candidate.adapter for candidate in self.candidates())

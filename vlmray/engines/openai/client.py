@@ -49,9 +49,9 @@ class UnansweredError(Exception):
         self.retry_after_s = retry_after_s
 
 
-def api_key(url: str) -> str | None:
+def api_key(url: str, variable: str = API_KEY) -> str | None:
     """Return the key to send to a server: none of OpenAI's goes to anybody else."""
-    own = os.environ.get(API_KEY)
+    own = os.environ.get(variable)
     return own or (os.environ.get(_OPENAI_KEY) if urlsplit(url).hostname == _OPENAI_HOST else None)
 
 

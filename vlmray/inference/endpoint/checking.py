@@ -18,7 +18,7 @@ def check_server(config: InferConfig) -> None:
     """
     url = str(config.endpoint)
     try:
-        models = asyncio.run(_list(url))
+        models = asyncio.run(_list(url, api_key(url)))
     except EndpointError as error:
         raise OptionError("endpoint", f": {error}") from error
     try:
@@ -27,6 +27,15 @@ def check_server(config: InferConfig) -> None:
         raise OptionError("model_id", f": {error}") from error
 
 
-async def _list(url: str) -> dict[str, int | None]:
-    async with Endpoint(url, api_key(url)) as endpoint:
+def check_served(url: str, model: str, key: str | None) -> None:
+    """Look whether a server serves a model.
+
+    Raises:
+        EndpointError: It is not there, wants another key, or serves others.
+    """
+    find_model(model, asyncio.run(_list(url, key)), url)
+
+
+async def _list(url: str, key: str | None) -> dict[str, int | None]:
+    async with Endpoint(url, key) as endpoint:
         return await list_models(endpoint, lost_s=LOST_S)
