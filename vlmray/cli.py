@@ -109,13 +109,13 @@ def benchmark(config: BenchmarkConfig) -> int:
     from vlmray.benchmark.gathering import pilot
     from vlmray.benchmark.job import run_benchmark
     from vlmray.benchmark.plan import plan_benchmark
-    from vlmray.benchmark.report import format_results, plan_table
+    from vlmray.benchmark.report import format_plan, format_results
 
     if config.datasets:
         return _suite(config)
     planned = plan_benchmark(config)
     if config.plan:
-        print(f"\n{plan_table(pilot(planned), config).to_text()}")
+        print(f"\n{format_plan(pilot(planned), config)}")
         return 0
     results = run_benchmark(planned)
     print(f"\n{format_results(results)}\n\nreport: {config.output_dir}/report.html")
@@ -124,14 +124,14 @@ def benchmark(config: BenchmarkConfig) -> int:
 
 def _suite(config: BenchmarkConfig) -> int:
     from vlmray.benchmark.gathering import pilot
-    from vlmray.benchmark.report import plan_table
+    from vlmray.benchmark.report import format_plan
     from vlmray.benchmark.suite.job import plan_suite, run_suite
     from vlmray.benchmark.suite.report import format_suite
 
     planned = plan_suite(config)
     if config.plan:
         for name, each in planned.items():
-            print(f"\n{name}: {plan_table(pilot(each), each.config).to_text()}")
+            print(f"\n{name}: {format_plan(pilot(each), each.config)}")
         return 0
     results = run_suite(config, planned)
     print(f"\n{format_suite(results)}\n\nreport: {config.output_dir}/report.html")

@@ -6,8 +6,8 @@ Both models answer each question right with the chance that its chart has, drawn
 is better. `verdict` is the share of runs that the permutation test over images calls different at 0.05,
 `McNemar` what the exact test over samples would have called so, `interval` the share of intervals of the
 difference that miss 0. Near 5 % is what they promise; of 1,000 runs, chance alone moves it by 1.4 points
-either way, and with few changed answers an exact test stays below. `power` is the verdict's share where the
-second model is better by the difference that the report says would show in 4 of 5 samples.
+either way, and with few changed answers McNemar's exact test stays below. `power` is the verdict's share
+where the second model is better by the difference that the report says would show in 4 of 5 samples.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 The second model answers each question right with the chance that its chart has, less a true loss. `beyond` is
 the share of runs that call it not worse by more than the margin where the loss is 1.5 margins, `at` where it
 is the margin, which 5 % promises, `inside` where it is half of it, and `equal` where there is none. `planned`
-is the power for equal models that a pilot of half the images foretells, the median of its runs.
+is the power for equal models that a pilot of half the images foretells, the median of its runs; a pilot in
+which no answer differs foretells nothing.
 `difference` and `planned` behind it are the same of a two-sided comparison, with a true loss of two margins.
 Of 1,000 runs, chance alone moves 5 % by 1.4 points either way.
 """
@@ -30,6 +31,8 @@ SETTINGS = (
     (370, 3, 0.7, 0.04),
     (400, 1, 0.95, 0.02),
     (1500, 2, 0.7, 0.02),
+    (100, 1, 0.95, 0.05),
+    (50, 3, 0.9, 0.05),
 )
 COLUMNS = (*LOSSES, "planned", "difference", "planned_difference")
 
@@ -76,7 +79,7 @@ def simulate(
         found = paired_difference(first[pilot], second[pilot], images[pilot].tolist(), **draw)
         planned["planned_difference"].append(power(found, len(images), 2 * margin, two_sided=True))
         calls["difference"] += paired_difference(first, second, images.tolist(), **draw).p_value < ALPHA
-    medians = {name: float(np.median(values)) for name, values in planned.items()}
+    medians = {name: float(np.nanmedian(values)) for name, values in planned.items()}
     return {name: count / num_runs for name, count in calls.items()} | medians
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmray.benchmark.report import breakdown_table, plan_table
+from vlmray.benchmark.report import breakdown_table, format_plan, plan_table
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import Scoreboard, score_models
 from vlmray.benchmark.verdicts import sentence
@@ -68,7 +68,7 @@ def test_a_sentence_names_the_group_it_is_about() -> None:
     assert sentence(board.difference("tuned", "exact_match")).startswith("tuned is better than base: +50.0")
 
 
-@pytest.mark.parametrize(("num_images", "num_others"), [(5, 1), (6, 2), (8, 8)])
+@pytest.mark.parametrize(("num_images", "num_others"), [(4, 1), (5, 2), (7, 8)])
 def test_few_images_are_said_to_show_nothing(num_images: int, num_others: int) -> None:
     samples = [
         SampleFacts(sample_id=f"{i}", question="?", answers=("4",), family=None, image=f"{i}")
@@ -99,8 +99,27 @@ def test_a_plan_says_what_samples_show() -> None:
         for name in ("one", "two")
         for what in ("a difference", "a difference", "a difference", "not worse, if equal")
     ]
-    lines = table.to_text().splitlines()
-    assert max(map(len, lines)) <= TERMINAL_WIDTH
+    text = format_plan(pilot, config)
+    assert max(map(len, text.splitlines())) <= TERMINAL_WIDTH
+    assert text.endswith("In 4 of 5 cases, if the samples are like these.")
+
+
+def test_a_pilot_in_which_little_changed_is_said_to_be_poor() -> None:
+    samples = [SampleFacts(sample_id=f"{i}", question="?", answers=("4",), image=f"{i}") for i in range(60)]
+
+    def plan(num_changed: int) -> str:
+        rows = {
+            name: {
+                sample.sample_id: {"prediction": "4" if i < 30 + gained else "5", "error": None}
+                for i, sample in enumerate(samples)
+            }
+            for name, gained in (("base", 0), ("tuned", num_changed))
+        }
+        pilot = score_models(samples, rows, ["exact_match"], num_resamples=99)
+        return format_plan(pilot, BenchmarkConfig(models="base=fake", plan="samples=320"))
+
+    assert "Only 9 scores of tuned differ" in plan(9)
+    assert "Only" not in plan(10)
 
 
 @pytest.mark.parametrize("plan", ["2", "rows=3", "difference=0", "samples=1.5", "samples="])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 
 from vlmray.benchmark.samples import SampleFacts
-from vlmray.benchmark.scoreboard import answer_type, score_answer, score_models
+from vlmray.benchmark.scoreboard import score_answer, score_models
+from vlmray.benchmark.slices.groups import answer_type, break_down
 from vlmray.benchmark.verdicts import margin_sentence
 
 
@@ -126,11 +128,25 @@ def test_breakdowns_are_there_where_they_tell_samples_apart() -> None:
     board = score_models(samples, {"a": answers(samples, "4", "no")}, ["exact_match"])
     assert board.kinds == ["family", "answer", "image size"]
     assert board.groups("answer") == ["number", "yes or no"]
-    assert board.groups("image size") == ["below 0.25 megapixels", "above 1 megapixel"]
+    assert board.groups("image size") == ["up to 30,000 pixels", "30,001 to 2,000,000 pixels"]
     without = [dataclasses.replace(each, num_pixels=None) for each in samples]
     assert (
         "image size" not in score_models(without, {"a": answers(samples, "4", "no")}, ["exact_match"]).kinds
     )
+
+
+@pytest.mark.parametrize(
+    "lengths", [[4], [4, 4, 9], [1, 2, 3, 4, 5, 6, 7], [5, 5, 5, 5, 1, 9], [*range(100)]]
+)
+def test_thirds_hold_every_sample_once_and_those_alike_together(lengths: list[int]) -> None:
+    samples = [dataclasses.replace(sample(i), question="x" * length) for i, length in enumerate(lengths)]
+    groups = break_down(samples).get("question", {})
+    assert bool(groups) == (len({*lengths}) > 1)
+    if groups:
+        assert sorted(chain(*groups.values())) == list(range(len(lengths)))
+        kept = [{lengths[place] for place in places} for places in groups.values()]
+        assert all(max(one) < min(other) for one, other in pairwise(kept))
+        assert len(groups) <= 3
 
 
 def test_bleu_is_of_the_corpus_and_signed() -> None:

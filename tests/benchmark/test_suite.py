@@ -10,6 +10,7 @@ import pytest
 
 from vlmray.benchmark.samples import SampleFacts
 from vlmray.benchmark.scoreboard import score_models
+from vlmray.benchmark.slices.finding import find_worse
 from vlmray.benchmark.suite.datasets import read_datasets
 from vlmray.benchmark.suite.report import format_suite, render_suite_html
 from vlmray.benchmark.suite.verdict import SuiteResults, find
@@ -25,7 +26,8 @@ NUM_SAMPLES = 200
 def results(*lost: int, margin: float | None = None, gained: int = 0) -> Results:
     """Answers of a base, which knows half, and of models that lose so many of these and gain others."""
     samples = [
-        SampleFacts(sample_id=f"{i}", question="?", answers=("4",), image=f"{i}") for i in range(NUM_SAMPLES)
+        SampleFacts(sample_id=f"{i}", question="?" * (1 + i % 3), answers=("4",), image=f"{i}")
+        for i in range(NUM_SAMPLES)
     ]
     half = NUM_SAMPLES // 2
 
@@ -41,6 +43,7 @@ def results(*lost: int, margin: float | None = None, gained: int = 0) -> Results
     return Results(
         title="", models={name: name for name in answers}, board=board, against_baseline={}, speed=(),
         price_per_hour=None, errors={}, num_samples=NUM_SAMPLES, galleries={}, elapsed_s=1.0,
+        slices=find_worse(board, samples),
     )  # fmt: skip
 
 
@@ -87,6 +90,8 @@ def test_the_table_fits_a_terminal_and_the_page_links_each_dataset() -> None:
     page = render_suite_html(found)
     for name in found.results:
         assert f'href="{name}/report.html"' in page
+    assert "Where it got worse" not in page
+    assert "question up to 1 characters" in render_suite_html(suite(same=results(0), spoilt=results(60)))
 
 
 def write(tmp_path: Path, *entries: object) -> str:

@@ -40,7 +40,7 @@ def on_these_nodes(title: str) -> list[psutil.Process]:
 
 
 def a_replica_is_killed() -> bool:
-    """Kill one of them; False if there is none just now: a row kills them as well, and others take their place."""
+    """Kill one of them; False if there is none just now, as a row kills them as well and others come."""
     for process in replicas():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

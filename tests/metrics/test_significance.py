@@ -71,7 +71,8 @@ def test_a_difference_is_paired() -> None:
     assert found.smallest == pytest.approx(2.8016 * error, rel=0.05)
     table = [[65, 5], [20, 10]]
     assert found.mcnemar_p == pytest.approx(mcnemar(table, exact=True).pvalue)
-    assert found.p_value == pytest.approx(stats.binomtest(20, 25).pvalue, abs=0.003)
+    mid_p = stats.binomtest(20, 25).pvalue - stats.binom.pmf(20, 25, 0.5)
+    assert found.p_value == pytest.approx(mid_p)
 
 
 def test_equal_answers_are_no_difference() -> None:
@@ -82,7 +83,7 @@ def test_equal_answers_are_no_difference() -> None:
 
 def test_one_changed_image_is_no_evidence() -> None:
     found = paired_difference([0.0] * 20, [1.0] + [0.0] * 19, range(20))
-    assert (found.p_value, found.mcnemar_p, found.num_gained) == (1.0, 1.0, 1)
+    assert (found.p_value, found.mcnemar_p, found.num_gained) == (0.5, 1.0, 1)
     assert found.low == 0 < found.high
     alone = paired_difference([0.0], [1.0], ["only"])
     assert (alone.low, alone.high, alone.p_value) == (-1.0, 1.0, 1.0)
@@ -91,6 +92,30 @@ def test_one_changed_image_is_no_evidence() -> None:
 def test_what_is_lost_on_an_image_makes_up_for_what_is_gained_on_it() -> None:
     found = paired_difference([0.0, 1.0] * 8, [1.0, 0.0] * 8, [index // 2 for index in range(16)])
     assert (found.mean, found.p_value, found.num_gained, found.num_lost) == (0, 1, 8, 8)
+
+
+def test_drawn_cases_tell_what_all_of_them_tell() -> None:
+    rng = np.random.default_rng(7)
+    images = np.repeat(np.arange(40), 2).tolist()
+    first, second = rng.random(80) < 0.5, rng.random(80) < 0.65
+    counted = paired_difference(first, second, images, num_resamples=2_000)
+    # Scores a little apart: no two images are alike, and there are too many cases to go through.
+    apart = second + 1e-6 * rng.random(80)
+    drawn = paired_difference(first, apart, images, num_resamples=20_000)
+    assert drawn.p_value == pytest.approx(counted.p_value, abs=0.03)
+    assert (drawn.low, drawn.high) == pytest.approx((counted.low, counted.high), abs=0.02)
+
+
+@pytest.mark.parametrize(("num_images", "right"), [(100, 0.67), (50, 0.8)])
+def test_equal_models_are_called_different_as_often_as_is_said(num_images: int, right: float) -> None:
+    """With few changed answers too, where an exact test says so in 2 or 3 of 100 cases and not in 5."""
+    rng = np.random.default_rng(8)
+    answers = rng.random((2, 3000, num_images)) < rng.beta(5 * right, 5 - 5 * right, (3000, num_images))
+    images = range(num_images)
+    found = [
+        paired_difference(*each, images, num_resamples=100).p_value for each in zip(*answers, strict=True)
+    ]
+    assert 0.035 < np.mean(np.less(found, 0.05)) < 0.065
 
 
 def test_swapping_the_models_turns_the_sign() -> None:

@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
-from vlmray.config import ServeConfig, known_options, shared_options
+from vlmray.config import BenchmarkConfig, ServeConfig, known_options, shared_options
 from vlmray.inference import stages
 from vlmray.reports.bar import write_above_bar
 from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
 
 
+def servers(benchmark: Benchmark) -> list[list[str]]:
+    """Return the names of the models that one server holds: of a base, loaded with the same options."""
+    groups: dict[str, list[str]] = {}
+    for candidate in benchmark.candidates:
+        options = _loaded_with(benchmark.configs[candidate.name], candidate.model_id)
+        groups.setdefault(json.dumps(options, sort_keys=True), []).append(candidate.name)
+    return [*groups.values()]
+
+
+def _loaded_with(config: BenchmarkConfig, base: str) -> dict[str, Any]:
+    """Return what models need to be the same in to share a server: one of ours loads them so."""
+    if config.endpoint:
+        names = ("endpoint", "endpoint_timeout_s", "min_pixels", "max_pixels")
+        return {name: getattr(config, name) for name in names}
+    options = shared_options(config, ServeConfig) | {"model_id": base, "max_batch_size": config.batch_size}
+    return {name: options[name] for name in options.keys() - {"max_new_tokens", "verify_adapter"}}
+
+
 @contextlib.contextmanager
-def started_server(benchmark: Benchmark, base: str, names: Sequence[str]) -> Iterator[str]:
+def started_server(benchmark: Benchmark, names: Sequence[str]) -> Iterator[str]:
     """Start a server for a base and its adapters, or take the one that was named; yield its address."""
-    config = benchmark.config
+    configs = [benchmark.configs[name] for name in names]
+    config = configs[0]
     if config.endpoint:
         yield config.endpoint
         return
     group = [candidate for candidate in benchmark.candidates if candidate.name in names]
     adapters = [f"{candidate.name}={candidate.adapter}" for candidate in group if candidate.adapter]
     plain = [candidate.name for candidate in group if not candidate.adapter]
-    options = shared_options(config, ServeConfig) | {
-        "model_id": base,
+    options = _loaded_with(config, group[0].model_id) | {
         "served_model_name": plain[0] if plain else None,
         "port": free_port(),
         "adapters": ",".join(adapters) or None,
-        "verify_adapter": config.verify_adapter and bool(adapters),
+        "verify_adapter": benchmark.config.verify_adapter and bool(adapters),
         "max_adapters": max(1, len(adapters)),
-        "max_batch_size": config.batch_size,
         "max_queued_requests": 10 * max(config.most_in_flight, 64),
-        "max_new_tokens_limit": max(4096, config.max_new_tokens),
+        "max_new_tokens_limit": max(4096, *(each.max_new_tokens for each in configs)),
         "drain_timeout_s": 5,
         "log_level": "WARNING",
     }
@@ -51,13 +70,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def served_name(benchmark: Benchmark, name: str) -> str:
-    """Return the name by which a server knows a model; a base has one, under however many it is compared."""
-    asked = next(candidate for candidate in benchmark.candidates if candidate.name == name)
-    if benchmark.config.endpoint:
-        return asked.model_id
-    same = (each for each in benchmark.candidates if each.model_id == asked.model_id)
-    return name if asked.adapter else next(each.name for each in same if not each.adapter)
+def served_name(benchmark: Benchmark, name: str, group: Sequence[str]) -> str:
+    """Return the name by which its server knows a model; a base has one, however many are compared."""
+    candidates = {candidate.name: candidate for candidate in benchmark.candidates}
+    if benchmark.configs[name].endpoint:
+        return candidates[name].model_id
+    return name if candidates[name].adapter else next(each for each in group if not candidates[each].adapter)
 
 
 async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, served: str) -> None:
@@ -87,7 +105,8 @@ async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, serv
 
     with run.open_bar(name) as bar:
         try:
-            most = benchmark.config.max_in_flight or benchmark.config.most_in_flight
+            config = benchmark.configs[name]
+            most = config.max_in_flight or config.most_in_flight
             async for timed in clients.answer_all(served, requests(), most, write_above_bar):
                 row = flying[timed.index]
                 assert row is not None

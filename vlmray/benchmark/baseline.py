@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmray.benchmark.samples import prompt_of
 from vlmray.errors import OptionError
 from vlmray.schema import Row
 
 PREDICTIONS = "predictions.parquet"
 
 
-def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
+def read_baseline(path: str, now: Mapping[str, Any], models: Sequence[str]) -> dict[str, dict[str, Row]]:
     """Read an earlier run's answers.
+
+    Args:
+        path: Its `results.json`.
+        now: What is asked now, as `describe_samples` says it.
+        models: Names of those that are asked.
 
     Raises:
         ValueError: it is not there, or asked something else.
@@ -30,12 +36,14 @@ def read_baseline(path: str, now: Mapping[str, Any]) -> dict[str, dict[str, Row]
         raise OptionError(
             "baseline", f"{path}: {error}", "pass the results.json of a finished run"
         ) from error
-    for part in ("dataset", "prompt"):
-        for name, value in now[part].items():
-            before = then.get(part, {}).get(name)
-            if before != value and name != "dataset_name":  # the same samples may have moved
+    parts = [(then.get("dataset", {}), now["dataset"])]
+    compared = [name for name in models if name in then.get("models", {})]
+    parts += [(prompt_of(then, name), prompt_of(now, name)) for name in compared]
+    for before, after in parts:
+        for name in sorted({*before, *after} - {"dataset_name"}):  # the same samples may have moved
+            if (old := before.get(name)) != (new := after.get(name)):
                 raise OptionError(
-                    "baseline", f"{path} is not comparable: its {name} was {before!r} and is {value!r} now"
+                    "baseline", f"{path} is not comparable: its {name} was {old!r} and is {new!r} now"
                 )
     found: dict[str, dict[str, Row]] = {}
     for row in rows:

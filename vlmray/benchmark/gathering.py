@@ -22,10 +22,12 @@ from vlmray.benchmark.scoreboard import (
     GroupDifference,
     Rows,
     Scoreboard,
-    answer_type,
     score_answer,
     score_models,
 )
+from vlmray.benchmark.slices.finding import SliceSearch, find_worse
+from vlmray.benchmark.slices.groups import answer_type
+from vlmray.benchmark.slices.report import cards_of_each
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.benchmark.verdicts import Results
 from vlmray.dataset.sources import display_name
@@ -49,14 +51,11 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
     rows = _read_rows(benchmark) if benchmark.metrics else {}
     judged = judge_rows(benchmark, rows) if benchmark.judge else None
     board = _scoreboard(benchmark, rows, judged) if benchmark.metrics else None
-    first = benchmark.runs[benchmark.candidates[0].name]
+    slices = find_worse(board, benchmark.samples) if board and len(board.models) > 1 else None
     dataset = display_name(config.dataset_name, config.dataset_config)
     results = Results(
         title=f"{', '.join(rows or benchmark.runs)} on {dataset}",
-        models={
-            candidate.name: candidate.model_id + (f" + {candidate.adapter}" if candidate.adapter else "")
-            for candidate in benchmark.candidates
-        },
+        models={candidate.name: str(candidate) for candidate in benchmark.candidates},
         board=board,
         judged=judged,
         against_baseline=_against_baseline(benchmark, board),
@@ -66,13 +65,15 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
         num_samples=len(benchmark.samples),
         galleries=_galleries(benchmark, rows, board) if board else {},
         elapsed_s=elapsed_s,
+        slices=slices if slices and slices.num_slices else None,
+        slice_items=_slice_items(benchmark, rows, board, slices) if board and slices else (),
         options={
             field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init
         },
     )
     written = {
         "vlmray": __version__,
-        **describe_samples(config, first, benchmark.samples),
+        **describe_samples(benchmark.configs, benchmark.runs, benchmark.samples),
         **results.to_json(),
         "options": dataclasses.asdict(config),
     }
@@ -207,10 +208,25 @@ def _galleries(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> dict[str,
     }
 
 
-def _spread(samples: Sequence[SampleFacts]) -> list[SampleFacts]:
+def _slice_items(
+    benchmark: Benchmark, rows: Rows, board: Scoreboard, slices: SliceSearch
+) -> list[list[GalleryItem]]:
+    """Choose samples that each slice lost."""
+    run, samples = benchmark.runs[board.models[0]], {each.sample_id: each for each in benchmark.samples}
+    size = cards_of_each(len(slices.worse))
+    return [
+        [
+            _card(run, sample, rows, board, each.found.model)
+            for sample in _spread([samples[name] for name in each.lost], size)
+        ]
+        for each in slices.worse
+    ]
+
+
+def _spread(samples: Sequence[SampleFacts], size: int = _GALLERY_SIZE) -> list[SampleFacts]:
     """Take evenly spaced ones, so that all parts of the dataset are seen."""
-    step = max(1.0, len(samples) / _GALLERY_SIZE)
-    return [samples[int(place * step)] for place in range(min(len(samples), _GALLERY_SIZE))]
+    step = max(1.0, len(samples) / size)
+    return [samples[int(place * step)] for place in range(min(len(samples), size))]
 
 
 def _card(run: InferenceRun, sample: SampleFacts, rows: Rows, board: Scoreboard, shown: str) -> GalleryItem:

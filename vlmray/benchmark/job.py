@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from vlmray.benchmark.asking import answer_pending, served_name, started_server
+from vlmray.benchmark.asking import answer_pending, served_name, servers, started_server
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.gathering import conclude
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
@@ -40,20 +40,11 @@ def run_benchmark(benchmark: Benchmark) -> Results:
             if run.pending:
                 run_inference(run)
     else:
-        for base, group in _by_base(benchmark).items():
-            wanted = [name for name in group if _is_unfinished(benchmark, name, speed)]
-            if wanted:
-                with started_server(benchmark, base, group) as url:
-                    asyncio.run(_ask_server(benchmark, url, wanted, speed))
+        for group in servers(benchmark):
+            if any(_is_unfinished(benchmark, name, speed) for name in group):
+                with started_server(benchmark, group) as url:
+                    asyncio.run(_ask_server(benchmark, url, group, speed))
     return conclude(benchmark, speed, time.perf_counter() - started)
-
-
-def _by_base(benchmark: Benchmark) -> dict[str, list[str]]:
-    """Return the names of the models that one server holds: those that have a base in common."""
-    groups: dict[str, list[str]] = {}
-    for candidate in benchmark.candidates:
-        groups.setdefault("" if benchmark.config.endpoint else candidate.model_id, []).append(candidate.name)
-    return groups
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,13 +52,14 @@ def _by_base(benchmark: Benchmark) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------------------------
 
 
-async def _ask_server(benchmark: Benchmark, url: str, names: Sequence[str], speed: list[SpeedPoint]) -> None:
-    """Ask a server all that is left, then measure its speed."""
-    config = benchmark.config
+async def _ask_server(benchmark: Benchmark, url: str, group: Sequence[str], speed: list[SpeedPoint]) -> None:
+    """Ask a server all that is left of the models it holds, then measure its speed."""
+    config = benchmark.configs[group[0]]
+    names = [name for name in group if _is_unfinished(benchmark, name, speed)]
     bounds = PixelBounds(least=config.min_pixels, most=config.max_pixels) if config.endpoint else None
     try:
         async with Clients(url, api_key(url), timeout_s=config.endpoint_timeout_s, bounds=bounds) as clients:
-            served_as = {name: served_name(benchmark, name) for name in names}
+            served_as = {name: served_name(benchmark, name, group) for name in names}
             try:
                 await clients.check_served(served_as.values())
             except EndpointError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmray import metrics
@@ -11,7 +13,7 @@ from vlmray.benchmark.baseline import read_baseline
 from vlmray.benchmark.judge.settings import JUDGE, JUDGEMENTS, JudgeConfig, read_judge
 from vlmray.benchmark.samples import SampleFacts, describe_samples, read_facts
 from vlmray.config import BenchmarkConfig, Candidate, InferConfig, known_options, shared_options
-from vlmray.dataset.selection import describe_columns, open_selection, refuse_requests
+from vlmray.dataset.selection import describe_columns, open_selection, refuse_requests, reword
 from vlmray.engines.auto import EngineChoice
 from vlmray.engines.openai.client import EndpointError
 from vlmray.errors import OptionError, RunError
@@ -24,6 +26,7 @@ from vlmray.storage.run_folder import RunFolder
 DEFAULT_METRICS = ("exact_match", "anls", "token_f1")
 SPEED = "speed.json"
 RESULTS = "results.json"
+_ENGINES = {"engine", "endpoint"}
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,9 @@ class Benchmark:
 
     config: BenchmarkConfig
     candidates: tuple[Candidate, ...]
+    configs: Mapping[str, BenchmarkConfig]
+    """Options of each model, by its name."""
+
     metrics: tuple[str, ...]
     """Names of the metrics, the deciding one first; empty where speed alone is measured."""
 
@@ -52,12 +58,12 @@ class Benchmark:
     judge: JudgeConfig | None = None
 
 
-def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) -> Benchmark:
+def plan_benchmark(config: BenchmarkConfig, choices: Mapping[str, EngineChoice] | None = None) -> Benchmark:
     """Open the dataset, the folders and the earlier run, and check all options against them.
 
     Args:
         config: The options.
-        choice: Of the engine, where it is made already.
+        choices: Of the engine of each model, where they are made already.
 
     Raises:
         ValueError: an option does not fit the dataset, the models, the folder or the earlier run.
@@ -66,16 +72,23 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
     candidates = config.candidates()
     check_apart(config.output_dir, config.dataset_name)
     folder = RunFolder.find(config.output_dir, "benchmark")
-    choice = choice or choose_engine_for([config])
-    config = choice.settle(config)
-    asked = {candidate.name: _infer_config(config, candidate) for candidate in candidates}
-    questions = open_selection(asked[candidates[0].name], config.dataset_split, config.sample_slices)
-    runs = {name: plan_inference(each, questions=questions, choice=choice) for name, each in asked.items()}
-    first = runs[candidates[0].name]
+    choices = choices or choose_engines([config])
+    configs = {each.name: choices[each.name].settle(config.of(each)) for each in candidates}
+    if plain := next((each for each in candidates if not each.options.keys() & _ENGINES), None):
+        config = choices[plain.name].settle(config)
+    asked = {each.name: _infer_config(configs[each.name], each) for each in candidates}
+    worded = dataclasses.replace(asked[candidates[0].name], prompt_template=config.prompt_template)
+    questions = open_selection(worded, config.dataset_split, config.sample_slices)
     refuse_requests(questions.spec)
+    runs = {}
+    for candidate in candidates:
+        name = candidate.name
+        with _own_mistakes(candidate):
+            said = reword(questions, asked[name]) if candidate.options else questions
+            runs[name] = plan_inference(asked[name], questions=said, choice=choices[name])
     names = _metric_names(config, questions.spec.metric)
     judge = read_judge(config.judge) if config.judge else None
-    samples = tuple(read_facts(first))
+    samples = tuple(read_facts(runs[candidates[0].name]))
     if names and not any(sample.answers for sample in samples):
         raise OptionError(
             "dataset_name",
@@ -88,12 +101,14 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
         folder.delete(SPEED)
         folder.delete(JUDGEMENTS)
     baseline = (
-        read_baseline(config.baseline, describe_samples(config, first, samples)) if config.baseline else None
+        read_baseline(config.baseline, describe_samples(configs, runs, samples), [*runs])
+        if config.baseline
+        else None
     )
     logger.info("%s: %s", config.dataset_name, describe_columns(questions.source, questions.spec))
     return Benchmark(
         config=config, candidates=candidates, metrics=names, runs=runs, folder=folder, samples=samples,
-        baseline=baseline, judge=judge,
+        configs=configs, baseline=baseline, judge=judge,
     )  # fmt: skip
 
 
@@ -102,18 +117,51 @@ def plan_benchmark(config: BenchmarkConfig, choice: EngineChoice | None = None) 
 # ---------------------------------------------------------------------------------------------
 
 
-def choose_engine_for(configs: Sequence[BenchmarkConfig]) -> EngineChoice:
-    """Choose one engine for benchmarks of the same models.
+def choose_engines(configs: Sequence[BenchmarkConfig]) -> dict[str, EngineChoice]:
+    """Choose the engine of each model, for benchmarks of the same ones: one for all that name none.
 
     Raises:
-        ValueError: An option is for an engine that is not installed, or a folder is another job's.
+        ValueError: An option is for an engine that is not installed or not that of the others, or a folder is
+            another job's.
     """
     candidates = configs[0].candidates()
-    return choose_engine_of(
-        configs[0],
-        [(candidate.model_id, candidate.adapter) for candidate in candidates],
-        [_output_dir(config, candidate) for config in configs for candidate in candidates],
-    )
+    own = {each.name: configs[0].of(each) for each in candidates}
+
+    def choose(name: str, *chosen_for: Candidate) -> EngineChoice:
+        models = [(each.model_id, each.adapter) for each in chosen_for]
+        folders = [_output_dir(config, each) for config in configs for each in chosen_for]
+        return choose_engine_of(own[name], models, folders)
+
+    alone = [each for each in candidates if own[each.name].engine != "auto" or own[each.name].endpoint]
+    together = [each for each in candidates if each not in alone]
+    found = {each.name: choose(each.name, each) for each in alone}
+    for place, candidate in enumerate(together):
+        if place == 0 or candidate.options:  # which may be for one engine only
+            choice = choose(candidate.name, *together)
+            found |= dict.fromkeys((each.name for each in together), choice)
+            if choice.engine != "vllm":
+                break
+    for candidate in together:
+        possible, option = own[candidate.name].possible_engines()
+        if (engine := found[candidate.name].engine) not in possible:
+            raise OptionError(
+                "models",
+                f"{candidate.name}: --{option} is for --engine {' and '.join(possible)}, and the others are "
+                f"answered by {engine}",
+                f"name the engine of each, as in {candidate.name}=MODEL@engine={possible[0]}",
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _own_mistakes(candidate: Candidate) -> Iterator[None]:
+    """Say of a mistake in the options of one model that it is one of these."""
+    try:
+        yield
+    except OptionError as error:
+        if error.option not in candidate.options:
+            raise
+        raise OptionError("models", f"{candidate.name}: {error}") from error
 
 
 def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:

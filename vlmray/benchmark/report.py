@@ -10,6 +10,7 @@ import textwrap
 
 from vlmray.benchmark.judge.report import judge_tables, ungraded_line
 from vlmray.benchmark.scoreboard import GroupDifference, Scoreboard
+from vlmray.benchmark.slices.report import describe_search, worse_galleries, worse_table
 from vlmray.benchmark.speed import Percentiles
 from vlmray.benchmark.verdicts import Results, format_p, format_range
 from vlmray.config import BenchmarkConfig
@@ -48,12 +49,25 @@ def format_markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def format_plan(pilot: Scoreboard, config: BenchmarkConfig) -> str:
+    """Format the plan with what it holds for: plain text, at most 80 columns wide."""
+    table = plan_table(pilot, config)
+    return f"{table.title}\n\n{table.to_text()}\n\n{textwrap.fill(table.note, TERMINAL_WIDTH)}"
+
+
+_FEWEST_CHANGED = 10
+"""With five the power that a pilot foretells was 7 points too high, with ten within 4 points."""
+
+
 def plan_table(pilot: Scoreboard, config: BenchmarkConfig) -> Table:
     """Tell how many samples like those of a finished run would show what `--plan` and `--margin` name."""
     points, sizes = config.planned()
     rows = []
+    note = "In 4 of 5 cases, if the samples are like these."
     for model in pilot.models[1:]:
         found = pilot.difference(model, pilot.metrics[0]).difference
+        if (num_changed := found.num_gained + found.num_lost) < _FEWEST_CHANGED:
+            note += f" Only {num_changed} scores of {model} differ, which is too few to plan well by."
         asked: list[tuple[str, float | None, int | None]] = [
             ("a difference", each / 100, num_samples_for(found, each / 100)) for each in points
         ]
@@ -74,7 +88,7 @@ def plan_table(pilot: Scoreboard, config: BenchmarkConfig) -> Table:
         title=f"{pilot.metrics[0]}, by {pilot.num_samples:,} samples about {pilot.num_images:,} images",
         columns=(Column("compared"), Column("to be shown"), Column("points", True), Column("samples", True)),
         rows=tuple(rows),
-        note="In 4 of 5 cases, if the samples are like these.",
+        note=note,
     )
 
 
@@ -100,6 +114,9 @@ def render_benchmark_html(results: Results) -> str:
         if board.margins:
             sections.append(_margin_table(board))
         sections.append(_score_table(board, with_intervals=True))
+        if results.slices and results.slices.worse:
+            sections.append(worse_table(board, results.slices))
+            sections += worse_galleries(board.models[0], results.slices.worse, results.slice_items)
         sections += [breakdown_table(board, kind) for kind in board.kinds]
         sections += judge_tables(results.judged, board) if results.judged else []
     if results.speed:
@@ -174,6 +191,9 @@ def _verdict_table(results: Results) -> Table:
         _difference_row(f"{name}, against the earlier run", difference)
         for name, difference in results.against_baseline.items()
     ]
+    looked_at = ""
+    if results.slices and not results.slices.worse:
+        looked_at = f" Slices on which one is worse: none found. {describe_search(results.slices)}"
     return Table(
         title=f"Against {board.models[0]}" if len(board.models) > 1 else "Against the earlier run",
         columns=_DIFFERENCE_COLUMNS,
@@ -182,7 +202,7 @@ def _verdict_table(results: Results) -> Table:
             "The first metric decides. Intervals: 95 %, bootstrap over images. p: paired permutation test "
             f"over images, corrected by Holm where several models are compared; below {ALPHA:.2f} it is a "
             "verdict. McNemar: exact test over samples, for scores of 0 and 1; it takes questions about one "
-            "image for independent."
+            f"image for independent.{looked_at}"
         ),
     )
 

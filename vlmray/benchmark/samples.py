@@ -61,22 +61,43 @@ def read_requests(
 
 
 def describe_samples(
-    config: BenchmarkConfig, run: InferenceRun, samples: Sequence[SampleFacts]
+    configs: Mapping[str, BenchmarkConfig], runs: Mapping[str, InferenceRun], samples: Sequence[SampleFacts]
 ) -> dict[str, Any]:
-    """Say what was asked: two runs that say the same can be compared."""
+    """Say what was asked: two runs that say the same can be compared.
+
+    Args:
+        configs: Options of each model, by its name.
+        runs: What each is asked.
+        samples: What they are asked about.
+    """
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.sample_id}\0{sample.question}\0{sample.answers}\0{sample.image}\n".encode())
+    first, *others = configs
+    config, prompt = configs[first], _describe_prompt(configs[first], runs[first])
+    own = {name: _describe_prompt(configs[name], runs[name]) for name in others}
+    own = {name: described for name, described in own.items() if described != prompt}
     return {
         "dataset": {
             "dataset_name": config.dataset_name, "dataset_split": config.dataset_split,
             "num_samples": len(samples), "samples_sha256": digest.hexdigest(),
         },
-        "prompt": {
-            "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
-            "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
-            **_worded(config), **_formed(run),
-        },
+        "prompt": prompt,
+        **({"own_prompts": own} if own else {}),
+    }  # fmt: skip
+
+
+def prompt_of(described: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return how a model was asked, of what `describe_samples` says."""
+    found: Mapping[str, Any] = described.get("own_prompts", {}).get(name) or described.get("prompt", {})
+    return found
+
+
+def _describe_prompt(config: BenchmarkConfig, run: InferenceRun) -> dict[str, Any]:
+    return {
+        "prompt_template": run.task.prompt_template, "system_prompt": run.task.system_prompt,
+        "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, **_drawn(config),
+        **_worded(config), **_formed(run),
     }  # fmt: skip
 
 

@@ -9,16 +9,15 @@ get better by failing where it would have been wrong. Rows whose dataset publish
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
 
 from vlmray import metrics
 from vlmray.benchmark.judge.settings import JUDGE
 from vlmray.benchmark.samples import SampleFacts
+from vlmray.benchmark.slices.groups import break_down
 from vlmray.metrics.significance import (
     ALPHA,
     Difference,
@@ -29,7 +28,6 @@ from vlmray.metrics.significance import (
     not_worse,
     paired_difference,
 )
-from vlmray.reports.errors import NO_FAMILY
 from vlmray.schema import Row
 
 Rows = Mapping[str, Mapping[str, Row]]
@@ -40,10 +38,6 @@ Grades = Mapping[tuple[str, str], float]
 
 Verdict = Literal["better", "worse", "no significant change", "too few images"]
 
-_NUMBER = re.compile(r"[-+]?[$€£]?\s*\d[\d,.]*\s*%?")
-_SIZES = (0.0, 0.25e6, 1e6, float("inf"))
-_SIZE_NAMES = ("below 0.25 megapixels", "0.25 to 1 megapixels", "above 1 megapixel")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScore:
@@ -52,7 +46,7 @@ class GroupScore:
     model: str
     metric: str
     kind: str
-    """What the group is one of: all, family, answer or image size."""
+    """What the group is one of: all, family, answer, question or image size."""
 
     group: str
     interval: Interval
@@ -87,9 +81,9 @@ class GroupDifference:
     def fewest_images(self) -> int:
         """Images from which on the test can show anything, if all of them change for the better.
 
-        The chance that `G` images have the same sign is 2 / 2^G.
+        The chance that `G` images have the same sign is 2 / 2^G, of which the test counts half.
         """
-        return 2 + int(math.log2(self.num_comparisons / ALPHA))
+        return 1 + int(math.log2(self.num_comparisons / ALPHA))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +155,9 @@ def score_models(
 ) -> Scoreboard:
     """Score every model's answers with every metric.
 
-    The first metric decides, and is broken down by family, kind of answer and size of image. p-values are
-    corrected for the number of models; those of a breakdown for the number of its groups and models.
+    The first metric decides, and is broken down by family, kind of answer, length of question and size of
+    image. p-values are corrected for the number of models; those of a breakdown for the number of its groups
+    and models.
 
     Args:
         samples: What was asked.
@@ -196,7 +191,7 @@ def score_models(
     scores: list[GroupScore] = []
     differences: list[GroupDifference] = []
     for metric, members in scored.items():
-        kinds = {"all": {"all": [*range(len(members))]}, **(_breakdowns(members) if metric == first else {})}
+        kinds = {"all": {"all": [*range(len(members))]}, **(break_down(members) if metric == first else {})}
         for kind, groups in kinds.items():
             scores += _scores(members, values, names, metric, kind, groups, num_resamples)
             differences += _differences(members, values, names, metric, kind, groups, num_resamples)
@@ -309,41 +304,3 @@ def _score(metric: str, model: str, rows: Rows, sample: SampleFacts, grades: Gra
 def _bleu(rows: Mapping[str, Row], asked: Sequence[SampleFacts]) -> tuple[float, str]:
     predictions = [rows[sample.sample_id].get("prediction") or "" for sample in asked]
     return metrics.corpus_bleu(predictions, [sample.answers for sample in asked])
-
-
-def _breakdowns(asked: Sequence[SampleFacts]) -> dict[str, dict[str, list[int]]]:
-    """Return the groups of each kind that tells samples apart: places in `asked` by name."""
-    kinds: dict[str, Callable[[SampleFacts], str | None]] = {
-        "family": lambda sample: sample.family or NO_FAMILY,
-        "answer": lambda sample: answer_type(sample.answers),
-        "image size": lambda sample: _size_name(sample.num_pixels),
-    }
-    found = {}
-    for kind, name_of in kinds.items():
-        groups: dict[str, list[int]] = {}
-        for place, sample in enumerate(asked):
-            if (name := name_of(sample)) is not None:
-                groups.setdefault(name, []).append(place)
-        if len(groups) > 1:
-            found[kind] = dict(sorted(groups.items(), key=lambda item: _order(item[0])))
-    return found
-
-
-def answer_type(answers: Sequence[str]) -> str:
-    """Tell what kind of answer is expected, by the first accepted one."""
-    text = answers[0].strip()
-    if text.lower() in ("yes", "no"):
-        return "yes or no"
-    return "number" if _NUMBER.fullmatch(text) else "words"
-
-
-def _size_name(num_pixels: int | None) -> str | None:
-    if num_pixels is None:
-        return None
-    bounds = zip(pairwise(_SIZES), _SIZE_NAMES, strict=True)
-    return next(name for (low, high), name in bounds if low <= num_pixels < high)
-
-
-def _order(name: str) -> tuple[int, bool, str]:
-    """Sort sizes by size, other groups by name, what has none last."""
-    return (_SIZE_NAMES.index(name) if name in _SIZE_NAMES else 0), name == NO_FAMILY, name

@@ -20,7 +20,7 @@ from vlmray.storage.run_options import changed_options
 async def measure_speed(
     benchmark: Benchmark, clients: Clients, served_as: Mapping[str, str], speed: list[SpeedPoint]
 ) -> None:
-    """Measure what was not measured yet, all with the same requests; each point is written at once.
+    """Measure what was not measured yet, all with the same questions; each point is written at once.
 
     Args:
         benchmark: The run.
@@ -29,15 +29,15 @@ async def measure_speed(
         speed: What was measured; gets what is measured.
     """
     left = to_measure(benchmark, list(served_as), speed)
-    requests = _make_requests(benchmark) if left else []
+    requests = {name: _make_requests(benchmark, name) for name in {name for _, name in left}}
     for load, name in left:
-        speed.append(await _measure(benchmark.config, clients, name, served_as[name], requests, load))
+        speed.append(await _measure(benchmark.config, clients, name, served_as[name], requests[name], load))
         write_speed(benchmark, speed)
 
 
-def _make_requests(benchmark: Benchmark) -> list[GenerationRequest]:
-    """Make the requests of the first samples, over again where too few of them can be asked."""
-    config, run = benchmark.config, benchmark.runs[benchmark.candidates[0].name]
+def _make_requests(benchmark: Benchmark, name: str) -> list[GenerationRequest]:
+    """Make a model's requests of the first samples, over again where too few of them can be asked."""
+    config, run = benchmark.config, benchmark.runs[name]
     asked = [request for _, request in read_requests(run, run.selected[: config.speed_samples]) if request]
     if not asked:
         raise OptionError("speed_samples", ": none of the first samples can be asked", "see their errors")

@@ -11,6 +11,7 @@ from typing import Any
 from vlmray.benchmark.judge.asking import Judged
 from vlmray.benchmark.judge.report import to_json as judge_json
 from vlmray.benchmark.scoreboard import GroupDifference, GroupMargin, Scoreboard
+from vlmray.benchmark.slices.finding import SliceSearch
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.metrics.significance import Difference, num_samples_for
 from vlmray.reports.errors import ErrorGroup
@@ -43,6 +44,12 @@ class Results:
     """Number of samples and some of them, by what became of them."""
 
     elapsed_s: float
+    slices: SliceSearch | None = None
+    """Where models are worse than the first; None where there is nothing to compare or to break down."""
+
+    slice_items: Sequence[Sequence[GalleryItem]] = ()
+    """Some samples of each slice that was found."""
+
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,8 +70,13 @@ class Results:
         return [
             *(sentence(difference) for difference in found),
             *map(margin_sentence, board.margins, found),
+            *self._worse_slices(board.models[0], board.models[1:]),
             *(sentence(difference) for difference in self.against_baseline.values()),
         ]
+
+    def _worse_slices(self, base: str, models: Sequence[str]) -> list[str]:
+        found = self.slices
+        return [found.sentence(model, base) for model in models if found.of(model)] if found else []
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures as JSON values."""
@@ -82,6 +94,7 @@ class Results:
                 {**dataclasses.asdict(margin), "holds": margin.holds}
                 for margin in (board.margins if board else ())
             ],
+            "slices": self.slices.to_json() if self.slices else None,
             "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
                 name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, check_at_least, check_verifies
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
+from vlmray.config.parsing import build_config
 from vlmray.config.sampling import SamplingConfig
 from vlmray.errors import OptionError
+
+_OPTION = re.compile(r"@(?=[a-z_]+=)")
+"""What stands before an option of a model; other @ are part of its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +28,30 @@ class Candidate:
     name: str
     model_id: str
     adapter: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those that are its own, as they were written."""
+
+    def __str__(self) -> str:
+        """Say what stands behind the name."""
+        model = self.model_id + (f" + {self.adapter}" if self.adapter else "")
+        return ", ".join([model, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+OWN_OPTIONS = frozenset(
+    each.name for cls in (SamplingConfig, EndpointConfig, ReplicaConfig) for each in dataclasses.fields(cls)
+) - {"verify_adapter"} | {"prompt_template", "system_prompt", "max_new_tokens", "batch_size"}
+"""Options that a model may have for itself: what loads it, what it is asked, and how it draws answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, DatasetConfig):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
-    models: str = field(metadata=mark("result"))
-    """What is compared: 'base=MODEL,tuned=MODEL+ADAPTER'; the others are compared with the first. With
-    --endpoint: the names it serves them by."""
+    models: str = field(metadata=mark("result", holds_json=True))
+    """What is compared: 'base=MODEL,tuned=MODEL+ADAPTER,small=MODEL@max_pixels=200704'; the others are
+    compared with the first. With --endpoint: the names it serves them by. After @: options of this model
+    alone. As JSON, or a mapping in the YAML file: '{"base": "MODEL", "tuned": {"model_id": "MODEL",
+    "adapter": "ADAPTER", "prompt_template": "{question}, in short"}}'."""
 
     datasets: str | None = option(None, affects="run")
     """JSON file of several datasets, in the place of --dataset_name: a list of mappings, each with name,
@@ -107,32 +131,47 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
             raise OptionError("judge", "is about scores", "--metrics none has none")
         if self.metrics == "none" and (self.margin is not None or self.plan):
             raise OptionError("plan" if self.plan else "margin", "is about scores", "--metrics none has none")
-        has_adapters = any(candidate.adapter for candidate in self.candidates())
+        candidates = self.candidates()
+        has_adapters = any(candidate.adapter for candidate in candidates)
         check_verifies(self, has_adapters=has_adapters, hint="name one in --models as model+adapter")
+        for candidate in candidates:
+            if candidate.options:
+                self.of(candidate)
         self.loads()
         self.planned()
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return the models, the one that the others are compared with first."""
         found: dict[str, Candidate] = {}
-        for entry in self.models.split(","):
-            name, _, model = (part.strip() for part in entry.partition("="))
-            if not NAME.fullmatch(name) or not model:
+        for candidate in _read_models(self.models):
+            if candidate.name in found:
+                raise OptionError("models", f": the name {candidate.name!r} is given twice")
+            if candidate.adapter and (candidate.options.get("endpoint") or self.endpoint):
                 raise OptionError(
-                    "models",
-                    f"has {entry!r}",
-                    "expected name=model or name=model+adapter, with commas between them and names of "
-                    "letters, digits and .-_",
+                    "models", f"{candidate.name}: a server's models have one name each", "pass name=NAME"
                 )
-            if name in found:
-                raise OptionError("models", f": the name {name!r} is given twice")
-            model_id, _, adapter = model.partition("+")
-            if self.endpoint and adapter:
-                raise OptionError(
-                    "models", f"{entry}: a server's models have one name each", "pass name=NAME"
-                )
-            found[name] = Candidate(name, model_id, adapter or None)
+            found[candidate.name] = candidate
+        if not found:
+            raise OptionError("models", "names none")
         return tuple(found.values())
+
+    def of(self, candidate: Candidate) -> BenchmarkConfig:
+        """Return the options of one model: its own in the place of those that are said for all."""
+        if not candidate.options:
+            return self
+        if unknown := sorted(candidate.options.keys() - OWN_OPTIONS):
+            raise OptionError(
+                "models",
+                f"{candidate.name}: {unknown[0]!r} is no option of a single model",
+                f"these are: {', '.join(sorted(OWN_OPTIONS))}",
+            )
+        alone = {candidate.name: {"model_id": candidate.model_id, "adapter": candidate.adapter}}
+        verifies = self.verify_adapter and candidate.adapter is not None
+        said = {**dataclasses.asdict(self), "models": json.dumps(alone), "verify_adapter": verifies}
+        try:
+            return build_config(BenchmarkConfig, {**said, **candidate.options})
+        except ValueError as error:
+            raise OptionError("models", f"{candidate.name}: {error}") from error
 
     def loads(self) -> tuple[float, ...]:
         """Return the loads to measure speed at: requests per second, or else requests in flight."""
@@ -173,3 +212,54 @@ def _numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[float
     if not numbers or not all(0 < number < math.inf for number in numbers):
         raise OptionError(name, f"must be numbers above 0 with commas between them, got {text!r}")
     return numbers
+
+
+def _read_models(text: str) -> Iterator[Candidate]:
+    """Yield the models of `--models`, written short or as JSON."""
+    if text.lstrip().startswith("{"):
+        for name, said in _read_object(text):
+            own: dict[str, Any] = {**said} if isinstance(said, dict) else {"model_id": said}
+            model_id, adapter = own.pop("model_id", None), own.pop("adapter", None)
+            if not isinstance(model_id, str) or not isinstance(adapter, str | None):
+                expected = (
+                    'expected {"NAME": "MODEL"} or {"NAME": {"model_id": "MODEL", "adapter": "FOLDER"}}'
+                )
+                raise OptionError("models", f"has {name!r}: {said!r}", expected)
+            yield _candidate(name, model_id, adapter, own, name)
+        return
+    for entry in text.split(","):
+        name, _, said = (part.strip() for part in entry.partition("="))
+        model, *pairs = _OPTION.split(said)
+        model_id, _, adapter = (part.strip() for part in model.partition("+"))
+        options = dict(pair.split("=", 1) for pair in pairs)
+        if len(options) < len(pairs):
+            raise OptionError("models", f"has {entry!r}, with an option given twice")
+        yield _candidate(name, model_id, adapter or None, options, entry)
+
+
+def _candidate(
+    name: str, model_id: str, adapter: str | None, options: Mapping[str, Any], entry: str
+) -> Candidate:
+    if not NAME.fullmatch(name) or not model_id:
+        raise OptionError(
+            "models",
+            f"has {entry!r}",
+            "expected name=model or name=model+adapter, with commas between them, names of letters, digits "
+            "and .-_, and options as @max_pixels=200704; what holds commas or @ is written as JSON",
+        )
+    return Candidate(name, model_id, adapter, options)
+
+
+def _read_object(text: str) -> list[tuple[str, Any]]:
+    """Return names and values of a JSON object, in which names may be repeated."""
+    found: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found[:] = pairs  # the outermost object is read last
+        return dict(pairs)
+
+    try:
+        json.loads(text, object_pairs_hook=keep)
+    except ValueError as error:
+        raise OptionError("models", f"is no JSON object: {error}") from error
+    return found

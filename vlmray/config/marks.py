@@ -28,7 +28,8 @@ def mark(affects: Effect, engines: tuple[str, ...] = (), *, holds_json: bool = F
     Args:
         affects: What it changes.
         engines: As of `option`.
-        holds_json: It is a mapping to JSON values, and not to texts that something else converts.
+        holds_json: It is a mapping to JSON values, and not to texts that something else converts; or a text
+            that may be JSON, which a mapping of a YAML file becomes.
     """
     return {"affects": affects, "engines": engines, "holds_json": holds_json}
 

@@ -162,7 +162,7 @@ def _convert(name: str, hint: Any, value: Any, holds_json: bool) -> Any:
         found = _read_mapping(name, value)
         return _as_json(found) if holds_json and not isinstance(value, str) else found
     if isinstance(value, list | dict):
-        raise OptionError(name, f"must be one value, got {value!r}", "quote it if it is text")
+        return _as_text(name, value, holds_json)
     if _is_literal(kind):
         if value in typing.get_args(kind):
             return value
@@ -177,6 +177,13 @@ def _convert(name: str, hint: Any, value: Any, holds_json: bool) -> Any:
     except (ValueError, KeyError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise OptionError(name, f"must be {expected}, got {value!r}") from None
+
+
+def _as_text(name: str, value: list[Any] | dict[str, Any], holds_json: bool) -> str:
+    """Write a mapping of a YAML file as the JSON that an option takes in its place."""
+    if holds_json and isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    raise OptionError(name, f"must be one value, got {value!r}", "quote it if it is text")
 
 
 def _check_text(name: str, value: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -117,18 +118,35 @@ def open_selection(
     )
     if spec.metric not in METRICS:
         raise OptionError("metric", f"{spec.metric!r} is unknown", f"known: {', '.join(METRICS)}")
-    if spec.form and (config.prompt_template or config.choices_column):
-        option = "prompt_template" if config.prompt_template else "choices_column"
-        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds {spec.form}s")
-    with mistake_in("prompt_template"):
-        check_prompt_template(spec.prompt_template)
-    check_choices(spec, source.column_names)
+    _check_prompt(config, spec, source)
     check_questions(
         spec, source.read(some, [spec.question_column]), without_images=config.image_column == NO_COLUMN
     )
     return Selection(
         source=source, spec=spec, split=split, selected=selected, system_prompt=config.system_prompt
     )
+
+
+def reword(asked: Selection, config: QuestionsConfig) -> Selection:
+    """Ask the same rows in the words of another config.
+
+    Raises:
+        ValueError: its prompt template does not fit the dataset.
+    """
+    spec, template = asked.spec, config.prompt_template
+    if template is not None:
+        spec = dataclasses.replace(spec, prompt_template=template, open_prompt_template=None)
+        _check_prompt(config, spec, asked.source)
+    return dataclasses.replace(asked, spec=spec, system_prompt=config.system_prompt)
+
+
+def _check_prompt(config: QuestionsConfig, spec: DatasetSpec, source: Source) -> None:
+    if spec.form and (config.prompt_template or config.choices_column):
+        option = "prompt_template" if config.prompt_template else "choices_column"
+        raise OptionError(option, f"is for questions, and {spec.question_column!r} holds {spec.form}s")
+    with mistake_in("prompt_template"):
+        check_prompt_template(spec.prompt_template)
+    check_choices(spec, source.column_names)
 
 
 def _open_whole_rows(config: QuestionsConfig, split: str, random_access: bool) -> Source:

@@ -51,7 +51,7 @@ class Difference:
     low: float
     high: float
     p_value: float
-    """Paired permutation test over images: how often chance alone would differ this much."""
+    """Paired permutation test over images: how often chance alone would differ this much (mid-p)."""
 
     mcnemar_p: float | None
     """McNemar's exact test over samples, where all scores are 0 or 1; it takes questions about one image for
@@ -272,12 +272,25 @@ def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _flip_signs(sums: NDArray[np.float64], num_resamples: int, seed: int) -> float:
-    """Return the p-value of the difference when each image might as well have had the other sign."""
-    changed = sums[sums != 0]  # the others are the same either way
-    if len(changed) == 1:
-        return 1.0  # as large either way
-    result = stats.permutation_test(
-        (changed,), lambda values, axis=-1: values.sum(axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=num_resamples, batch=_BATCH, rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(result.pvalue)
+    """Return the p-value of the difference when each image might as well have had the other sign.
+
+    Images that change by as much are flipped together: how many of them are positive is binomial. All cases
+    are gone through where these are few, else some are drawn. A case as likely as the one found counts half
+    (mid-p): counted whole, two equal models were called different in 2 to 4 of 100 runs, and not in 5.
+    """
+    changed = np.abs(sums[sums != 0])  # the others are the same either way
+    sizes, alike = np.unique(changed, return_counts=True)
+    if np.log1p(alike).sum() <= math.log(num_resamples):
+        grid = np.meshgrid(*map(np.arange, alike + 1), indexing="ij")
+        positive = np.stack(grid, axis=-1).reshape(-1, len(alike))
+        chances = stats.binom.pmf(positive, alike, 0.5).prod(axis=-1)
+        totals = (2 * positive - alike) @ sizes
+    else:
+        rng = np.random.default_rng(seed)
+        batches = (min(_BATCH, num_resamples - start) for start in range(0, num_resamples, _BATCH))
+        drawn = [(2 * rng.binomial(alike, 0.5, (size, len(alike))) - alike) @ sizes for size in batches]
+        totals = np.concatenate([[sums.sum()], *drawn])
+        chances = np.full(len(totals), 1 / len(totals))
+    beyond = np.abs(totals) - abs(sums.sum())
+    is_equal = np.isclose(beyond, 0, atol=1e-9)
+    return float(chances[(beyond > 0) & ~is_equal].sum() + chances[is_equal].sum() / 2)

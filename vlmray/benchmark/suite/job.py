@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vlmray import __version__
 from vlmray.benchmark.job import run_benchmark
-from vlmray.benchmark.plan import RESULTS, Benchmark, choose_engine_for, plan_benchmark
+from vlmray.benchmark.plan import RESULTS, Benchmark, choose_engines, plan_benchmark
 from vlmray.benchmark.suite.datasets import read_datasets
 from vlmray.benchmark.suite.report import format_suite_markdown, render_suite_html
 from vlmray.benchmark.suite.verdict import SuiteResults, find
@@ -26,8 +26,8 @@ def plan_suite(config: BenchmarkConfig) -> dict[str, Benchmark]:
     """
     RunFolder.find(config.output_dir, "benchmark")
     configs = read_datasets(config)
-    choice = choose_engine_for([*configs.values()])
-    return {name: plan_benchmark(each, choice) for name, each in configs.items()}
+    choices = choose_engines([*configs.values()])
+    return {name: plan_benchmark(each, choices) for name, each in configs.items()}
 
 
 def run_suite(config: BenchmarkConfig, planned: Mapping[str, Benchmark]) -> SuiteResults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from vlmray.benchmark.slices.finding import name_slice
 from vlmray.benchmark.suite.verdict import Finding, SuiteResults
 from vlmray.benchmark.verdicts import format_p, format_range
 from vlmray.reports.errors import option_table
@@ -45,7 +46,7 @@ def render_suite_html(results: SuiteResults) -> str:
                 Fact("elapsed", format_duration(results.elapsed_s)),
             ),
             links=tuple((name, f"{name}/report.html") for name in results.results),
-            sections=(_table(results), option_table(results.options)),
+            sections=(_table(results), *_slice_tables(results), option_table(results.options)),
         )
     )
 
@@ -77,6 +78,28 @@ def _table(results: SuiteResults, *, short: bool = False) -> Table:
             "for all rows. Of each dataset its deciding metric."
         ),
     )
+
+
+def _slice_tables(results: SuiteResults) -> list[Table]:
+    """Name the slices of all datasets on which models are worse; the report of each has samples of them."""
+    rows = [
+        (
+            name,
+            name_slice(each.found),
+            each.found.model,
+            format_points(each.found.difference.mean),
+            format_range(each.found.difference),
+            format_p(each.found.p_corrected),
+        )
+        for name, result in results.results.items() if result.slices
+        for each in result.slices.worse
+    ]  # fmt: skip
+    columns = (
+        Column("dataset"), Column("slice"), Column("model"), Column("points", True),
+        Column("95 % interval", True), Column("p", True),
+    )  # fmt: skip
+    note = "p: one-sided, corrected by Holm for all slices of a dataset. Examples are in its report."
+    return [Table(title="Where it got worse", columns=columns, rows=tuple(rows), note=note)] if rows else []
 
 
 def _row(results: SuiteResults, finding: Finding, short: bool) -> tuple[str | Cell | Mark, ...]:
