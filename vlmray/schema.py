@@ -101,6 +101,10 @@ class Sampling:
     form: Form | None = None
     """What the answer has to be; it ends where it is that, or unfinished where it has no tokens left."""
 
+    num_logprobs: int | None = None
+    """With each token of the answer, give its log-probability and those of so many of the likeliest tokens in
+    its place, at most 20; None: give none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest(Sampling):
@@ -141,6 +145,25 @@ class GenerationRequest(Sampling):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token and how likely the model held it, whatever it was drawn by.
+
+    That is the logarithm of the softmax of the model's own scores, before penalties, temperature, top_p and
+    what else changes them; of an answer that has a form, among the tokens that the form allows there.
+    """
+
+    token: str
+    """As a text of its own."""
+
+    data: bytes | None
+    """What it adds to the text in UTF-8, which may be a part of a character; None: it is no text."""
+
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, the likeliest first, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine answers to one request."""
 
@@ -158,6 +181,10 @@ class Completion:
 
     num_cached_tokens: int | None = field(default=None, compare=False)
     """Prompt tokens that the engine had from earlier requests; None where it does not say."""
+
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
+    """Of each token that the model wrote, the end token included; None where they were not asked for, or the
+    server that answers did not give them."""
 
     error: str | None = None
     """Why there is no answer; set exactly when `finish_reason` is "error"."""
@@ -195,6 +222,15 @@ class Row(TypedDict, total=False):
     score: float | None
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
+    confidence: float | None
+    """Probability of the whole answer: that of all its tokens together; None where it is not known."""
+
+    min_token_probability: float | None
+    """That of the answer's least likely token."""
+
+    logprobs: str | None
+    """Log-probabilities of its tokens as JSON, where the row is a request that asks for them."""
+
     finish_reason: FinishReason | None
     error: str | None
     """Why there is no answer; the last column of a result. What follows is left behind on the way."""

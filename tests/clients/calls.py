@@ -161,7 +161,7 @@ def openai_errors(client: Any) -> None:
     bad = openai.BadRequestError
     raises(bad, asking(LONG), "context_length_exceeded")
     raises(bad, asking("Hello", extra_body={"guided_json": {}}), "guided_json")
-    raises(bad, asking("Hello", logprobs=True), "logprobs")
+    raises(bad, asking("Hello", logprobs=True, top_logprobs=30), "top_logprobs")
     raises(bad, asking("Hello", temperature=-1), "temperature")
     raises(bad, asking([{"type": "image_url", "image_url": DATA_URI}]), "image_url")
     raises(openai.NotFoundError, asking("Hello", model="nobody"), "nobody")
@@ -229,7 +229,7 @@ def langchain_calls() -> Calls:
 
     def errors() -> None:
         raises(openai.BadRequestError, lambda: chat().invoke(LONG), "context_length_exceeded")
-        raises(openai.BadRequestError, lambda: chat(logprobs=True).invoke(ASKED), "logprobs")
+        raises(openai.BadRequestError, lambda: chat(top_logprobs=30).invoke(ASKED), "top_logprobs")
         raises(openai.NotFoundError, lambda: chat(model="nobody").invoke(ASKED), "nobody")
         raises(openai.AuthenticationError, lambda: chat(api_key="wrong").invoke(ASKED))
 

@@ -22,7 +22,7 @@ from PIL import Image
 from vlmray.config import ServeConfig
 from vlmray.engines.fake import FakeEngine
 from vlmray.schema import GenerationRequest
-from vlmray.serving.backend import Reply
+from vlmray.serving.backend import Piece, Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.gateway import Gateway
 from vlmray.serving.http.app import build_app
@@ -56,7 +56,9 @@ class Backend:
         self.ready = True
         self.break_after: int | None = None
 
-    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
+    async def answer(
+        self, request: GenerationRequest, *, stream: bool
+    ) -> AsyncGenerator[str | Piece | Reply]:
         if self.busy:
             raise BusyError("too many requests are waiting")
         self.requests.append(request)
@@ -67,7 +69,8 @@ class Backend:
             for place, word in enumerate(words if stream else []):
                 if self.break_after == place:
                     raise RuntimeError("secret detail")
-                yield word if place == len(words) - 1 else f"{word} "
+                text = word if place == len(words) - 1 else f"{word} "
+                yield Piece(text, (completion.logprobs[place],)) if completion.logprobs else text
                 await until(self.flowing)
         except (asyncio.CancelledError, GeneratorExit):
             self.num_given_up += 1

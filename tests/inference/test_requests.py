@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletion
 
 from helpers.batches import BROKEN, NUM_REQUESTS, body_of, check_output, line_of, write_batch
 from helpers.rows import make_image
@@ -71,6 +72,25 @@ def test_a_job_writes_the_lines_at_its_end_and_overwriting_takes_them_away(tmp_p
     assert [json.loads(line)["custom_id"] for line in output.open()] == [f"id-{n}" for n in range(6)]
     _plan(path, overwrite=True)
     assert not output.exists()
+
+
+def test_a_request_that_asks_how_likely_tokens_were_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    wanted: list[dict[str, Any]] = [{"logprobs": True, "top_logprobs": 2}, {"logprobs": True}, {}]
+    bodies = [body_of(number, **fields) for number, fields in enumerate(wanted)]
+    path.write_text("\n".join(json.dumps(line_of(n, body=body)) for n, body in enumerate(bodies)))
+    run = _plan(path)
+    _answer(run, 3)
+    write_output(run)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "batch_output.jsonl").open()]
+    choices = [ChatCompletion.model_validate(line["response"]["body"]).choices[0] for line in lines]
+    for choice, num_likeliest in zip(choices[:2], (2, 0), strict=True):
+        assert choice.logprobs is not None
+        content = choice.logprobs.content or []
+        assert b"".join(bytes(each.bytes or ()) for each in content).decode() == choice.message.content
+        assert {len(each.top_logprobs) for each in content} == {num_likeliest}
+    assert choices[2].logprobs is None
+    assert all(row["confidence"] for row in run.folder.rows(["confidence"]))
 
 
 def _request(path: Path, body: dict[str, Any], **options: Any) -> GenerationRequest:

@@ -73,7 +73,7 @@ BAD: dict[str, tuple[int, bytes | dict[str, Any]]] = {
     "an unknown form": (400, ask(response_format={"type": "xml"})),
     "a form of all memory": (400, ask(structured_outputs={"json": {"type": "array", "maxItems": 10**9}})),
     "a form that cannot be compiled": (400, ask(structured_outputs={"regex": "("})),
-    "logprobs": (400, ask(logprobs=True)),
+    "likeliest tokens alone": (400, ask(top_logprobs=2)),
     "stream_options without stream": (400, ask(stream_options={"include_usage": True})),
     "too many images": (400, user([IMAGE] * 4 + [TEXT])),
     "a local path": (400, ask("x", "/etc/hostname")),

@@ -29,7 +29,7 @@ from vlmray.engines import check_engine
 from vlmray.engines.base import DeadEngineError, Engine
 from vlmray.engines.transformers.engine import TransformersEngine
 from vlmray.errors import OptionError
-from vlmray.schema import Form, GenerationRequest
+from vlmray.schema import Form, GenerationRequest, TokenLogprob
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +240,39 @@ def test_the_engine_says_that_its_process_died(engine: Any) -> None:
         engine.generate(make_mixed_requests(2))
     engine.close()
     assert not marked(*mine)
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        make_mixed_requests(num_logprobs=3),
+        make_shared_requests(num_logprobs=0, repetition_penalty=1.5),
+        make_formed_requests(num_logprobs=2),
+    ],
+    ids=["mixed", "penalized", "formed"],
+)
+def test_log_probabilities_are_those_of_the_other_engine(
+    engine: Engine, other: Engine, requests: list[GenerationRequest]
+) -> None:
+    told: dict[int, list[TokenLogprob]] = {place: [] for place in range(len(requests))}
+    streamed = engine.generate(requests, on_logprobs=lambda place, new: told[place].extend(new))
+    assert [tuple(each) for each in told.values()] == [each.logprobs for each in streamed]
+    answers = zip(requests, engine.generate(requests), other.generate(requests), strict=True)
+    for request, found, expected in answers:
+        assert found.text == expected.text
+        assert found.logprobs is not None
+        assert expected.logprobs is not None
+        for mine, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+            if request.form is not None and theirs.data is None:
+                continue  # of several end tokens vLLM's grammars allow one
+            assert (mine.token, mine.data) == (theirs.token, theirs.data)
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            pairs = zip(mine.top, theirs.top, strict=True)
+            assert all(one.logprob == pytest.approx(other.logprob, abs=1e-3) for one, other in pairs)
+
+
+def test_who_asks_for_none_gets_none(engine: Engine) -> None:
+    first, second = engine.generate([make_request(0, 1), make_request(1, 1, num_logprobs=1)])
+    assert first.logprobs is None
+    assert second.logprobs is not None
+    assert len(second.logprobs) == second.num_completion_tokens

@@ -32,6 +32,7 @@ from vlmray.benchmark.speed import SpeedPoint
 from vlmray.benchmark.verdicts import Results
 from vlmray.dataset.sources import display_name
 from vlmray.errors import OptionError
+from vlmray.inference.certainty.assessing import Certainty, assess
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
 from vlmray.reports.errors import group_errors
@@ -58,6 +59,7 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
         models={candidate.name: str(candidate) for candidate in benchmark.candidates},
         board=board,
         judged=judged,
+        certainty=_certainty(benchmark, rows, board) if board else (),
         against_baseline=_against_baseline(benchmark, board),
         speed=tuple(speed),
         price_per_hour=config.price_per_hour,
@@ -155,6 +157,8 @@ def _predictions(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> bytes:
                     "prediction": row["prediction"],
                     "error": row["error"],
                     "num_completion_tokens": row["num_completion_tokens"],
+                    "confidence": row["confidence"],
+                    "min_token_probability": row["min_token_probability"],
                     **{
                         name: board.answers[model, name].get(sample.sample_id) if scored else None
                         for name in board.metrics
@@ -164,6 +168,25 @@ def _predictions(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(table), sink)
     return bytes(sink.getvalue().to_pybytes())
+
+
+def _certainty(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> tuple[Certainty, ...]:
+    """Compare what models were sure of with the deciding metric."""
+    metric = board.metrics[0]
+    scored = board.answers[board.models[0], metric]
+    asked = [sample for sample in benchmark.samples if sample.sample_id in scored]
+    found = (
+        assess(
+            (
+                (row["confidence"], board.answers[model, metric][sample.sample_id], sample.image_key)
+                for sample in asked
+                if (row := rows[model][sample.sample_id])["error"] is None
+            ),
+            metric=metric, num_asked=len(asked), target=benchmark.config.target_accuracy, model=model,
+        )
+        for model in board.models
+    )  # fmt: skip
+    return tuple(each for each in found if each is not None)
 
 
 def _against_baseline(benchmark: Benchmark, board: Scoreboard | None) -> dict[str, GroupDifference]:

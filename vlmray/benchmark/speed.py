@@ -42,7 +42,8 @@ def _make_requests(benchmark: Benchmark, name: str) -> list[GenerationRequest]:
     if not asked:
         raise OptionError("speed_samples", ": none of the first samples can be asked", "see their errors")
     repeats = -(-config.speed_samples // len(asked))
-    return (asked * repeats)[: config.speed_samples]
+    plain = [dataclasses.replace(request, num_logprobs=None) for request in asked]
+    return (plain * repeats)[: config.speed_samples]
 
 
 async def _measure(

@@ -13,6 +13,7 @@ from vlmray.benchmark.judge.report import to_json as judge_json
 from vlmray.benchmark.scoreboard import GroupDifference, GroupMargin, Scoreboard
 from vlmray.benchmark.slices.finding import SliceSearch
 from vlmray.benchmark.speed import SpeedPoint
+from vlmray.inference.certainty.assessing import Certainty
 from vlmray.metrics.significance import Difference, num_samples_for
 from vlmray.reports.errors import ErrorGroup
 from vlmray.reports.gallery import GalleryItem
@@ -29,6 +30,9 @@ class Results:
 
     board: Scoreboard | None
     """None where speed alone was measured."""
+
+    certainty: tuple[Certainty, ...] = ()
+    """Of the models whose confidence is known."""
 
     judged: Judged | None = None
     """What a judge made of the answers, where there is one."""
@@ -95,6 +99,7 @@ class Results:
                 for margin in (board.margins if board else ())
             ],
             "slices": self.slices.to_json() if self.slices else None,
+            "certainty": {found.model: found.to_json() for found in self.certainty},
             "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
                 name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()

@@ -14,7 +14,7 @@ from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, 
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.parsing import build_config
-from vlmray.config.sampling import SamplingConfig
+from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
 from vlmray.errors import OptionError
 
 _OPTION = re.compile(r"@(?=[a-z_]+=)")
@@ -37,6 +37,9 @@ class Candidate:
         return ", ".join([model, *(f"{name}={value}" for name, value in self.options.items())])
 
 
+_OF_SCORES = ("baseline", "target_accuracy", "judge", "plan", "margin")
+"""Options that mean nothing where speed alone is measured."""
+
 OWN_OPTIONS = frozenset(
     each.name for cls in (SamplingConfig, EndpointConfig, ReplicaConfig) for each in dataclasses.fields(cls)
 ) - {"verify_adapter"} | {"prompt_template", "system_prompt", "max_new_tokens", "batch_size"}
@@ -44,7 +47,9 @@ OWN_OPTIONS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, DatasetConfig):
+class BenchmarkConfig(
+    RunConfig, ConfidenceConfig, SamplingConfig, EndpointConfig, ReplicaConfig, DatasetConfig
+):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
     models: str = field(metadata=mark("result", holds_json=True))
@@ -123,14 +128,11 @@ class BenchmarkConfig(RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, 
                 "is about scores",
                 "leave out --metrics none and --baseline",
             )
-        if self.metrics == "none" and self.baseline:
-            raise OptionError("baseline", "compares scores", "--metrics none has none")
         if self.margin is not None and not 0 < self.margin < 100:
             raise OptionError("margin", f"{self.margin:g} must be points above 0 and below 100")
-        if self.metrics == "none" and self.judge:
-            raise OptionError("judge", "is about scores", "--metrics none has none")
-        if self.metrics == "none" and (self.margin is not None or self.plan):
-            raise OptionError("plan" if self.plan else "margin", "is about scores", "--metrics none has none")
+        of_scores = [name for name in _OF_SCORES if getattr(self, name) is not None]
+        if self.metrics == "none" and of_scores:
+            raise OptionError(of_scores[0], "is about scores", "--metrics none has none")
         candidates = self.candidates()
         has_adapters = any(candidate.adapter for candidate in candidates)
         check_verifies(self, has_adapters=has_adapters, hint="name one in --models as model+adapter")

@@ -15,11 +15,13 @@ from vlmray.config.common import (
 )
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
-from vlmray.config.sampling import SamplingConfig
+from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(DryRunConfig, RunConfig, SamplingConfig, EndpointConfig, ReplicaConfig, QuestionsConfig):
+class InferConfig(
+    DryRunConfig, RunConfig, ConfidenceConfig, SamplingConfig, EndpointConfig, ReplicaConfig, QuestionsConfig
+):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 
     adapter: str | None = option(None, affects="result", engines=("transformers", "vllm", "fake"))

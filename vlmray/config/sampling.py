@@ -84,6 +84,40 @@ class SamplingConfig(Options):
         return choices
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceConfig(Options):
+    """Whether it is written how sure the model was."""
+
+    confidence: bool | None = option(None, affects="run")
+    """Write with each answer how likely the model held it, whole and at its least likely token; default: yes,
+    unless a server is asked (--endpoint)."""
+
+    target_accuracy: float | None = option(None, affects="run")
+    """Report from which confidence on so large a share of answers is right, 0.95 for example, and how much of
+    the work they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target = self.target_accuracy
+        if target is not None and not 0 < target < 1:
+            raise OptionError("target_accuracy", f"must be a share above 0 and below 1, got {target:g}")
+        if target is not None and self.confidence is False:
+            raise OptionError(
+                "target_accuracy", "goes by what --confidence false leaves out", "leave out one of the two"
+            )
+
+    def wanted_logprobs(self, *, asks_server: bool) -> int | None:
+        """Return what is asked of each token: its own log-probability, or None for nothing.
+
+        Args:
+            asks_server: Whether a server answers that somebody else runs: it may not know, or charge for it.
+        """
+        wanted = self.confidence
+        if wanted is None:
+            wanted = not asks_server or self.target_accuracy is not None
+        return 0 if wanted else None
+
+
 _FORMS = ("response_schema", "response_choices", "response_regex")
 
 
@@ -97,6 +131,7 @@ _BOUNDS: dict[str, tuple[str, float, float]] = {
     "repetition_penalty": ("from 0.01 to 100", 0.01, 100),
     "presence_penalty": ("from -2 to 2", -2, 2),
     "frequency_penalty": ("from -2 to 2", -2, 2),
+    "num_logprobs": ("from 0 to 20", 0, 20),
 }
 """What each setting has to be: in words, and the smallest and largest value."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from vlmray.schema import Row, Sample
 
 _NUM_FETCHES = 16
 _ROWS_PER_READ = 256
-_MOST_ROWS_GROUPED = 50_000
+MOST_ROWS_GROUPED = 50_000
 
 
 def read_chunk(
@@ -79,19 +79,25 @@ def group_by_image(source: Source, spec: DatasetSpec, selected: Sequence[int]) -
 
     Their images have to be read for it: where they are at hand, and no more of them than takes seconds.
     """
-    columns = image_columns(source, spec)
     is_at_hand = source.on_driver or source.same_image_column is not None
-    if not (columns and is_at_hand and len(selected) <= _MOST_ROWS_GROUPED):
+    if not (image_columns(source, spec) and is_at_hand and len(selected) <= MOST_ROWS_GROUPED):
         return selected
     firsts: dict[Any, int] = {}
     groups = np.empty(len(selected), np.int64)
-    for start in range(0, len(selected), _ROWS_PER_READ):
-        rows = source.read(selected[start : start + _ROWS_PER_READ], columns)
-        for place, row in enumerate(rows, start):
-            groups[place] = firsts.setdefault(_image_key(list(row.values())) or place, place)
+    for place, key in enumerate(image_keys(source, spec, selected)):
+        groups[place] = firsts.setdefault(key or place, place)
     order = np.argsort(groups, kind="stable")
     is_grouped = bool((np.diff(order) == 1).all())
     return selected if is_grouped else pack_rows(unpack_rows(selected)[order])
+
+
+def image_keys(source: Source, spec: DatasetSpec, indices: Sequence[int]) -> Iterator[bytes | None]:
+    """Yield for each row what those with the same images have in common; None where it has none."""
+    columns = image_columns(source, spec)
+    for start in range(0, len(indices), _ROWS_PER_READ):
+        some = indices[start : start + _ROWS_PER_READ]
+        rows = source.read(some, columns) if columns else [{}] * len(some)
+        yield from (_image_key(list(row.values())) for row in rows)
 
 
 def _image_key(value: Any) -> bytes | None:

@@ -12,13 +12,16 @@ from typing import Protocol, runtime_checkable
 from vlmray.config.sampling import sampling_problems
 from vlmray.engines.forms import check_form
 from vlmray.errors import ContextLengthError, one_line
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, GenerationRequest, TokenLogprob
 
 OnText = Callable[[int, str], None]
 """Called with the place of a request and the text that it got since the last call."""
 
 OnEnd = Callable[[int, Completion], None]
 """Called with the place of a request and its completion."""
+
+OnLogprobs = Callable[[int, Sequence[TokenLogprob]], None]
+"""Called with the place of a request and the log-probabilities of tokens that it got since the last call."""
 
 Cancelled = Callable[[int], bool]
 """Called with the place of a request; tells whether nobody wants its answer any more."""
@@ -52,6 +55,10 @@ class Engine(Protocol):
     * **Streamed text is the text.** The pieces that `on_text` gets for a request, joined, are the text of
       its completion. `on_end` gets each completion as soon as it is there, after all its pieces. Both are
       called by the thread that called `generate`, before it returns.
+    * **Log-probabilities are the model's own.** A request with `num_logprobs` gets those of all tokens of its
+      answer (`vlmray.schema.TokenLogprob`), the same to 1e-5 in float32 whatever its neighbours are and
+      whatever it shares with them; the others pay nothing for it. `on_logprobs` gets each once and in order,
+      before the text that it makes.
     * **A row that nobody wants ends.** `cancelled` is asked of every row before its first token and between
       any two, in the thread that called `generate`. Once it is true the row gets no more of them: its
       completion has what was streamed so far and `finish_reason="cancelled"`. Its neighbours are answered as
@@ -96,10 +103,11 @@ class Engine(Protocol):
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
+        on_logprobs: OnLogprobs | None = None,
     ) -> list[Completion]:
         """Answer every request that is not `cancelled`, in order.
 
-        `on_text` and `on_end` are told of what there is as soon as it is.
+        `on_text`, `on_logprobs` and `on_end` are told of what there is as soon as it is.
         """
         ...
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 import time
@@ -20,12 +21,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
+from vlmray.engines.base import (
+    Cancelled,
+    OnEnd,
+    OnLogprobs,
+    OnText,
+    check_request,
+    failed_completion,
+    limit_answer,
+)
 from vlmray.engines.forms import example_of, keeps
 from vlmray.errors import OptionError
 from vlmray.images.reading import load_image_pil
 from vlmray.models.lora import get_default_lora_config_for_qwen_vl
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, GenerationRequest, TokenLogprob
 
 
 def build_tiny_random_adapter(
@@ -74,7 +83,8 @@ class FakeEngine:
     By default a text depends on the question, the pixels and the adapter, so an answer at another
     request's place shows. It is made from an id with parameters, so that it passes through
     configurations and into other processes like any model: `fake?latency_s=0.01&error_every=7`. Where a form
-    is asked for that this text has not, it is a short text of that form.
+    is asked for that this text has not, it is a short text of that form. How likely a word was depends on the
+    word and its place.
 
     Args:
         answer: Say this to everything.
@@ -166,13 +176,15 @@ class FakeEngine:
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
+        on_logprobs: OnLogprobs | None = None,
     ) -> list[Completion]:
         """Answer every request, in order, word by word, as long as it is not `cancelled`."""
         completions = []
         for index, request in enumerate(requests):
             is_cancelled = functools.partial(cancelled or _never, index)
             tell = functools.partial(on_text or _ignore, index)
-            completions.append(self._answer(request, tell, is_cancelled))
+            tell_logprobs = functools.partial(on_logprobs or _ignore, index)
+            completions.append(self._answer(request, tell, tell_logprobs, is_cancelled))
             if on_end is not None:
                 on_end(index, completions[-1])
         return completions
@@ -181,7 +193,11 @@ class FakeEngine:
         """Do nothing: there is nothing to free."""
 
     def _answer(
-        self, request: GenerationRequest, tell: Callable[[str], None], is_cancelled: Callable[[], bool]
+        self,
+        request: GenerationRequest,
+        tell: Callable[[str], None],
+        tell_logprobs: Callable[[Sequence[TokenLogprob]], None],
+        is_cancelled: Callable[[], bool],
     ) -> Completion:
         if not is_cancelled():
             self._read(request)
@@ -194,9 +210,12 @@ class FakeEngine:
                     text=" ".join(words[:place]),
                     num_completion_tokens=place,
                     finish_reason="cancelled",
+                    logprobs=completion.logprobs and completion.logprobs[:place],
                 )
             _sleep(self.token_s)
             _append(self.token_log, word)
+            if completion.logprobs is not None:
+                tell_logprobs([completion.logprobs[place]])
             tell(f" {word}" if place else word)
         return completion
 
@@ -228,6 +247,7 @@ class FakeEngine:
             num_prompt_tokens=len(prompt.split()),
             num_completion_tokens=len(kept),
             finish_reason="stop" if kept == words else "length",
+            logprobs=_logprobs(kept, request.num_logprobs),
         )
 
     def _may_crash(self) -> bool:
@@ -258,7 +278,7 @@ def _never(index: int) -> bool:
     return False
 
 
-def _ignore(index: int, text: str) -> None:
+def _ignore(index: int, text: object) -> None:
     pass
 
 
@@ -281,6 +301,23 @@ def _append(log: str, line: str) -> None:
 def _trailing_number(request_id: str) -> int:
     match = re.search(r"(\d+)$", request_id)
     return int(match.group()) if match else 1
+
+
+def _logprobs(words: Sequence[str], num_likeliest: int | None) -> tuple[TokenLogprob, ...] | None:
+    """Say how likely words were: above one half, so each is the likeliest, and each other half as likely."""
+    if num_likeliest is None:
+        return None
+    found = []
+    for place, word in enumerate(words):
+        chance = 0.5 + hashlib.sha256(f"{place} {word}".encode()).digest()[0] / 512
+        token = f" {word}" if place else word
+        others = [(f"{token}{'?' * k}", chance if k == 0 else (1 - chance) / 2**k) for k in range(20)]
+        top = [
+            TokenLogprob(token=text, data=text.encode(), logprob=math.log(share))
+            for text, share in others[:num_likeliest]
+        ]
+        found.append(TokenLogprob(token=token, data=token.encode(), logprob=math.log(chance), top=tuple(top)))
+    return tuple(found)
 
 
 def _plain_prompt(request: GenerationRequest) -> str:

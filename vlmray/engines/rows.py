@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnLogprobs, OnText, failed_completion
 from vlmray.engines.streamed_text import Answer
-from vlmray.schema import Completion, FinishReason, GenerationRequest
+from vlmray.schema import Completion, FinishReason, GenerationRequest, TokenLogprob
 
 _NOT_FINITE = (
     "the model's scores for the next token are not finite (NaN or infinity); look for such values in the "
@@ -36,8 +36,13 @@ class Row:
     max_new_tokens: int = 0
     """Most tokens of its answer: what was asked for, or less where the model's positions end."""
 
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens of its answer, where they are asked for."""
+
     num_sent: int = 0
     """Characters that were streamed; a row that is tried again does not send them twice."""
+
+    num_logprobs_sent: int = 0
 
     def complete(self, reason: FinishReason) -> Completion:
         """Return the completion of a row that ends with what it has."""
@@ -48,6 +53,7 @@ class Row:
             num_completion_tokens=self.answer.num_tokens if self.answer is not None else 0,
             finish_reason=reason,
             num_cached_tokens=self.num_cached_tokens,
+            logprobs=None if self.request.num_logprobs is None else tuple(self.logprobs),
         )
 
     def free(self) -> None:
@@ -61,6 +67,14 @@ class Listener:
     on_text: OnText | None
     on_end: OnEnd | None
     cancelled: Cancelled | None
+    on_logprobs: OnLogprobs | None = None
+
+    def token(self, row: Row, logprob: TokenLogprob) -> None:
+        """Note how likely a row's next token was, and send what is new of that."""
+        row.logprobs.append(logprob)
+        if self.on_logprobs is not None and len(row.logprobs) > row.num_logprobs_sent:
+            row.num_logprobs_sent = len(row.logprobs)
+            self.on_logprobs(row.index, [logprob])
 
     def text(self, row: Row, text: str) -> None:
         """Send what is new in a row's text."""
@@ -83,8 +97,22 @@ class Listener:
         return unwanted
 
 
-def read_token(rows: Sequence[Row], listener: Listener, index: int, token_id: int | None) -> bool:
-    """Add a row's next token to its answer and tell whether it ends there; None is a failure of the model."""
+def read_token(
+    rows: Sequence[Row],
+    listener: Listener,
+    index: int,
+    token_id: int | None,
+    logprob: TokenLogprob | None = None,
+) -> bool:
+    """Add a row's next token to its answer and tell whether it ends there.
+
+    Args:
+        rows: All.
+        listener: Hears of it.
+        index: Place of the row.
+        token_id: The token; None is a failure of the model.
+        logprob: How likely it was, where the row asks for that.
+    """
     row = rows[index]
     if listener.end_if_cancelled(row):
         return True
@@ -94,6 +122,8 @@ def read_token(rows: Sequence[Row], listener: Listener, index: int, token_id: in
         return True
     answer = row.answer
     assert answer is not None
+    if logprob is not None:
+        listener.token(row, logprob)
     ended = answer.push(token_id)
     if listener.on_text is not None:
         listener.text(row, answer.settled)

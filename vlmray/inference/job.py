@@ -23,6 +23,7 @@ from vlmray import __version__, cluster
 from vlmray.config import InferConfig
 from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
+from vlmray.inference.certainty.gathering import Confidences
 from vlmray.inference.chunks import CacheUse
 from vlmray.inference.endpoint.checking import check_server
 from vlmray.inference.endpoint.watching import saying_how_the_server_is
@@ -41,7 +42,7 @@ _REPLICA = "_Replica"
 
 _SUMMARY_COLUMNS = (
     "sample_id", "family", "score", "error", "num_prompt_tokens", "num_completion_tokens", "parsed",
-    "keeps_form",
+    "keeps_form", "confidence", "row_index",
 )  # fmt: skip
 
 
@@ -124,20 +125,19 @@ def _conclude(
     replicas: cluster.ReplicaPlan | None,
 ) -> Summary:  # fmt: skip
     """Read the results back, write the report and, last, the manifest."""
-    tally, causes, gallery = (
-        Tally(run.task.metric if run.spec.has_answers else None),
-        Causes(),
-        GalleryChoice(),
-    )
+    tally = Tally(run.task.metric if run.spec.has_answers else None)
+    causes, gallery, confidences = Causes(), GalleryChoice(), Confidences()
     for row, is_resumed in _results(run):
         tally.add(row, is_resumed=is_resumed)
         causes.add(row)
         gallery.add(row)
+        confidences.add(row)
     if tally.num_rows != len(run.selected):
         raise InferenceError(
             f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
         )
-    summary = tally.summary(elapsed_s, _usage(run, replicas, timeline, cache, tally.num_new))
+    usage = _usage(run, replicas, timeline, cache, tally.num_new)
+    summary = tally.summary(elapsed_s, usage, confidences.assess(run))
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),

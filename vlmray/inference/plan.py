@@ -22,7 +22,7 @@ from vlmray.engines import check_engine
 from vlmray.engines.auto import EngineChoice, choose_engine
 from vlmray.engines.fake import FakeEngine
 from vlmray.engines.forms import read_form
-from vlmray.errors import RunError
+from vlmray.errors import OptionError, RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
 from vlmray.inference.stages import ADAPTER, Task
 from vlmray.models.source import ModelSource
@@ -60,6 +60,10 @@ def plan_inference(
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
+    if config.target_accuracy is not None and not spec.has_answers:
+        raise OptionError(
+            "target_accuracy", f"is about scores, and {config.dataset_name} has no answers to compare with"
+        )
     task = _task(config, spec)
     folder = ResultFolder.open_for(
         len(selected),
@@ -178,6 +182,7 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         chat_template_kwargs=config.chat_template_kwargs or {},
         models=_names_of_models(config) if spec.form == "request" else {},
         form=read_form(config),
+        num_logprobs=config.wanted_logprobs(asks_server=config.endpoint is not None),
         **sampling_of(config),
     )
 

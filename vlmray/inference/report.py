@@ -8,18 +8,20 @@ up to `vlmray.reports`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmray.inference.certainty.report import certainty_sections
 from vlmray.inference.summary import FamilySummary, Summary, Usage
 from vlmray.inference.timeline import MAX_REPLICA_LANES, Overlap, Timeline
 from vlmray.reports.errors import ErrorGroup, error_table, option_table
 from vlmray.reports.gallery import Gallery, GalleryItem
 from vlmray.reports.lanes import LanePlot
-from vlmray.reports.page import Fact, Page, render_page
+from vlmray.reports.page import Fact, Page, Section, render_page
 from vlmray.reports.tables import Cell, Column, Table
-from vlmray.reports.text import format_duration, format_percent, format_rate, shorten
+from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent, format_rate, shorten
 
 # ---------------------------------------------------------------------------------------------
 # Report
@@ -56,6 +58,8 @@ def format_table(summary: Summary) -> str:
     lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _rate_facts(summary)))
     if summary.usage:
         lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _usage_facts(summary.usage)))
+    if summary.certainty and summary.certainty.threshold:
+        lines.append(textwrap.fill(summary.certainty.sentence, TERMINAL_WIDTH))
     note = _score_note(summary)
     return "\n".join(lines + ([note] if note else []))
 
@@ -63,9 +67,10 @@ def format_table(summary: Summary) -> str:
 def render_html(report: Report) -> str:
     """Render the run as one HTML page that needs nothing but itself."""
     summary = report.summary
-    sections: list[Table | LanePlot | Gallery] = []
+    sections: list[Section] = []
     if summary.families:
         sections.append(_family_table(summary))
+    sections += certainty_sections([summary.certainty] if summary.certainty else [])
     if report.timeline and (overlap := report.timeline.overlap()):
         sections.append(_lane_plot(report.timeline, overlap, summary.num_resumed))
         sections.append(_stage_table(report.timeline.stage_seconds()))

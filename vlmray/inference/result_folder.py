@@ -43,25 +43,17 @@ MOST_ROWS_WITH_FILES = 10_000
 
 RESULT_SCHEMA = pa.schema(
     {
-        "sample_id": pa.string(),
-        "row_index": pa.int64(),
-        "question": pa.string(),
-        "choices": pa.list_(pa.string()),
-        "answers": pa.list_(pa.string()),
-        "family": pa.string(),
-        "prompt": pa.string(),
-        "prediction": pa.string(),
-        "parsed": pa.string(),
-        "keeps_form": pa.bool_(),
-        "metric": pa.string(),
-        "score": pa.float64(),
-        "num_prompt_tokens": pa.int32(),
-        "num_completion_tokens": pa.int32(),
-        "finish_reason": pa.string(),
+        "sample_id": pa.string(), "row_index": pa.int64(), "question": pa.string(),
+        "choices": pa.list_(pa.string()), "answers": pa.list_(pa.string()), "family": pa.string(),
+        "prompt": pa.string(), "prediction": pa.string(), "parsed": pa.string(), "keeps_form": pa.bool_(),
+        "metric": pa.string(), "score": pa.float64(), "num_prompt_tokens": pa.int32(),
+        "num_completion_tokens": pa.int32(), "confidence": pa.float64(),
+        "min_token_probability": pa.float64(), "logprobs": pa.string(), "finish_reason": pa.string(),
         "error": pa.string(),
     }
-)
-"""Columns of a result row, in `_out.json` and in Parquet alike; an older folder lacks those of forms."""
+)  # fmt: skip
+"""Columns of a result row, in `_out.json` and in Parquet alike; an older folder lacks those of forms and
+of confidence."""
 
 _PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
 _GROUP_SIZE = 1000

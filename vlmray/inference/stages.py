@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from vlmray.dataset.prompts import format_data
 from vlmray.dataset.rows import fetch_images, images_of, sample_row, to_question
 from vlmray.engines.base import Engine
 from vlmray.engines.forms import keeps, parses
+from vlmray.engines.logprobs import to_json
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
@@ -121,6 +123,8 @@ def generate_rows(
             completions = engine.generate(requests)
     for row, completion in zip(pending, completions, strict=True):
         row |= answered(completion)
+        if completion.logprobs is not None and "num_logprobs" in _own_settings(row):
+            row["logprobs"] = to_json(completion.logprobs)
     return list(rows)
 
 
@@ -172,9 +176,21 @@ def answered(completion: Completion) -> Row:
         "prediction": None if completion.error else completion.text,
         "num_prompt_tokens": completion.num_prompt_tokens,
         "num_completion_tokens": completion.num_completion_tokens,
+        **_certainty(completion),
         "finish_reason": completion.finish_reason,
         "num_cached_tokens": completion.num_cached_tokens,
         "error": completion.error,
+    }
+
+
+def _certainty(completion: Completion) -> Row:
+    """Return how likely the model held an answer; the probabilities of tokens multiply."""
+    logprobs = [token.logprob for token in completion.logprobs or ()]
+    if not logprobs or completion.error is not None:
+        return {"confidence": None, "min_token_probability": None}
+    return {
+        "confidence": min(1.0, math.exp(math.fsum(logprobs))),
+        "min_token_probability": min(1.0, math.exp(min(logprobs))),
     }
 
 

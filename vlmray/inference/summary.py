@@ -16,6 +16,7 @@ from itertools import chain, zip_longest
 from operator import itemgetter
 from typing import Any
 
+from vlmray.inference.certainty.assessing import Certainty
 from vlmray.reports.errors import NO_FAMILY, is_failed
 from vlmray.reports.gallery import Verdict, verdict_of
 from vlmray.reports.text import read_number
@@ -138,6 +139,9 @@ class Summary:
     usage: Usage | None = None
     """What this run had of the cluster; None where it answered nothing."""
 
+    certainty: Certainty | None = None
+    """How far the model's confidence can be relied on; None where there are no scores, or no confidences."""
+
 
 @dataclass(slots=True)
 class _Counts:
@@ -214,12 +218,15 @@ class Tally:
         """Rows answered in this run so far."""
         return self._num_new
 
-    def summary(self, elapsed_s: float, usage: Usage | None = None) -> Summary:
+    def summary(
+        self, elapsed_s: float, usage: Usage | None = None, certainty: Certainty | None = None
+    ) -> Summary:
         """Mean the scores and set the work of this run against its time.
 
         Args:
             elapsed_s: Wall-clock time of this run.
             usage: What it had of the cluster.
+            certainty: How far its confidences can be relied on.
         """
         metric, families = self._metric, self._families
         whole = _Counts(
@@ -248,6 +255,7 @@ class Tally:
             num_keep_form=self._num_keep_form,
             num_parsed=self._num_parsed,
             usage=usage,
+            certainty=certainty,
         )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlmray.protocol.logprobs import ChoiceLogprobs
 from vlmray.protocol.tools import Called, ToolCall, read_call
+from vlmray.schema import TokenLogprob
 
 
 class Usage(BaseModel):
@@ -42,10 +45,18 @@ class Choice(BaseModel):
     index: Literal[0] = 0
     message: AnswerMessage
     finish_reason: Literal["stop", "length", "tool_calls"]
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
     @classmethod
-    def of(cls, completion_id: str, text: str, *, is_cut: bool, is_call: bool) -> Choice:
+    def of(
+        cls,
+        completion_id: str,
+        text: str,
+        *,
+        is_cut: bool,
+        is_call: bool,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> Choice:
         """Read an answer, which may have to be a call.
 
         Args:
@@ -53,14 +64,21 @@ class Choice(BaseModel):
             text: What the model wrote.
             is_cut: Whether it had to stop.
             is_call: Whether it had to call a function.
+            logprobs: How likely its tokens were, where that was asked for.
         """
+        told = None if logprobs is None else ChoiceLogprobs.of(logprobs)
         call = read_call(text, is_all=True) if is_call else None
         if call is None:
-            return cls(message=AnswerMessage(content=text), finish_reason="length" if is_cut else "stop")
+            return cls(
+                message=AnswerMessage(content=text),
+                finish_reason="length" if is_cut else "stop",
+                logprobs=told,
+            )
         called = ToolCall(id=call_id(completion_id), function=Called(**call._asdict()))
         return cls(
             message=AnswerMessage(content=None, tool_calls=[called]),
             finish_reason="length" if is_cut else "tool_calls",
+            logprobs=told,
         )
 
 
@@ -127,9 +145,12 @@ class Chunks:
             "model": model,
         }
 
-    def delta(self, finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+    def delta(
+        self, finish_reason: str | None = None, logprobs: Sequence[TokenLogprob] = (), **delta: Any
+    ) -> dict[str, Any]:
         """A piece of the answer, or its end."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        told = ChoiceLogprobs.of(logprobs).model_dump() if logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice]}
 
     def usage(self, usage: Usage) -> dict[str, Any]:

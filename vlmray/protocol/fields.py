@@ -37,8 +37,6 @@ _NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     # what comes beside it
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "logprob_token_ids": ([],),
     "return_token_ids": (False,),

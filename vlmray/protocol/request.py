@@ -24,6 +24,7 @@ from pydantic import (
 from vlmray.protocol.errors import ApiError
 from vlmray.protocol.fields import find_unsupported
 from vlmray.protocol.forms import ResponseFormat, StructuredOutputs
+from vlmray.protocol.logprobs import WantedLogprobs
 from vlmray.protocol.templates import is_taken
 from vlmray.protocol.tools import Function, Tool, ToolCall, ToolChoice, call_form, forced_functions
 from vlmray.protocol.words import MARK, describe, explain
@@ -157,7 +158,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(WantedLogprobs):
     """The body of `POST /v1/chat/completions`."""
 
     model_config = ConfigDict(
@@ -389,6 +390,7 @@ def sampling(request: ChatRequest) -> dict[str, Any]:
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "form": request.form,
+        "num_logprobs": request.num_logprobs,
         "tools": tools_of(request) or None,
         "ignore_eos": request.ignore_eos,
         "add_generation_prompt": request.add_generation_prompt,

@@ -6,7 +6,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, GenerationRequest, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of an answer, and how likely new tokens of it are; others are texts alone."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +29,8 @@ class Reply:
 class Backend(Protocol):
     """Whoever answers."""
 
-    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
-        """Yield pieces of text, if `stream`, and last a `Reply` with all of it.
+    def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Piece | Reply]:
+        """Yield pieces, if `stream`, and last a `Reply` with all of it.
 
         Cancelled or closed before that, it lets go of all that is done for the request.
 

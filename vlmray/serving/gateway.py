@@ -38,7 +38,7 @@ from vlmray.protocol.request import ChatRequest, count_chars, image_sources, sam
 from vlmray.protocol.tools import CallStream
 from vlmray.schema import Completion, GenerationRequest
 from vlmray.serving.adapters import AdapterCatalog
-from vlmray.serving.backend import Backend, Reply
+from vlmray.serving.backend import Backend, Piece, Reply
 from vlmray.serving.errors import BusyError
 from vlmray.serving.monitoring import Count, Figures, Metrics, exposition
 from vlmray.serving.pace import Pace
@@ -253,7 +253,7 @@ class _Answer:
     """One answer on its way to a client."""
 
     def __init__(
-        self, gateway: Gateway, chat: ChatRequest, pieces: AsyncIterator[str | Reply], count: Count
+        self, gateway: Gateway, chat: ChatRequest, pieces: AsyncIterator[str | Piece | Reply], count: Count
     ) -> None:
         self.chat = chat
         self.model = chat.model
@@ -262,7 +262,7 @@ class _Answer:
         self._count = count
         self._metrics = gateway.metrics
         self._pace = gateway.pace
-        self._first: str | Reply | None = None
+        self._first: str | Piece | Reply | None = None
         self._started = time.monotonic()
 
     async def start(self) -> None:
@@ -298,6 +298,7 @@ class _Answer:
                     completion.text,
                     is_cut=completion.finish_reason == "length",
                     is_call=bool(self.chat.forced_functions),
+                    logprobs=completion.logprobs,
                 )
             ],
             usage=_usage(completion),
@@ -312,9 +313,10 @@ class _Answer:
         piece = self._first
         try:
             while not isinstance(piece, Reply):
-                delta = call.push(piece or "") if call else {"content": piece}
-                if piece and delta:
-                    yield _event(chunks.delta(**delta))
+                text, logprobs = (piece.text, piece.logprobs) if isinstance(piece, Piece) else (piece, ())
+                delta = call.push(text or "") if call else {"content": text or ""}
+                if (text and delta) or logprobs:
+                    yield _event(chunks.delta(logprobs=logprobs, **(delta or {})))
                 piece = await anext(self._pieces)
             self._end(piece)
         except Exception as error:  # the status is sent: all that can still be said is an event

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from vlmray.schema import GenerationRequest
-from vlmray.serving.backend import Reply
+from vlmray.serving.backend import Piece, Reply
 from vlmray.serving.errors import BusyError
 
 MODEL_NAME = "model"
@@ -36,11 +36,13 @@ class Replicas:
         self._startup_timeout_s = startup_timeout_s
         self._max_model_len: int | None = None
 
-    async def answer(self, request: GenerationRequest, *, stream: bool) -> AsyncGenerator[str | Reply]:
+    async def answer(
+        self, request: GenerationRequest, *, stream: bool
+    ) -> AsyncGenerator[str | Piece | Reply]:
         """Pass a request on; if its replica dies before the answer began, to another one."""
         handle = self._handle.options(stream=True, multiplexed_model_id=request.adapter or "")
         for tries_left in reversed(range(MAX_TRIES)):
-            piece: str | Reply | None = None
+            piece: str | Piece | Reply | None = None
             pieces: Any = handle.answer.remote(request, stream)
             following = aiter(pieces)
             try:
@@ -62,7 +64,7 @@ class Replicas:
                     raise
                 _LOG.warning("a replica was lost, its request is tried again: %s", type(error).__name__)
 
-    async def _first(self, pieces: AsyncIterator[str | Reply]) -> str | Reply:
+    async def _first(self, pieces: AsyncIterator[str | Piece | Reply]) -> str | Piece | Reply:
         """Wait for the first piece, while there is a replica, and for a while where there is none."""
         first = asyncio.ensure_future(anext(pieces))
         try:

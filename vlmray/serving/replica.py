@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,9 +22,9 @@ from vlmray.config import ServeConfig
 from vlmray.engines import calls_at_once, load_engine
 from vlmray.engines.base import DeadEngineError, failed_completion
 from vlmray.models.source import resolve_model_id
-from vlmray.schema import Completion, GenerationRequest
+from vlmray.schema import Completion, GenerationRequest, TokenLogprob
 from vlmray.serving.adapters import AdapterCatalog
-from vlmray.serving.backend import Reply
+from vlmray.serving.backend import Piece, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,20 @@ class _Item:
     def __init__(self, request: GenerationRequest, stream: bool) -> None:
         self.request = request
         self.stream = stream
-        self.pieces: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
+        self.pieces: asyncio.Queue[str | Piece | Reply | Exception] = asyncio.Queue()
         self.held = ""
         """Text that was not sent yet: a message for every token would cost more than the token."""
+        self.held_logprobs: list[TokenLogprob] = []
         self.send_at = 0.0
         """When text is sent again, as `time.monotonic` tells it; the first is sent at once."""
         self.left = False
         """Whether nobody waits for the rest any more."""
+
+    def take(self) -> str | Piece:
+        """Return what was not sent yet; it is sent now."""
+        piece = Piece(self.held, tuple(self.held_logprobs)) if self.held_logprobs else self.held
+        self.held, self.held_logprobs = "", []
+        return piece
 
 
 class _Adapter:
@@ -130,7 +137,7 @@ class ModelReplica:
             return self._catalog.local_folders()
         return [str(self._catalog.fetch(name)) for name in self._catalog.names()]
 
-    async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Reply]:
+    async def answer(self, request: GenerationRequest, stream: bool) -> AsyncIterator[str | Piece | Reply]:
         """Yield pieces of the answer, if `stream`, and last a `Reply`.
 
         Cancelled or closed before its end, it ends the request: in line, or in the engine.
@@ -149,7 +156,7 @@ class ModelReplica:
                 request = dataclasses.replace(request, adapter=adapter.engine_name)
             item = _Item(request, stream)
             self._begin(item)
-            piece: str | Reply | Exception = ""
+            piece: str | Piece | Reply | Exception = ""
             try:
                 while not isinstance(piece, Reply):
                     piece = await item.pieces.get()
@@ -231,7 +238,7 @@ class ModelReplica:
     def _run_batch(self, items: list[_Item], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch in the engine's thread; what comes of it goes to each item's queue."""
 
-        def put(item: _Item, piece: str | Reply) -> None:
+        def put(item: _Item, piece: str | Piece | Reply) -> None:
             loop.call_soon_threadsafe(item.pieces.put_nowait, piece)
 
         def on_text(index: int, text: str) -> None:
@@ -239,13 +246,17 @@ class ModelReplica:
             item.held += text if item.stream else ""
             now = time.monotonic()
             if item.held and now >= item.send_at:
-                put(item, item.held)
-                item.held, item.send_at = "", now + self._stream_interval_s
+                put(item, item.take())
+                item.send_at = now + self._stream_interval_s
+
+        def on_logprobs(index: int, logprobs: Sequence[TokenLogprob]) -> None:
+            item = items[index]
+            item.held_logprobs += logprobs if item.stream else ()
 
         def on_end(index: int, completion: Completion) -> None:
             item = items[index]
-            if item.held:
-                put(item, item.held)
+            if item.held or item.held_logprobs:
+                put(item, item.take())
             put(item, Reply(completion, len(items)))
 
         streams = any(item.stream for item in items)
@@ -256,6 +267,7 @@ class ModelReplica:
                 on_text=on_text if streams else None,
                 on_end=on_end,
                 cancelled=lambda index: items[index].left,
+                on_logprobs=on_logprobs if streams else None,
             )
         except DeadEngineError as error:
             # Serve starts another, and whoever has no piece of an answer yet is asked there.

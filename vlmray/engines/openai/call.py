@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from vlmray.engines.base import Cancelled, OnEnd, OnText
+from vlmray.engines.base import Cancelled, OnEnd, OnLogprobs, OnText
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.schema import Completion
 
@@ -35,12 +35,20 @@ class Call:
         on_text: As there.
         on_end: As there.
         cancelled: As there.
+        on_logprobs: As there; a row's are told once all are there.
     """
 
-    def __init__(self, on_text: OnText | None, on_end: OnEnd | None, cancelled: Cancelled | None) -> None:
+    def __init__(
+        self,
+        on_text: OnText | None,
+        on_end: OnEnd | None,
+        cancelled: Cancelled | None,
+        on_logprobs: OnLogprobs | None = None,
+    ) -> None:
         self._on_text = on_text
         self._on_end = on_end
         self._cancelled = cancelled
+        self._on_logprobs = on_logprobs
         self._events: queue.SimpleQueue[tuple[int, str | Future[Completion]]] = queue.SimpleQueue()
         self._open: dict[int, Future[Completion]] = {}
         self._pieces: defaultdict[int, list[str]] = defaultdict(list)
@@ -112,5 +120,7 @@ class Call:
 
     def _end(self, place: int, completion: Completion) -> None:
         self._done[place] = completion
+        if self._on_logprobs is not None and completion.logprobs:
+            self._on_logprobs(place, completion.logprobs)
         if self._on_end is not None:
             self._on_end(place, completion)

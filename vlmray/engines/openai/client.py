@@ -122,7 +122,8 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 return await self._ask_stream(body, on_text)
             found = await self._client.chat.completions.create(**body)
             (choice,) = found.choices
-            return to_completion(choice.message.content, choice.finish_reason, found.usage)
+            logprobs = choice.logprobs and choice.logprobs.content
+            return to_completion(choice.message.content, choice.finish_reason, found.usage, logprobs)
         except openai.APIStatusError as error:
             return self._judge(error)
         except (UnansweredError, EndpointError):
@@ -137,16 +138,19 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
             **body, stream=True, stream_options={"include_usage": True}
         )
         text, reason, usage = "", None, None
+        logprobs: list[Any] | None = None
         async for chunk in chunks:
             for choice in chunk.choices:
                 if choice.delta.content:
                     on_text(choice.delta.content)
                 text += choice.delta.content or ""
+                if choice.logprobs and choice.logprobs.content:
+                    logprobs = [*(logprobs or ()), *choice.logprobs.content]
                 reason = choice.finish_reason or reason
             usage = chunk.usage or usage
         if reason is None:
             raise UnansweredError("the stream ended before the answer did", "lost")
-        return to_completion(text, reason, usage)
+        return to_completion(text, reason, usage, logprobs)
 
     def _judge(self, error: openai.APIStatusError) -> Completion:
         """Return the completion of a request that is at fault itself.

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, overload
 
 from vlmray.config import EndpointConfig
-from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion
+from vlmray.engines.base import Cancelled, OnEnd, OnLogprobs, OnText, check_request, failed_completion
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.openai.asking import Asker, list_models
 from vlmray.engines.openai.call import Call, Tell
@@ -106,6 +106,7 @@ class OpenAIEngine:
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
+        on_logprobs: OnLogprobs | None = None,
     ) -> list[Completion]:
         """Have all requests answered that are not `cancelled`, in order.
 
@@ -117,7 +118,7 @@ class OpenAIEngine:
         assert isinstance(ready, _Prepared)
         wait(ready.bodies[:1])
         self.waited_s += time.perf_counter() - started
-        call = Call(on_text, on_end, cancelled)
+        call = Call(on_text, on_end, cancelled, on_logprobs)
         return call.run(self._loop, [functools.partial(self._answer, body) for body in ready.bodies])
 
     async def _answer(self, body: Future[dict[str, Any]], tell: Tell | None) -> Completion:

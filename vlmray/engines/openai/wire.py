@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from vlmray.engines.base import failed_completion
 from vlmray.engines.openai.images import PixelBounds, to_url
 from vlmray.models.templates.tools import word_tools
-from vlmray.schema import Completion, Form, GenerationRequest
+from vlmray.schema import Completion, Form, GenerationRequest, TokenLogprob
 
 _BESIDE = {
     "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
@@ -46,8 +46,16 @@ def to_body(request: GenerationRequest, model: str, bounds: PixelBounds) -> dict
         "seed": request.seed,
         "extra_body": beside,
         **_wanted(request.form, beside),
+        **_probabilities(request.num_logprobs),
     }
     return {**body, "stop": list(request.stop)} if request.stop else body
+
+
+def _probabilities(num_likeliest: int | None) -> dict[str, Any]:
+    """Ask how likely tokens are; not every server takes to be asked for none beside them."""
+    if num_likeliest is None:
+        return {}
+    return {"logprobs": True, **({"top_logprobs": num_likeliest} if num_likeliest else {})}
 
 
 def _wanted(form: Form | None, beside: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +92,10 @@ def seed_of_row(request: GenerationRequest) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def to_completion(text: str | None, reason: str | None, usage: Any) -> Completion:
-    """Return an answer as engines do; `usage` may be None."""
+def to_completion(
+    text: str | None, reason: str | None, usage: Any, logprobs: Sequence[Any] | None = None
+) -> Completion:
+    """Return an answer as engines do; `usage` may be None, and so may how likely its tokens are."""
     if reason == "content_filter":
         return failed_completion(ValueError("the server's content filter ended the answer"))
     return Completion(
@@ -95,6 +105,17 @@ def to_completion(text: str | None, reason: str | None, usage: Any) -> Completio
         num_completion_tokens=usage.completion_tokens if usage else 0,
         finish_reason="length" if reason == "length" else "stop",
         num_cached_tokens=_num_cached(usage),
+        logprobs=None if logprobs is None else tuple(map(_to_logprob, logprobs)),
+    )
+
+
+def _to_logprob(found: Any) -> TokenLogprob:
+    """Read what a server says of a token, or of another in its place."""
+    return TokenLogprob(
+        token=found.token,
+        data=None if found.bytes is None else bytes(found.bytes),
+        logprob=found.logprob,
+        top=tuple(map(_to_logprob, getattr(found, "top_logprobs", None) or ())),
     )
 
 

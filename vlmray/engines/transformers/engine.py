@@ -26,7 +26,15 @@ import torch
 from PIL.Image import Image
 
 from vlmray.config import EngineConfig
-from vlmray.engines.base import Cancelled, OnEnd, OnText, check_request, failed_completion, limit_answer
+from vlmray.engines.base import (
+    Cancelled,
+    OnEnd,
+    OnLogprobs,
+    OnText,
+    check_request,
+    failed_completion,
+    limit_answer,
+)
 from vlmray.engines.rows import Listener
 from vlmray.engines.transformers.attention import pack_attention
 from vlmray.engines.transformers.batching import Batcher, count_visual_tokens
@@ -216,13 +224,14 @@ class TransformersEngine:
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
+        on_logprobs: OnLogprobs | None = None,
     ) -> list[Completion]:
         """Answer every request, in order, and end those that are `cancelled` between two tokens.
 
         The rows of a forward pass leave it together or, where they can, when half of them have ended; the
         next begin when all have.
         """
-        listener = Listener(on_text, on_end, cancelled)
+        listener = Listener(on_text, on_end, cancelled, on_logprobs)
         with self._model_waits():
             prepared = requests if isinstance(requests, Prepared) else self.prepare(requests)
             assert isinstance(prepared, Prepared)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from vlmray.engines.base import failed_completion
 from vlmray.engines.forms import explain
+from vlmray.engines.logprobs import TokenTexts
 from vlmray.engines.rows import Listener, end_ids, read_token
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.transformers.batching import have_common_heads
@@ -53,6 +54,7 @@ class Forward:
 
         self.grammars = Grammars(processor.tokenizer, end_ids(model.generation_config))
         self._processor = processor
+        self._texts = TokenTexts(processor.tokenizer)
 
     def run(self, rows: list[InFlight], listener: Listener) -> None:
         """Generate for rows that share a forward pass; those that have ended leave it."""
@@ -80,6 +82,7 @@ class Forward:
     def _start_answer(self, row: InFlight, own: GenerationConfig) -> None:
         """Give a row an answer without a token yet, and the processors of those to come."""
         request = row.request
+        row.logprobs.clear()  # of a row that is tried again
         ends = {*(() if request.ignore_eos else end_ids(own)), *request.stop_token_ids}
         least = max(request.min_new_tokens, least_new_tokens(own, row.num_prompt_tokens))
         row.answer = Answer(
@@ -126,9 +129,10 @@ class Forward:
         )
         stop = RowwiseStoppingCriteria(
             len(rows),
-            functools.partial(_read_token, rows, listener),
+            functools.partial(self._read_token, rows, listener, choose),
             num_to_end=-(-len(rows) // 2) if "past_key_values" in inputs else len(rows),
             is_finite=lambda: choose.is_finite,
+            note=choose.note,
         )
         with use_adapters([row.adapter for row in rows]):
             ids = self.model.generate(
@@ -139,6 +143,28 @@ class Forward:
             )
         inputs["input_ids"] = ids
         inputs["attention_mask"] = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+    def _read_token(
+        self,
+        rows: list[InFlight],
+        listener: Listener,
+        choose: RowwiseLogitsProcessor,
+        index: int,
+        token_id: int | None,
+    ) -> bool:
+        """Add a row's next token to its answer, and have its form follow; tell whether it ends there."""
+        row = rows[index]
+        if row.matcher is not None and row.matcher.is_error():
+            problem = ValueError(explain(row.matcher.get_error()))
+            listener.end(row, failed_completion(problem, prompt=row.prompt))
+            return True
+        found, logprob = choose.logprobs[index], None
+        if found is not None and token_id is not None:
+            logprob = self._texts.describe(token_id, *found)
+        ended = read_token(rows, listener, index, token_id, logprob)
+        if row.matcher is not None and token_id is not None and not ended:
+            row.matcher.consume_token(token_id)
+        return ended
 
     def _select(self, inputs: dict[str, Any], places: list[int]) -> None:
         """Keep some rows of what `generate` goes on from."""
@@ -206,18 +232,6 @@ class Forward:
         for name in ("input_ids", "attention_mask"):
             inputs[name] = torch.cat([inputs[name], tails[name]], dim=1)
         return inputs
-
-
-def _read_token(rows: list[InFlight], listener: Listener, index: int, token_id: int | None) -> bool:
-    """Add a row's next token to its answer, and have its form follow; tell whether it ends there."""
-    row = rows[index]
-    if row.matcher is not None and row.matcher.is_error():
-        listener.end(row, failed_completion(ValueError(explain(row.matcher.get_error())), prompt=row.prompt))
-        return True
-    ended = read_token(rows, listener, index, token_id)
-    if row.matcher is not None and token_id is not None and not ended:
-        row.matcher.consume_token(token_id)
-    return ended
 
 
 def _attends_to_all(config: Any) -> bool:

@@ -29,6 +29,8 @@ class RowwiseLogitsProcessor(LogitsProcessor):
     from the row's own distribution for the others: the argmax of log-probabilities plus Gumbel noise is
     distributed as the softmax, and the noise is seeded by the request alone.
 
+    What the model said before all that is kept for rows that ask for log-probabilities.
+
     Args:
         requests: The rows of the batch, B in order.
         attention_mask: (B, T) of the prompts, 0 for padding.
@@ -53,6 +55,11 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         self.is_finite = torch.ones(len(self.requests), dtype=torch.bool)
         """(B,) which rows the model gave numbers for at the last step: not NaN, nor infinite at the top."""
 
+        self.logprobs: list[tuple[float, list[tuple[int, float]]] | None] = [None] * len(self.requests)
+        """Of each row that asks, how likely its last token was, and the likeliest in its place."""
+
+        self._asking = [place for place, each in enumerate(self.requests) if each.num_logprobs is not None]
+        self._said_by_model: torch.Tensor | None = None
         self._matchers = matchers if any(matchers) else ()
         self._own = list(own or [()] * len(self.requests))
         self._repetition = self._column(
@@ -80,12 +87,13 @@ class RowwiseLogitsProcessor(LogitsProcessor):
             self._num_prompt_tokens = input_ids.shape[1]
         step = input_ids.shape[1] - self._num_prompt_tokens
         self.is_finite = scores.amax(dim=-1).isfinite()
+        if self._matchers:
+            scores = allow(scores, self._matchers)
+        self._said_by_model = scores if self._asking else None
         if self._repetition is not None:
             scores = self._penalize_seen(input_ids, scores, self._repetition)
         if self._presence is not None or self._frequency is not None:
             scores = self._penalize_said(input_ids, scores)
-        if self._matchers:
-            scores = allow(scores, self._matchers)
         alone = [
             row
             for row, request in enumerate(self.requests)
@@ -98,6 +106,22 @@ class RowwiseLogitsProcessor(LogitsProcessor):
         if self._matchers:  # a model's own settings may leave nothing of what a form allows
             self.is_finite &= scores.amax(dim=-1) > float("-inf")
         return scores
+
+    def note(self, token_ids: torch.Tensor) -> None:
+        """Find the log-probabilities of what was chosen (B,), and of the likeliest, for rows that ask."""
+        if self._said_by_model is None:
+            return
+        scores = self._said_by_model
+        if len(self._asking) < len(scores):
+            scores, token_ids = scores[self._asking], token_ids[self._asking]
+        total = scores.logsumexp(dim=-1, keepdim=True)
+        own = (scores.gather(1, token_ids.unsqueeze(1)) - total).squeeze(1).tolist()
+        most = min(max(self.requests[row].num_logprobs or 0 for row in self._asking), scores.shape[1])
+        top = scores.topk(most)
+        likeliest = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
+        for row, logprob, (ids, values) in zip(self._asking, own, likeliest, strict=True):
+            pairs = zip(ids, values, strict=True)
+            self.logprobs[row] = logprob, list(pairs)[: self.requests[row].num_logprobs or 0]
 
     def _choose(self, row: int, step: int, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return one row's scores (V,) as its own processors and settings have them."""
@@ -182,6 +206,7 @@ class RowwiseStoppingCriteria(StoppingCriteria):
             that was chosen by scores which are no numbers; returns whether the row ends with it.
         num_to_end: Once so many have ended, all stop: the caller goes on with the others.
         is_finite: Returns which rows (B,) have scores that are numbers.
+        note: Called with the tokens (B,) that were chosen, before any of them is read.
     """
 
     def __init__(
@@ -190,14 +215,18 @@ class RowwiseStoppingCriteria(StoppingCriteria):
         read: Callable[[int, int | None], bool],
         num_to_end: int,
         is_finite: Callable[[], torch.Tensor],
+        note: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self._ended = [False] * num_rows
         self._read = read
         self._is_finite = is_finite
+        self._note = note
         self._num_to_end = num_to_end
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Return which rows (B,) are done with, given the ids so far (B, T)."""
+        if self._note is not None:
+            self._note(input_ids[:, -1])
         chosen = zip(input_ids[:, -1].tolist(), self._is_finite().tolist(), strict=True)
         for row, (token_id, is_finite) in enumerate(chosen):
             self._ended[row] = self._ended[row] or self._read(row, token_id if is_finite else None)

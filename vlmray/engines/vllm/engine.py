@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from vlmray.config import EngineConfig, ServeConfig
-from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnText, failed_completion
+from vlmray.engines.base import Cancelled, DeadEngineError, OnEnd, OnLogprobs, OnText, failed_completion
 from vlmray.engines.loop import BackgroundLoop
 from vlmray.engines.rows import Listener, read_token
 from vlmray.engines.verifying import NUM_SCORES, Scores, check_agreement, probes, score_apart
@@ -204,20 +204,21 @@ class VLLMEngine:
         on_text: OnText | None = None,
         on_end: OnEnd | None = None,
         cancelled: Cancelled | None = None,
+        on_logprobs: OnLogprobs | None = None,
     ) -> list[Completion]:
         """Answer every request, in order; those of other threads are answered beside them.
 
         Raises:
             DeadEngineError: vLLM's process has ended.
         """
-        listener = Listener(on_text, on_end, cancelled)
+        listener = Listener(on_text, on_end, cancelled, on_logprobs)
         prepared = requests if isinstance(requests, Prepared) else self.prepare(requests)
         assert isinstance(prepared, Prepared)
         for row in prepared.rows:
             if row.completion is not None:
                 listener.end(row, row.completion)
         open_rows = [row for row in prepared.rows if row.completion is None]
-        streams = on_text is not None or any(row.request.stop for row in open_rows)
+        streams = on_text is not None or on_logprobs is not None or any(row.request.stop for row in open_rows)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         tasks = {row.index: self._begin(row, streams, events.put) for row in open_rows}
         try:
@@ -356,8 +357,8 @@ def _read(rows: Sequence[AsyncRow], event: Event, listener: Listener) -> bool:
     if event.error is not None:
         listener.end(row, failed_completion(_cause(event.error), prompt=row.prompt))
         return True
-    for token_id in event.token_ids:
-        if read_token(rows, listener, row.index, token_id):
+    for token_id, logprob in itertools.zip_longest(event.token_ids, event.logprobs):
+        if read_token(rows, listener, row.index, token_id, logprob):
             return True
     if event.ended:
         listener.end(row, row.complete("length"))

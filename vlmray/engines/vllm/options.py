@@ -30,8 +30,9 @@ _OWN = {
 """What is said by an option here."""
 
 _FIXED = (
-    "convert", "generation_config", "logits_processors", "max_cpu_loras", "max_loras", "mm_processor_kwargs",
-    "model_impl", "override_generation_config", "runner", "skip_tokenizer_init", "tokenizer",
+    "convert", "generation_config", "logits_processors", "logprobs_mode", "max_cpu_loras", "max_loras",
+    "max_logprobs", "mm_processor_kwargs", "model_impl", "override_generation_config", "runner",
+    "skip_tokenizer_init", "tokenizer",
 )  # fmt: skip
 """What would make it another engine than the others are."""
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmray.engines.base import limit_answer
+from vlmray.engines.logprobs import TokenTexts
 from vlmray.engines.streamed_text import Answer
 from vlmray.engines.vllm.requests import AsyncRow, decode, image_name
 from vlmray.engines.vllm.sampling import row_end_ids, sampling_params
+from vlmray.schema import TokenLogprob
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -32,6 +34,9 @@ class Event:
 
     index: int
     token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    """Of each of these tokens; none where the row does not ask for them."""
+
     ended: bool = False
     error: Exception | None = None
 
@@ -60,6 +65,7 @@ class RunningLLM:
         self.waited_s = 0.0
         self.decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="decode")
         self._processor, self._settings = processor, settings
+        self._texts = TokenTexts(processor.tokenizer)
         # What waits for a place in the model's batch; more would only hold pixels in memory.
         self._slots = asyncio.Semaphore(2 * llm.vllm_config.scheduler_config.max_num_seqs)
         self._num_encoding = self._num_running = 0
@@ -164,10 +170,23 @@ class RunningLLM:
                 if answer.finish_reason == "error":
                     return False
                 row.num_cached_tokens = output.num_cached_tokens
-                tell(Event(row.index, list(answer.token_ids), output.finished))
+                logprobs = self._describe(row, answer.token_ids, answer.logprobs)
+                tell(Event(row.index, list(answer.token_ids), logprobs, output.finished))
         finally:
             self._count(running=-1)
         return True
+
+    def _describe(self, row: AsyncRow, token_ids: Sequence[int], places: Any) -> list[TokenLogprob]:
+        """Put in words what vLLM says of the tokens of a row, and of others in their places."""
+        wanted = row.request.num_logprobs
+        if wanted is None or places is None:
+            return []
+        found = []
+        for token_id, place in zip(token_ids, places, strict=True):
+            ranked = sorted(place.items(), key=lambda item: item[1].rank)[:wanted]
+            top = [(other, entry.logprob) for other, entry in ranked]
+            found.append(self._texts.describe(token_id, place[token_id].logprob, top))
+        return found
 
     def _count(self, *, encoding: int = 0, running: int = 0) -> None:
         """Note a row that comes or goes, and how long the model has waited for the next."""

@@ -87,6 +87,7 @@ def sampling_params(row: Row, config: GenerationConfig, *, streams: bool) -> Sam
         stop_token_ids=sorted(ends),
         logit_bias=_suppressed(config, ends) or None,
         structured_outputs=_structured(request.form),
+        logprobs=request.num_logprobs,  # vLLM's own mode: of the model's scores, with the form's mask
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmray.dataset.slices import sample_id
 from vlmray.dataset.text.values import with_numbers
+from vlmray.engines.logprobs import from_json
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.result_folder import BATCH_OUTPUT
 from vlmray.protocol.answers import ChatCompletion, Choice, Usage
@@ -20,7 +21,8 @@ from vlmray.schema import Row
 
 _ROWS_PER_READ = 64  # their images are in them
 _COLUMNS = (
-    "sample_id", "prediction", "num_prompt_tokens", "num_completion_tokens", "finish_reason", "error"
+    "sample_id", "prediction", "num_prompt_tokens", "num_completion_tokens", "logprobs", "finish_reason",
+    "error",
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def to_line(custom_id: Any, asked: Any, row: Row, created: int) -> dict[str, Any
                 row["prediction"] or "",
                 is_cut=row["finish_reason"] == "length",
                 is_call=asked.get("tool_choice") not in (None, "none", "auto"),
+                logprobs=from_json(row["logprobs"]) if row["logprobs"] is not None else None,
             )
         ],
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""How sure a model is, and how far that can be relied on."""
