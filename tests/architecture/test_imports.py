@@ -24,12 +24,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "builtin": ("storage",),
     "metrics": (),
     "protocol": (),
+    "publishing": (),
     "models": ("config", "storage", "builtin", "protocol"),
     "dataset": ("config", "storage", "images", "builtin", "metrics", "models", "protocol"),
     "engines": ("config", "images", "builtin", "models", "protocol"),
     "inference": (
         "config", "storage", "images", "reports", "builtin", "metrics", "models", "dataset", "engines",
-        "cluster", "protocol",
+        "cluster", "protocol", "publishing",
     ),
     "training": (
         "config", "storage", "images", "builtin", "metrics", "models", "dataset", "engines", "protocol",
@@ -38,12 +39,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "finetune": (
         "config", "storage", "images", "reports", "builtin", "metrics", "models", "dataset", "engines",
         "training",
-        "cluster",
+        "cluster", "publishing",
     ),
     "benchmark": (
         "config", "storage", "images", "reports", "builtin", "metrics", "models", "dataset", "engines",
         "inference",
-        "serving", "cluster",
+        "serving", "cluster", "publishing",
     ),
     "demo": ("config", "storage", "reports", "builtin", "finetune", "benchmark"),
     "cluster": (),

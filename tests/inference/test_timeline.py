@@ -207,5 +207,6 @@ def test_what_replicas_hold_is_counted_from_their_loading_to_the_last_answer_of_
 def test_a_price_makes_a_cost() -> None:
     used = {"unit": "GPU", "held_s": 7200.0, "used_s": 3600.0, "num_answered": 500}
     usage = Usage.of(**used, price_per_hour=2.5)
-    assert (usage.cost, usage.answers_per_hour) == (5.0, 250.0)
+    assert (usage.cost, usage.answers_per_hour, usage.cost_of_1000) == (5.0, 250.0, 10.0)
     assert Usage.of(**used, price_per_hour=None).cost is None
+    assert Usage.of(**{**used, "num_answered": 0}, price_per_hour=2.5).cost_of_1000 is None

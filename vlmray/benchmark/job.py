@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from vlmray.benchmark.asking import answer_pending, served_name, servers, started_server
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.gathering import conclude
+from vlmray.benchmark.passing.figures import benchmark_figures
+from vlmray.benchmark.passing.predictions import push_benchmark
 from vlmray.benchmark.plan import Benchmark, BenchmarkError
 from vlmray.benchmark.speed import SpeedPoint, measure_speed, read_speed, to_measure
 from vlmray.benchmark.verdicts import Results
@@ -23,14 +25,16 @@ from vlmray.engines.openai.client import EndpointError, api_key
 from vlmray.engines.openai.images import PixelBounds
 from vlmray.errors import OptionError
 from vlmray.inference.job import run_inference
+from vlmray.publishing.trackers import report_figures
 
 
 def run_benchmark(benchmark: Benchmark) -> Results:
-    """Ask what was not asked yet, measure speed, compare, and write the report.
+    """Ask what was not asked yet, measure speed, compare, write the report, and push what is to be pushed.
 
     Raises:
         ValueError: the server does not serve the models, or an option does not fit the cluster.
         BenchmarkError, InferenceError: the run could not go on.
+        PushError, TrackerError: the hub, or a tracker, did not take what is written.
     """
     started = time.perf_counter()
     config = benchmark.config
@@ -44,7 +48,11 @@ def run_benchmark(benchmark: Benchmark) -> Results:
             if any(_is_unfinished(benchmark, name, speed) for name in group):
                 with started_server(benchmark, group) as url:
                     asyncio.run(_ask_server(benchmark, url, group, speed))
-    return conclude(benchmark, speed, time.perf_counter() - started)
+    results = conclude(benchmark, speed, time.perf_counter() - started)
+    if benchmark.repo:
+        push_benchmark(benchmark, benchmark.repo, results)
+    report_figures(config.report_to, benchmark_figures(config, results))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------

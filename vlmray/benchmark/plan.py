@@ -19,6 +19,8 @@ from vlmray.engines.openai.client import EndpointError
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.endpoint.checking import check_served
 from vlmray.inference.plan import InferenceRun, choose_engine_of, plan_inference
+from vlmray.publishing.hub import HubRepo
+from vlmray.publishing.trackers import check_tracker
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
 from vlmray.storage.run_folder import RunFolder
@@ -56,6 +58,8 @@ class Benchmark:
     """Rows of the earlier run by model and sample id."""
 
     judge: JudgeConfig | None = None
+    repo: HubRepo | None = None
+    """Where the predictions are pushed to."""
 
 
 def plan_benchmark(config: BenchmarkConfig, choices: Mapping[str, EngineChoice] | None = None) -> Benchmark:
@@ -70,6 +74,7 @@ def plan_benchmark(config: BenchmarkConfig, choices: Mapping[str, EngineChoice] 
         FileNotFoundError: a model or adapter is not there.
     """
     candidates = config.candidates()
+    check_tracker(config.report_to)
     check_apart(config.output_dir, config.dataset_name)
     folder = RunFolder.find(config.output_dir, "benchmark")
     choices = choices or choose_engines([config])
@@ -108,7 +113,7 @@ def plan_benchmark(config: BenchmarkConfig, choices: Mapping[str, EngineChoice] 
     logger.info("%s: %s", config.dataset_name, describe_columns(questions.source, questions.spec))
     return Benchmark(
         config=config, candidates=candidates, metrics=names, runs=runs, folder=folder, samples=samples,
-        configs=configs, baseline=baseline, judge=judge,
+        configs=configs, baseline=baseline, judge=judge, repo=HubRepo.of(config, "dataset"),
     )  # fmt: skip
 
 
@@ -175,6 +180,9 @@ def _infer_config(config: BenchmarkConfig, candidate: Candidate) -> InferConfig:
         "output_dir": _output_dir(config, candidate),
         "output_format": "parquet",
         "metric": primary[0] if primary else None,
+        "push_to_hub": None,
+        "hub_private_repo": None,
+        "report_to": "none",
     }
     return InferConfig(**known_options(InferConfig, options, config.answering_engine))
 

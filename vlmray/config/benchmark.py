@@ -14,6 +14,7 @@ from vlmray.config.common import NAME, DatasetConfig, ReplicaConfig, RunConfig, 
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.parsing import build_config
+from vlmray.config.passing import PushConfig, TrackingConfig
 from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
 from vlmray.errors import OptionError
 
@@ -37,7 +38,7 @@ class Candidate:
         return ", ".join([model, *(f"{name}={value}" for name, value in self.options.items())])
 
 
-_OF_SCORES = ("baseline", "target_accuracy", "judge", "plan", "margin")
+_OF_SCORES = ("baseline", "target_accuracy", "judge", "plan", "margin", "push_to_hub")
 """Options that mean nothing where speed alone is measured."""
 
 OWN_OPTIONS = frozenset(
@@ -48,7 +49,14 @@ OWN_OPTIONS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(
-    RunConfig, ConfidenceConfig, SamplingConfig, EndpointConfig, ReplicaConfig, DatasetConfig
+    TrackingConfig,
+    PushConfig,
+    RunConfig,
+    ConfidenceConfig,
+    SamplingConfig,
+    EndpointConfig,
+    ReplicaConfig,
+    DatasetConfig,
 ):
     """Compare models and adapters on a visual-question dataset: how right they are, and how fast."""
 
@@ -130,9 +138,7 @@ class BenchmarkConfig(
             )
         if self.margin is not None and not 0 < self.margin < 100:
             raise OptionError("margin", f"{self.margin:g} must be points above 0 and below 100")
-        of_scores = [name for name in _OF_SCORES if getattr(self, name) is not None]
-        if self.metrics == "none" and of_scores:
-            raise OptionError(of_scores[0], "is about scores", "--metrics none has none")
+        self._check_scores()
         candidates = self.candidates()
         has_adapters = any(candidate.adapter for candidate in candidates)
         check_verifies(self, has_adapters=has_adapters, hint="name one in --models as model+adapter")
@@ -141,6 +147,16 @@ class BenchmarkConfig(
                 self.of(candidate)
         self.loads()
         self.planned()
+
+    def _check_scores(self) -> None:
+        """Refuse what is about scores or predictions where there are none."""
+        of_scores = [name for name in _OF_SCORES if getattr(self, name) is not None]
+        if self.metrics == "none" and of_scores:
+            raise OptionError(
+                of_scores[0], "is about predictions and their scores", "--metrics none has none"
+            )
+        if self.push_to_hub and self.plan:
+            raise OptionError("push_to_hub", "is about predictions", "leave out --plan, which makes none")
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Return the models, the one that the others are compared with first."""

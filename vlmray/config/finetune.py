@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from vlmray.config.common import DryRunConfig, QuestionsConfig, RunConfig, check_at_least, read_range
 from vlmray.config.marks import mark, option
+from vlmray.config.passing import PushConfig
 from vlmray.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(DryRunConfig, RunConfig, QuestionsConfig):
+class FinetuneConfig(DryRunConfig, PushConfig, RunConfig, QuestionsConfig):
     """Fine-tune a vision-language model on a visual-question dataset, with LoRA or in full, on Ray Train."""
 
     dataset_split: str = option("train", affects="result")

@@ -15,12 +15,21 @@ from vlmray.config.common import (
 )
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
+from vlmray.config.passing import PushConfig, TrackingConfig
 from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferConfig(
-    DryRunConfig, RunConfig, ConfidenceConfig, SamplingConfig, EndpointConfig, ReplicaConfig, QuestionsConfig
+    DryRunConfig,
+    TrackingConfig,
+    PushConfig,
+    RunConfig,
+    ConfidenceConfig,
+    SamplingConfig,
+    EndpointConfig,
+    ReplicaConfig,
+    QuestionsConfig,
 ):
     """Answer a visual-question dataset with a vision-language model on Ray."""
 

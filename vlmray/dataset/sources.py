@@ -153,5 +153,18 @@ def display_name(dataset_name: str, config: str | None = None) -> str:
     return name if config is None else f"{name}, {config}"
 
 
+def hub_dataset(dataset_name: str) -> str | None:
+    """Return the id of a dataset on the hub; None for what is built in or lies elsewhere.
+
+    >>> hub_dataset("hf://datasets/lmms-lab/DocVQA/data/*.parquet")
+    'lmms-lab/DocVQA'
+    >>> hub_dataset("charts?num_rows=2400")
+    """
+    if dataset_name.startswith("hf://datasets/"):
+        return "/".join(dataset_name.split("/")[3:5])
+    is_elsewhere = "://" in dataset_name or Path(dataset_name).expanduser().exists()
+    return None if _is_charts(dataset_name) or is_elsewhere else dataset_name
+
+
 def _is_charts(dataset_name: str) -> bool:
     return dataset_name.partition("?")[0] == "charts"

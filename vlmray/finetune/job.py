@@ -29,6 +29,7 @@ from vlmray.dataset.sources import display_name
 from vlmray.finetune.artifacts import training_record, write_artifacts
 from vlmray.finetune.plan import CHECKPOINTS, FinetuneError, FinetuneRun
 from vlmray.finetune.progress import Board, ProgressBar, Restarts
+from vlmray.finetune.pushing import push_artifacts
 from vlmray.finetune.ray_worker import Shard, train_on_ray
 from vlmray.finetune.report import render_training_html
 from vlmray.finetune.results import Check, TrainingReport
@@ -54,11 +55,12 @@ _GALLERY_SIZE = 60
 
 
 def run_finetune(run: FinetuneRun) -> TrainingReport:
-    """Train, write the artifacts, check them, and write report and manifest.
+    """Train, write the artifacts, check them, write report and manifest, and push what is to be pushed.
 
     Raises:
         ValueError: the model cannot be trained this way, which only the workers could tell, or diverged.
         FinetuneError: workers kept failing, or more samples failed than `--max_errors` allows.
+        PushError: the hub did not take what is written.
     """
     started = time.perf_counter()
     outcome, result = fit(run)
@@ -68,7 +70,9 @@ def run_finetune(run: FinetuneRun) -> TrainingReport:
         )
     checks = _write_artifacts(run, outcome, _checkpoint_to_keep(run, result))
     report = _report(run, outcome, checks, time.perf_counter() - started)
-    run.folder.finish(training_record(run.training, outcome, checks), render_training_html(report))
+    record = training_record(run.training, outcome, checks)
+    run.folder.finish(record, render_training_html(report))
+    push_artifacts(run, report, record, cast(list[Row], outcome.answered))
     return report
 
 
@@ -81,6 +85,7 @@ def describe(run: FinetuneRun) -> list[tuple[str, str]]:
         ("steps", f"{training.num_steps:,} of {training.samples_per_step} samples"),
         *cluster.preview(run.workers.asked, run.workers.num_workers),
         ("outputs", run.folder.uri),
+        *(("pushed to", repo.url) for repo in run.repos.values()),
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vlmray import cluster
 from vlmray.config import FinetuneConfig, options_that_affect
@@ -16,6 +17,7 @@ from vlmray.models import lora
 from vlmray.models.families.base import Family
 from vlmray.models.source import ModelSource
 from vlmray.models.templates.chat import check_template, with_template
+from vlmray.publishing.hub import HubRepo
 from vlmray.storage.filesystem import check_apart
 from vlmray.storage.fingerprints import digest
 from vlmray.storage.run_folder import RunFolder
@@ -42,6 +44,9 @@ class FinetuneRun:
     workers: cluster.WorkerPlan
     folder: RunFolder
 
+    repos: Mapping[str, HubRepo] = field(default_factory=dict)
+    """Where adapter, model and merged model are pushed to; empty where they are not."""
+
     @property
     def config(self) -> FinetuneConfig:
         """Options of the run."""
@@ -63,6 +68,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     data = open_training_data(config)
     if config.use_peft:
         _check_lora_targets(config, model)
+    repos = _claim_repos(config)
     cluster.connect(config.log_level)
     workers = cluster.plan_workers(config.worker_range())
     if config.fsdp and workers.num_workers == 1:
@@ -75,7 +81,18 @@ def plan_finetune(config: FinetuneConfig) -> FinetuneRun:
     )
     folder = _open_folder(training, data, model)
     logger.info("%s: %s", config.dataset_name, describe_columns(data.train.source, data.train.spec))
-    return FinetuneRun(training=training, data=data, workers=workers, folder=folder)
+    return FinetuneRun(training=training, data=data, workers=workers, folder=folder, repos=repos)
+
+
+def _claim_repos(config: FinetuneConfig) -> dict[str, HubRepo]:
+    """Make the repositories of what a run will leave; none where it is not pushed."""
+    suffixes = {ADAPTER if config.use_peft else MODEL: ""}
+    suffixes |= {MERGED: f"-{MERGED}"} if config.merge_adapter else {}
+    return {
+        kind: repo
+        for kind, suffix in suffixes.items()
+        if (repo := HubRepo.of(config, "model", suffix, dry_run=config.dry_run))
+    }
 
 
 def settle_batches(config: FinetuneConfig, family: Family | None) -> FinetuneConfig:

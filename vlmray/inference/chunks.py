@@ -7,12 +7,13 @@ taken apart into columns on the way.
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from vlmray.inference.timeline import Span
+from vlmray.inference.timeline import MODEL_STAGES, Span
 from vlmray.schema import Row
 
 
@@ -56,6 +57,12 @@ class Finished(NamedTuple):
     num_failed: int
     spans: list[Span]
     cache: CacheUse = CacheUse()
+
+    @property
+    def begun_s(self) -> float:
+        """When the model began to load for it, or to answer."""
+        begins = [span.started_s for span in self.spans if span.stage in MODEL_STAGES]
+        return min(begins, default=time.time())
 
 
 def pack(chunk: Chunk | Finished) -> pa.Table:

@@ -27,12 +27,13 @@ from vlmray.inference.certainty.gathering import Confidences
 from vlmray.inference.chunks import CacheUse
 from vlmray.inference.endpoint.checking import check_server
 from vlmray.inference.endpoint.watching import saying_how_the_server_is
+from vlmray.inference.passing import pass_on
 from vlmray.inference.pipeline import count_chunks, iter_finished
 from vlmray.inference.plan import InferenceError, InferenceRun
 from vlmray.inference.report import Report, render_html
 from vlmray.inference.summary import GalleryChoice, Summary, Tally, Usage
 from vlmray.inference.timeline import Timeline
-from vlmray.reports.bar import write_above_bar
+from vlmray.reports.bar import AHEAD, Forecast, write_above_bar
 from vlmray.reports.errors import Causes
 from vlmray.reports.gallery import GalleryItem
 from vlmray.schema import Row
@@ -47,11 +48,12 @@ _SUMMARY_COLUMNS = (
 
 
 def run_inference(run: InferenceRun) -> Summary:
-    """Answer the pending rows, write report and manifest, and return the run in numbers.
+    """Answer the pending rows, write report and manifest, pass on what is to be; return the run in numbers.
 
     Raises:
         ValueError: the cluster has not the GPUs asked for.
         InferenceError: a replica failed, or more rows failed than `--max_errors` allows.
+        PushError, TrackerError: the hub, or a tracker, did not take what is written.
     """
     started = time.perf_counter()
     timeline, cache, replicas = Timeline(), CacheUse(), None
@@ -74,6 +76,7 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
         ("rows", f"{len(run.selected):,}: {done:,} answered already, {len(run.pending):,} to answer"),
         ("engine", f"{run.choice.engine} ({run.choice.reason})"),
         ("outputs", f"{run.folder.uri} ({run.folder.output_format})"),
+        *([("pushed to", run.repo.url)] if run.repo else []),
     ]
     if run.pending:
         replicas = _plan_replicas(run)
@@ -98,9 +101,11 @@ def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:
 def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> CacheUse:
     """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
     num_failed, cache = 0, CacheUse()
+    price = run.config.price_per_hour
+    forecast = Forecast(len(run.pending), None if price is None else price * _units(replicas))
     try:
         with (
-            run.open_bar() as bar,
+            run.open_bar(form=AHEAD) as bar,
             cluster.saying_what_is_awaited(
                 _asked(run, replicas), run.config.wait_for_resources_s, say=write_above_bar
             ),
@@ -111,7 +116,9 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
                 timeline.add(chunk.spans)
                 num_failed += chunk.num_failed
                 cache = cache.plus(chunk.cache)
-                bar.set_postfix(failed=num_failed, refresh=False)
+                num_replicas = min(len(timeline.replicas), replicas.max_replicas)  # lost ones come again
+                forecast.add(chunk.num_rows, num_replicas, begun_s=chunk.begun_s)
+                bar.set_postfix({"failed": num_failed, **forecast.words()}, refresh=False)
                 bar.update(chunk.num_rows)
                 run.check_errors(num_failed)
     except ray.exceptions.RayError as error:
@@ -162,6 +169,7 @@ def _conclude(
 
         write_output(run)
     run.folder.finish(manifest, render_html(report))
+    pass_on(run, summary)
     return summary
 
 
@@ -183,7 +191,7 @@ def _usage(
 ) -> Usage | None:  # fmt: skip
     if replicas is None or not timeline.replicas:
         return None
-    share = replicas.num_gpus or 1
+    share = _units(replicas)
     return Usage.of(
         unit="GPU" if replicas.num_gpus else "replica",
         held_s=share * timeline.held_s(replicas.max_replicas),
@@ -192,6 +200,11 @@ def _usage(
         price_per_hour=run.config.price_per_hour,
         cached_share=cache.share,
     )
+
+
+def _units(replicas: cluster.ReplicaPlan) -> float:
+    """Return what a replica is counted as: its GPUs, or itself where it has none."""
+    return replicas.num_gpus or 1
 
 
 def _title(config: InferConfig) -> str:

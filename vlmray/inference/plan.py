@@ -27,6 +27,8 @@ from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolde
 from vlmray.inference.stages import ADAPTER, Task
 from vlmray.models.source import ModelSource
 from vlmray.models.templates.chat import check_template, template_fingerprint, with_template
+from vlmray.publishing.hub import HubRepo
+from vlmray.publishing.trackers import check_tracker
 from vlmray.reports.bar import open_bar
 from vlmray.schema import Row
 from vlmray.storage.filesystem import check_apart
@@ -52,6 +54,7 @@ def plan_inference(
         ValueError: an option does not fit the dataset, the model or the output folder.
         FileNotFoundError: the model or adapter is not there.
     """
+    check_tracker(config.report_to)
     check_apart(config.output_dir, config.dataset_name, config.model_id, config.adapter)
     choice = choice or choose_engine_of(config, [(config.model_id, config.adapter)], [config.output_dir])
     config = choice.settle(config)
@@ -92,7 +95,7 @@ def plan_inference(
         logger.info("%s: %s", config.dataset_name, describe_columns(source, spec))
     return InferenceRun(
         config=config, choice=choice, model=model, source=source, spec=spec, task=task, folder=folder,
-        selected=selected, pending=pending,
+        selected=selected, pending=pending, repo=HubRepo.of(config, "dataset", dry_run=config.dry_run),
     )  # fmt: skip
 
 
@@ -216,6 +219,9 @@ class InferenceRun:
     pending: Sequence[int]
     """Row indices still to answer."""
 
+    repo: HubRepo | None = None
+    """Where the predictions are pushed to."""
+
     @property
     def fetches_images(self) -> bool:
         """Whether images that are URLs are fetched here, and not by the server that answers."""
@@ -228,10 +234,10 @@ class InferenceRun:
         config = with_template(self.config)
         return dataclasses.replace(config, model_id=model.address, adapter=model.adapter_address)
 
-    def open_bar(self, name: str | None = None) -> tqdm[Any]:
+    def open_bar(self, name: str | None = None, *, form: str | None = None) -> tqdm[Any]:
         """Show how far the run is, with what earlier ones did already on it."""
         done = len(self.selected) - len(self.pending)
-        return open_bar(len(self.selected), done, "samples", name=name)
+        return open_bar(len(self.selected), done, "samples", name=name, form=form)
 
     def check_errors(self, num_failed: int) -> None:
         """Stop the run if more rows failed than it allows.

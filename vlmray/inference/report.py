@@ -215,6 +215,8 @@ def _usage_facts(usage: Usage) -> list[Fact]:
     cached = usage.cached_share
     from_cache = [] if cached is None else [Fact("of prompt tokens were cached", format_percent(cached))]
     cost = [] if usage.cost is None else [Fact("cost", f"{usage.cost:,.4g}", f"of the {unit}s held")]
+    if usage.cost_of_1000 is not None:
+        cost.append(Fact("for 1,000 answers", f"{usage.cost_of_1000:,.4g}"))
     return [
         Fact(f"{unit}-seconds held", f"{usage.held_s:,.0f}", "from loading to the run's last answer"),
         Fact("of them used", format_percent(usage.used_s / usage.held_s if usage.held_s else None)),

@@ -70,6 +70,9 @@ class Usage:
     cost: float | None
     """What that took, where the price of a unit is known."""
 
+    cost_of_1000: float | None
+    """What 1,000 answers took of it."""
+
     cached_share: float | None
     """Share of the prompts' tokens that prefix caches had; None where the engine does not say."""
 
@@ -79,12 +82,14 @@ class Usage:
         cached_share: float | None = None,
     ) -> Usage:  # fmt: skip
         """Set answers and price against the time."""
+        cost = None if price_per_hour is None else held_s / 3600 * price_per_hour
         return cls(
             unit=unit,
             held_s=held_s,
             used_s=used_s,
             answers_per_hour=_rate(num_answered, held_s / 3600),
-            cost=None if price_per_hour is None else held_s / 3600 * price_per_hour,
+            cost=cost,
+            cost_of_1000=None if cost is None or not num_answered else 1000 * cost / num_answered,
             cached_share=cached_share,
         )
 

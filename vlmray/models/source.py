@@ -39,6 +39,12 @@ def is_built_in(model_id: str) -> bool:
     return model_id == BUILTIN or model_id in BUILDS
 
 
+def hub_model(model_id: str) -> str | None:
+    """Return a model id that others find on the hub too; None for what is built in or lies here."""
+    path = Path(model_id).expanduser()
+    return None if is_built_in(model_id) or path.is_absolute() or path.exists() else model_id
+
+
 def resolve_model_id(model_id: str) -> str:
     """Return the folder of a built-in model for its name, and any other id unchanged.
 

@@ -34,7 +34,10 @@ def read_datasets(config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
         try:
             found[name] = build_config(
                 BenchmarkConfig,
-                dataclasses.asdict(config) | {"datasets": None, "output_dir": folder} | options,
+                dataclasses.asdict(config)
+                | {"datasets": None, "output_dir": folder}
+                | {"push_to_hub": None, "hub_private_repo": None, "report_to": "none"}
+                | options,
             )
         except ValueError as error:
             raise OptionError("datasets", f"{config.datasets}: {name}: {error}") from error

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 
 from vlmray import __version__
 from vlmray.benchmark.job import run_benchmark
+from vlmray.benchmark.passing.figures import suite_figures
+from vlmray.benchmark.passing.predictions import push_suite
 from vlmray.benchmark.plan import RESULTS, Benchmark, choose_engines, plan_benchmark
 from vlmray.benchmark.suite.datasets import read_datasets
 from vlmray.benchmark.suite.report import format_suite_markdown, render_suite_html
 from vlmray.benchmark.suite.verdict import SuiteResults, find
 from vlmray.config import BenchmarkConfig
+from vlmray.publishing.hub import HubRepo
+from vlmray.publishing.trackers import check_tracker, report_figures
 from vlmray.storage.run_folder import RunFolder
 
 
@@ -25,6 +29,8 @@ def plan_suite(config: BenchmarkConfig) -> dict[str, Benchmark]:
         FileNotFoundError: a model or adapter is not there.
     """
     RunFolder.find(config.output_dir, "benchmark")
+    check_tracker(config.report_to)
+    HubRepo.of(config, "dataset")
     configs = read_datasets(config)
     choices = choose_engines([*configs.values()])
     return {name: plan_benchmark(each, choices) for name, each in configs.items()}
@@ -36,6 +42,7 @@ def run_suite(config: BenchmarkConfig, planned: Mapping[str, Benchmark]) -> Suit
     Raises:
         ValueError: the server does not serve the models, or an option does not fit the cluster.
         BenchmarkError, InferenceError: the run could not go on.
+        PushError, TrackerError: the hub, or a tracker, did not take what is written.
     """
     started = time.perf_counter()
     results = {name: run_benchmark(benchmark) for name, benchmark in planned.items()}
@@ -49,4 +56,7 @@ def run_suite(config: BenchmarkConfig, planned: Mapping[str, Benchmark]) -> Suit
     folder.write_text("report.html", render_suite_html(suite))
     written = {"vlmray": __version__, **suite.to_json(), "options": options}
     folder.write_text(RESULTS, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+    if repo := HubRepo.of(config, "dataset"):
+        push_suite(config, planned, repo, suite)
+    report_figures(config.report_to, suite_figures(config, suite))
     return suite

@@ -1,0 +1,1 @@
+"""Passing results on: cards, and pushing to the Hugging Face hub."""
