@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.common.faulty_server import MODEL, Faults, FaultyServer
 from helpers.installed import installed_vllm
 from vlmray import cluster
 from vlmray.benchmark.asking import servers
@@ -144,6 +146,18 @@ def test_models_that_name_no_engine_have_the_same(tmp_path: Path, monkeypatch: p
             ValueError, match=r"--models a: --max_model_len is for --engine vllm, .*@engine=vllm"
         ):
             engines("a=builtin@max_model_len=900,b=builtin@attn_implementation=sdpa")
+
+
+def test_each_may_have_a_server_of_its_own(tmp_path: Path) -> None:
+    quiet = Faults(latency_s=0)
+    with FaultyServer(quiet).running() as one, FaultyServer(quiet).running() as two:
+        models = f"one={MODEL}@endpoint={one.url},two={MODEL}@endpoint={two.url}/v1@max_new_tokens=3"
+        said = BenchmarkConfig(models=models, dataset_name=CHARTS, speed_samples=0, output_dir=str(tmp_path))
+        assert run_benchmark(plan_benchmark(said)).num_answered == 12
+        limits = [[body["max_tokens"] for body in server.seen.bodies] for server in (one, two)]
+    assert limits == [[64] * 6, [3] * 6]
+    with pytest.raises(ValueError, match="--models one: --offline asks no server"):
+        dataclasses.replace(said, offline=True)
 
 
 WORDED = {

@@ -36,8 +36,8 @@ def format_results(results: Results) -> str:
     if results.speed:
         parts.append(_speed_table(results, short=True).to_text())
     missing = ungraded_line(results.judged) if results.judged else None
-    said = [*results.verdicts, *_thresholds(results), *([missing] if missing else [])]
-    parts += [textwrap.fill(sentence, TERMINAL_WIDTH) for sentence in said]
+    said = [*results.verdicts, *_thresholds(results), missing]
+    parts += [textwrap.fill(line, TERMINAL_WIDTH) for line in said if line]
     return "\n\n".join(parts)
 
 

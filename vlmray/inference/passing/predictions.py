@@ -111,7 +111,9 @@ _SHOWN = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetitio
 
 def versions(engine: str) -> Facts:
     """Return the versions of what answered."""
-    names = ("ray", "torch", "transformers", "pyarrow", *(["vllm"] if engine == "vllm" else []))
+    names = ["ray", "torch", "transformers", "pyarrow"]
+    if engine == "vllm":  # whose build for CPUs goes by another name
+        names += metadata.packages_distributions().get("vllm", [])[:1]
     return {"vlmray": __version__, **{name: metadata.version(name) for name in names}}
 
 
