@@ -151,6 +151,8 @@ def test_names_parse() -> None:
     )
     assert parse_charts_name("charts?family=extreme%2Ccount").families == ("count", "extreme")
     assert ChartsConfig().families == FAMILIES
+    assert "record" not in FAMILIES
+    assert parse_charts_name("charts?family=record").families == ("record",)
     assert ChartsConfig(kind="pie,bar").kinds == ("bar", "pie")
     for config in (ChartsConfig(), ChartsConfig(num_rows=3, family="count, list", style="plain")):
         assert parse_charts_name(config.name) == config

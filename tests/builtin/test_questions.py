@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
 from helpers.charts import dataset, extreme
 from vlmray.builtin.drawing import draw_chart
+from vlmray.builtin.questions import QUESTIONS
 
 Table = list[tuple[str, str, int]]  # label, colour, value of each mark, in reading order
 MARK = "(?:bar|point|slice)"
@@ -58,11 +60,14 @@ READERS: list[tuple[str, str, Callable[..., object]]] = [
      "(?:from left to right|from top to bottom|clockwise from (\\w+))", listing),
     ("difference", "What is the difference between (.+) and (.+)",
      lambda t, a, b: max(named(t, a)[2], named(t, b)[2]) - min(named(t, a)[2], named(t, b)[2])),
+    ("record", f"Describe (the \\w+ {MARK}) as JSON with the keys label, colour and value",
+     lambda t, a: json.dumps(dict(zip(("label", "colour", "value"), named(t, a), strict=True)))),
 ]  # fmt: skip
 
 
 def test_every_answer_follows_from_the_chart() -> None:
-    view, used = dataset("charts?num_rows=600&seed=3"), set()
+    families = ",".join(QUESTIONS)
+    view, used = dataset(f"charts?num_rows=650&seed=3&family={families}"), set()
     for index, row in enumerate(view):
         chart = view.chart(index)
         table = list(zip(chart.labels, chart.colours, chart.values, strict=True))

@@ -7,7 +7,7 @@ row can be read alone, in any order, by any worker, and is the same on each. `nu
 where a split ends. Charts are chosen in `random_charts.py`,
 drawn in `drawing.py` and asked about in `questions.py`.
 
-Question families, all of which apply to every kind of chart:
+Question families, all of which apply to every kind of chart; `record` is asked only where `family` names it:
 
 | family | asks | answer |
 | --- | --- | --- |
@@ -23,6 +23,7 @@ Question families, all of which apply to every kind of chart:
 | `comparison` | whether one mark is larger than another | yes or no |
 | `difference` | how far two marks are apart | number |
 | `list` | the colours, labels or values of all marks, in order | as many, comma-separated |
+| `record` | label, colour and value of the mark with a colour | JSON, for `field_accuracy` |
 
 Byte-identical images need the same Pillow release everywhere; questions and answers do not.
 """
@@ -89,15 +90,15 @@ class ChartsConfig:
         for name, least in (("num_rows", 1), ("seed", 0), ("questions_per_image", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"charts: {name} must be at least {least}, got {getattr(self, name)}")
-        _select("family", self.family, FAMILIES)
+        _ = self.families
         _select("kind", self.kind, KINDS)
         if self.style not in STYLES:
             raise ValueError(f"charts: unknown style {self.style!r}; known: {', '.join(STYLES)}")
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families that may be asked, in the order of `FAMILIES`, each as often as it is named."""
-        return _select("family", self.family, FAMILIES)
+        """Families that may be asked, in the order of `QUESTIONS`, each as often as it is named."""
+        return FAMILIES if self.family is None else _select("family", self.family, (*QUESTIONS,))
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

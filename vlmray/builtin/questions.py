@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise, permutations
 from typing import NamedTuple
@@ -147,6 +148,13 @@ def _list(chart: Chart) -> Iterator[Question]:
             yield Question(f"List the {name} of the {words.mark}s {order}.", answer)
 
 
+def _record(chart: Chart) -> Iterator[Question]:
+    mark = WORDS[chart.kind].mark
+    for label, colour, value in zip(chart.labels, chart.colours, chart.values, strict=True):
+        answer = json.dumps({"label": label, "colour": colour, "value": value})
+        yield Question(f"Describe the {colour} {mark} as JSON with the keys label, colour and value.", answer)
+
+
 QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
     "count": _count,
     "count_above": _count_above,
@@ -160,7 +168,11 @@ QUESTIONS: dict[str, Callable[[Chart], Iterator[Question]]] = {
     "comparison": _comparison,
     "difference": _difference,
     "list": _list,
+    "record": _record,
 }
 
-FAMILIES: tuple[str, ...] = tuple(QUESTIONS)
-"""Names of the question families, described in the module's docstring."""
+BY_NAME = ("record",)
+"""Families that are asked only where they are named: their answers are of another form."""
+
+FAMILIES: tuple[str, ...] = tuple(name for name in QUESTIONS if name not in BY_NAME)
+"""Names of the others, which are asked unless some are named."""
