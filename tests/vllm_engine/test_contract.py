@@ -227,21 +227,6 @@ def test_base_and_adapters_mix_and_come_and_go(
     assert texts(engine.generate(rows)) == texts(expected[::2])
 
 
-def test_the_engine_says_that_its_process_died(engine: Any) -> None:
-    """The last: the engine is gone behind it, and with it all its processes."""
-    mine = "VLMRAY_STARTED_BY", os.environ["VLMRAY_STARTED_BY"]
-    with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(engine.generate, make_mixed_requests(18, max_new_tokens=400, ignore_eos=True))
-        (core,) = [each for each in marked(*mine) if "EngineCore" in " ".join(each.cmdline())]
-        core.kill()
-        with pytest.raises(DeadEngineError, match="process has ended"):
-            call.result(120)
-    with pytest.raises(DeadEngineError):
-        engine.generate(make_mixed_requests(2))
-    engine.close()
-    assert not marked(*mine)
-
-
 @pytest.mark.parametrize(
     "requests",
     [
@@ -276,3 +261,18 @@ def test_who_asks_for_none_gets_none(engine: Engine) -> None:
     assert first.logprobs is None
     assert second.logprobs is not None
     assert len(second.logprobs) == second.num_completion_tokens
+
+
+def test_the_engine_says_that_its_process_died(engine: Any) -> None:
+    """The last: the engine is gone behind it, and with it all its processes."""
+    mine = "VLMRAY_STARTED_BY", os.environ["VLMRAY_STARTED_BY"]
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(engine.generate, make_mixed_requests(18, max_new_tokens=400, ignore_eos=True))
+        (core,) = [each for each in marked(*mine) if "EngineCore" in " ".join(each.cmdline())]
+        core.kill()
+        with pytest.raises(DeadEngineError, match="process has ended"):
+            call.result(120)
+    with pytest.raises(DeadEngineError):
+        engine.generate(make_mixed_requests(2))
+    engine.close()
+    assert not marked(*mine)
