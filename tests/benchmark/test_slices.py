@@ -54,12 +54,12 @@ def draw(rng: np.random.Generator, samples: Sequence[SampleFacts]) -> np.ndarray
 def test_where_nothing_changed_little_is_found() -> None:
     """In 5 of 100 searches at most, whatever was looked at."""
     samples, rng = make_samples(60), np.random.default_rng(1)
-    num_searches, num_found = 120, 0
+    num_searches, num_found = 40, 0
     for _ in range(num_searches):
         search = find_worse(score(samples, *draw(rng, samples), num_resamples=999), samples)
         assert search.num_slices == 14
         num_found += bool(search.worse)
-    assert num_found <= 14  # of 6 at most that are expected; beyond lie 2 of 1,000 cases
+    assert num_found <= 7  # of 2 that are expected; beyond lies 1 of 1,000 cases
 
 
 @pytest.mark.parametrize("kind", ["family", "answer", "question", "image size"])
