@@ -177,16 +177,7 @@ def score_models(
     for name in names:
         if missing := [sample.sample_id for sample in asked if sample.sample_id not in rows[name]]:
             raise ValueError(f"{name} has no row of {missing[0]}; compare answers to the same samples")
-    values: dict[tuple[str, str], list[float]] = {}
-    scored: dict[str, list[SampleFacts]] = {}
-    for metric in metric_names:
-        if metric != metrics.BLEU:
-            scored[metric] = [
-                s for s in asked if all(_score(metric, m, rows, s, grades) is not None for m in names)
-            ]
-            for model in names:
-                found = [_score(metric, model, rows, sample, grades) for sample in scored[metric]]
-                values[model, metric] = [score for score in found if score is not None]
+    scored, values = _score_all(asked, rows, [name for name in metric_names if name != metrics.BLEU], grades)
     first = next(iter(scored))
     scores: list[GroupScore] = []
     differences: list[GroupDifference] = []
@@ -291,6 +282,21 @@ def score_answer(metric: str, row: Row, sample: SampleFacts) -> float:
         return 0.0
     metric = sample.own_metrics.get(metric, metric)
     return metrics.score(metric, row["prediction"] or "", sample.answers, sample.choices).value
+
+
+def _score_all(
+    asked: Sequence[SampleFacts], rows: Rows, metric_names: Sequence[str], grades: Grades
+) -> tuple[dict[str, list[SampleFacts]], dict[tuple[str, str], list[float]]]:
+    """Return by metric the samples of which all models' answers have a score, and these by model too."""
+    scored: dict[str, list[SampleFacts]] = {}
+    values: dict[tuple[str, str], list[float]] = {}
+    for metric in metric_names:
+        found = {name: [_score(metric, name, rows, each, grades) for each in asked] for name in rows}
+        whole = [i for i in range(len(asked)) if all(scores[i] is not None for scores in found.values())]
+        scored[metric] = [asked[i] for i in whole]
+        for name, scores in found.items():
+            values[name, metric] = [score for i in whole if (score := scores[i]) is not None]
+    return scored, values
 
 
 def _score(metric: str, model: str, rows: Rows, sample: SampleFacts, grades: Grades) -> float | None:
