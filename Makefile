@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Tests of one file stay in one process, because they share what starts slowly. A process that dies ends the
-# run: in the place of one that was replaced, nobody would ever run the rest of its file.
-WORKERS ?= 2
-TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+# run: in the place of one that was replaced, nobody would ever run the rest of its file. More processes than
+# two cores have work for: most tests wait for others to start.
+WORKERS ?= 3
+TEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 SCALE ?= full
 PACK := .gpu

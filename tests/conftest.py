@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes long by what it uses, so that `make test-fast` can leave it out."""
+    """Mark what takes long by what it uses, so that `make test-fast` can leave it out, and spread it."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "two_cpus" in fixtures:
@@ -39,6 +39,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         starters = (getattr(module, name, None) is getattr(processes, name) for name in ("run", "start"))
         if any(starters) or starts_processes(getattr(item, "function", None)):
             item.add_marker("processes")
+    items[:] = spread(items)
+
+
+WAITING = ("nodes", "processes", "ray")
+"""Marks of what waits for processes to start more than it computes, the longest first."""
+
+
+def spread(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Put files whose tests wait evenly between those that compute: then both run at a time."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    kinds: dict[bool, list[tuple[int, list[pytest.Item]]]] = {True: [], False: []}
+    for tests in files.values():
+        marks = {mark.name for test in tests for mark in test.iter_markers()}
+        kind = next((place for place, mark in enumerate(WAITING) if mark in marks), len(WAITING))
+        kinds[kind < len(WAITING)].append((kind, tests))
+    placed = [
+        (place / len(found), tests)
+        for found in kinds.values()
+        for place, (_, tests) in enumerate(sorted(found, key=lambda each: each[0]))
+    ]
+    return [test for _, tests in sorted(placed, key=lambda each: each[0]) for test in tests]
 
 
 def pytest_collection_finish() -> None:
