@@ -45,6 +45,7 @@ def test_options_are_passed_on_in_vllms_words() -> None:
     assert (found["tensor_parallel_size"], found["max_model_len"], found["max_num_seqs"]) == (2, 99, 7)
     assert found["distributed_executor_backend"] == "mp"
     assert (found["dtype"], engine_args("model", config, **HERE)["dtype"]) == ("auto", "float32")
+    assert engine_args("model", config, **HERE, is_quantized=True)["dtype"] == "auto"
     assert "enable_lora" not in found
     found = engine_args("model", config, **CARD | {"max_adapters": 1, "adapts_vision": True})
     assert found["enable_tower_connector_lora"]

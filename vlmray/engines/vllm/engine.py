@@ -30,6 +30,7 @@ from vlmray.engines.vllm.options import check_options, engine_args, set_environm
 from vlmray.engines.vllm.requests import AsyncRow, Opener, Prepared, decode
 from vlmray.engines.vllm.running import Event, RunningLLM, is_dead
 from vlmray.engines.vllm.sampling import read_settings
+from vlmray.engines.vllm.suitability import quantization_of
 from vlmray.errors import OptionError
 from vlmray.models.processors import load_processor
 from vlmray.models.templates.chat import AdapterTemplates, use_template
@@ -130,6 +131,7 @@ class VLLMEngine:
             max_adapters=max_adapters,
             max_rank=max(map(adapter_rank, known), default=0),
             adapts_vision=any(map(changes_vision, known)),
+            is_quantized=quantization_of(model_id) is not None,
         )
         guard, loop = ProcessGuard(), BackgroundLoop("vllm")
         try:

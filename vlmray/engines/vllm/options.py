@@ -121,6 +121,7 @@ def engine_args(
     max_adapters: int,
     max_rank: int,
     adapts_vision: bool = False,
+    is_quantized: bool = False,
 ) -> dict[str, Any]:
     """Return what vLLM's engine is made with.
 
@@ -132,11 +133,13 @@ def engine_args(
         max_adapters: Most adapters at a time.
         max_rank: Of the largest of them.
         adapts_vision: Whether any changes the vision encoder, or what is behind it.
+        is_quantized: Whether the checkpoint is; what computes with such weights does not do so in float32.
     """
+    in_float32 = config.dtype == "auto" and not on_gpu and not is_quantized
     memory = config.gpu_memory_utilization or (_MEMORY_ON_GPU if on_gpu else None)
     args: dict[str, Any] = {
         "model": model_id,
-        "dtype": "float32" if config.dtype == "auto" and not on_gpu else config.dtype,
+        "dtype": "float32" if in_float32 else config.dtype,
         "trust_remote_code": config.trust_remote_code,
         "generation_config": "vllm",
         "max_model_len": config.max_model_len or -1,  # what fits into the memory, up to the model's own

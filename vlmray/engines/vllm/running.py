@@ -81,13 +81,22 @@ class RunningLLM:
             processor: As `vlmray.models.processors.load_processor` gives it.
             settings: The model's generation config.
             serves: Whether clients wait.
+
+        Raises:
+            ValueError: Options that vLLM does not take together, or not for this model.
         """
+        from pydantic import ValidationError
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         usage = UsageContext.OPENAI_API_SERVER if serves else UsageContext.LLM_CLASS
-        return cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**args), True, usage), processor, settings)
+        try:
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), True, usage)
+        except ValidationError as error:  # which repeats all that it was given
+            problems = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+            raise ValueError(f"vLLM refuses its options: {problems}") from error
+        return cls(llm, processor, settings)
 
     async def answer(self, row: AsyncRow, max_model_len: int | None, streams: bool, tell: Tell) -> None:
         """Have vLLM answer a row, and tell of its tokens; cancelled, it ends the row there too."""

@@ -70,7 +70,20 @@ def _find_architecture_objection(config: dict[str, Any]) -> str | None:
     names = config.get("architectures") or ()
     if not {*names} & {*ModelRegistry.get_supported_archs()}:
         return f"it does not know the architecture {' or '.join(names) or '(none)'}"
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = _method_of(config)
     if method is not None and method not in QUANTIZATION_METHODS:
         return f"it does not read weights quantized by {method}"
     return None
+
+
+def quantization_of(model_id: str) -> str | None:
+    """Return how the weights of a checkpoint are quantized; None where they are not."""
+    from transformers import PreTrainedConfig
+
+    found, _ = PreTrainedConfig.get_config_dict(model_id)
+    return _method_of(found)
+
+
+def _method_of(config: dict[str, Any]) -> str | None:
+    method: str | None = (config.get("quantization_config") or {}).get("quant_method")
+    return method
