@@ -132,12 +132,12 @@ def test_a_judge_that_leaves_in_the_middle(tmp_path: Path) -> None:
         ({"scale": {"good!": 1, "bad": 0}}, "expected grades of letters and digits"),
         ({"prompt_template": "{question} {answers} {scale}"}, "does not name {prediction}"),
         ({"prompt_template": "{question} {answers} {scale} {prediction} {image}"}, "names {image}"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, and 1 is the least"),
-        ({"num_twice": True}, "num_twice is True"),
-        ({"with_images": 1}, "with_images is 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"num_twice": True}, "num_twice must be a whole number, got True"),
+        ({"with_images": "often"}, "with_images must be true or false, got 'often'"),
         ({"max_in_flight": 0}, "max_in_flight"),
-        ({"temprature": 1}, "has 'temprature'"),
-        ({"model_id": None}, "model_id is None"),
+        ({"temprature": 1}, "unknown option 'temprature'"),
+        ({"model_id": None}, "model_id needs a value"),
     ],
 )
 def test_a_file_that_is_refused(tmp_path: Path, about: dict[str, Any], message: str) -> None:

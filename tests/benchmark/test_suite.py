@@ -106,7 +106,7 @@ CHARTS = {"name": "charts", "dataset_name": "charts?num_rows=8"}
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([], "holds no list"),
+        ([], "names none"),
         ([3], "entry 1 has no dataset_name"),
         ([CHARTS, {"name": "x"}], "entry 2 has no dataset_name"),
         ([CHARTS | {"name": "a/b"}], r"entry 1 has the name 'a/b'; expected letters"),
@@ -121,6 +121,18 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, entries: list[object], m
     with pytest.raises(ValueError, match=message) as caught:
         read_datasets(config)
     assert str(caught.value).startswith("--datasets")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "holds no JSON list"), ("[1", "is no JSON: .*"), ("[" * 10**5, "is nested too deeply"),
+     (" " * 2**21, "has more than 1,048,576 bytes")],
+)  # fmt: skip
+def test_what_is_no_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "datasets.json").write_text(text)
+    config = BenchmarkConfig(models="base=fake", datasets=str(tmp_path / "datasets.json"))
+    with pytest.raises(ValueError, match=f"--datasets .*json {message}; expected a list"):
+        read_datasets(config)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def wrong_files(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> dict[st
     [
         (f"{FAKE} --dataset_name {{corrupt}}", "--dataset_name"),
         (f"{CHARTS} --response_schema {{schema}}", "cannot be compiled: Unimplemented keys"),
-        (f"{CHARTS} --response_schema {{list}}", "holds no JSON object, and a JSON schema is one"),
+        (f"{CHARTS} --response_schema {{list}}", "holds no JSON object; pass a file of a JSON schema"),
         ("--dataset_name charts --model_id {no_weights}", "safetensors"),
         ("--dataset_name charts --model_id tiny-random --adapter {adapter}", "does not fit --model_id"),
     ],

@@ -25,6 +25,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 from vlmray.errors import OptionError, one_line
 
 C = TypeVar("C")
+J = TypeVar("J", dict[str, Any], list[Any])
+
+_LARGEST_FILE = 2**20
+"""Bytes of a JSON file that an option names."""
 
 _PATHS = ("_dir", "_id", "dataset_name", "adapter", "baseline")
 
@@ -66,9 +70,40 @@ def build_config(config_class: type[C], options: Mapping[str, Any]) -> C:
         if field.name in options:
             is_json = field.metadata.get("holds_json", False)
             converted[field.name] = _convert(field.name, hints[field.name], options[field.name], is_json)
-        elif field.default is MISSING:
+        elif field.default is MISSING and field.default_factory is MISSING:
             raise OptionError(field.name, f"is required: {_first_sentence(config_class, field.name)}")
     return config_class(**converted)
+
+
+def read_json_file(option: str, path: str, kind: type[J], expected: str) -> J:
+    """Read the JSON file that an option names.
+
+    Args:
+        option: Its name.
+        path: The file.
+        kind: What it has to hold: `dict` or `list`.
+        expected: What it should look like, for who has to write it.
+
+    Raises:
+        OptionError: It is not there, too large, or holds something else.
+    """
+    try:
+        file = Path(path).expanduser()
+        if file.stat().st_size > _LARGEST_FILE:
+            raise OptionError(option, f"{path} has more than {_LARGEST_FILE:,} bytes", expected)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(option, f"{path}: {error.strerror or error}", expected) from error
+    except RecursionError as error:
+        raise OptionError(option, f"{path} is nested too deeply", expected) from error
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(option, f"{path} is no JSON: {one_line(error)}", expected) from error
+    if not isinstance(found, kind):
+        names = {dict: "object", list: "list"}
+        raise OptionError(option, f"{path} holds no JSON {names[kind]}", expected)
+    return found
 
 
 def field_docs(config_class: type) -> dict[str, str]:

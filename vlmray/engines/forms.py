@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
+import re
 from typing import Any, NoReturn
 
 from jsonschema.protocols import Validator
@@ -17,12 +17,16 @@ from jsonschema_specifications import REGISTRY
 from llguidance import LLMatcher, LLTokenizer
 
 from vlmray.config import SamplingConfig
+from vlmray.config.parsing import read_json_file
 from vlmray.errors import OptionError, one_line
 from vlmray.schema import Form
 
 _LAYOUT: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 _MOST_PLACES = 100_000
+
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
+"""What means something in Rust's expressions."""
 
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _OF_MEMBERS = ("items", "prefixItems", "additionalProperties")
@@ -95,9 +99,13 @@ def to_grammar(form: Form) -> str:
     """Write a form as llguidance reads it."""
     if form.schema is not None:
         return LLMatcher.grammar_from_json_schema(with_layout(form.schema))
-    if form.regex is not None:
-        return LLMatcher.grammar_from_regex(form.regex)
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, form.choices)))
+    return LLMatcher.grammar_from_regex(form.regex or as_regex(form.choices))
+
+
+@functools.lru_cache
+def as_regex(choices: tuple[str, ...]) -> str:
+    """Write choices as an expression: many of them are compiled in half the time that a grammar takes."""
+    return "|".join(_SPECIAL.sub(r"\\\g<0>", choice) for choice in choices)
 
 
 def with_layout(schema: str) -> dict[str, Any]:
@@ -205,13 +213,5 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _read_schema(path: str) -> str:
-    try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        problem, hint = f"{path}: {error.strerror}", "pass a file of a JSON schema"
-        raise OptionError("response_schema", problem, hint) from error
-    except ValueError as error:
-        raise OptionError("response_schema", f"{path} is no JSON: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise OptionError("response_schema", f"{path} holds no JSON object, and a JSON schema is one")
+    found = read_json_file("response_schema", path, dict, "pass a file of a JSON schema, which is an object")
     return json.dumps(found, ensure_ascii=False)

@@ -10,10 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
 
 from helpers.engines import CHOICES, JSON, REGEX, make_formed_requests, make_request, texts
 from helpers.families import TINY
 from helpers.families.loading import load_tiny
+from vlmray.engines.forms import to_grammar
 from vlmray.engines.rows import end_ids
 from vlmray.engines.transformers.grammars import Grammars, allow
 from vlmray.schema import Form
@@ -148,3 +150,14 @@ def test_an_object_has_the_fields_that_its_schema_lists(
     matcher = Grammars(tokenizer, end_ids(tokenizer)).matcher(Form(schema=json.dumps(schema)))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert (matcher.consume_tokens(ids) and matcher.is_accepting()) == is_allowed
+
+
+@pytest.mark.parametrize(
+    "choice", ["a.b", "a|b", "[x]", "(", "^$", r"\d", "a\nb", "é{2}", "x-y", "~&#", "<|im_end|>"]
+)
+def test_a_choice_is_the_text_that_it_is(choice: str) -> None:
+    grammar = to_grammar(Form(choices=(choice, "other")))
+    for text in (choice, "other", "a", "axb", f"{choice[::-1]}!"):
+        matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+        taken = matcher.consume_tokens([*text.encode()])
+        assert (taken and matcher.is_accepting()) == (text in (choice, "other")), text

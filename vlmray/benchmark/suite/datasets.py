@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from vlmray.config import BenchmarkConfig
 from vlmray.config.common import NAME, DatasetConfig
-from vlmray.config.parsing import build_config
+from vlmray.config.parsing import build_config, read_json_file
 from vlmray.errors import OptionError
 
 _OPTIONS = (
     *(field.name for field in dataclasses.fields(DatasetConfig)),
     "dataset_split", "sample_slices", "metrics", "margin", "max_new_tokens",
 )  # fmt: skip
+
+_EXPECTED = 'expected a list: [{"name": "charts", "dataset_name": "charts?num_rows=200", "margin": 2}, ...]'
 
 
 def read_datasets(config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
@@ -24,7 +24,9 @@ def read_datasets(config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
     Raises:
         ValueError: the file is not there, or not what it should be.
     """
-    entries = _read(str(config.datasets))
+    entries = read_json_file("datasets", str(config.datasets), list, _EXPECTED)
+    if not entries:
+        raise OptionError("datasets", f"{config.datasets} names none", _EXPECTED)
     found: dict[str, BenchmarkConfig] = {}
     for place, entry in enumerate(entries, 1):
         name, options = _check(str(config.datasets), place, entry)
@@ -42,19 +44,6 @@ def read_datasets(config: BenchmarkConfig) -> dict[str, BenchmarkConfig]:
         except ValueError as error:
             raise OptionError("datasets", f"{config.datasets}: {name}: {error}") from error
     return found
-
-
-def _read(path: str) -> list[Any]:
-    expected = (
-        'expected a list: [{"name": "charts", "dataset_name": "charts?num_rows=200", "margin": 2}, ...]'
-    )
-    try:
-        entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError("datasets", f"{path}: {error}", expected) from error
-    if not isinstance(entries, list) or not entries:
-        raise OptionError("datasets", f"{path} holds no list", expected)
-    return entries
 
 
 def _check(path: str, place: int, entry: Any) -> tuple[str, dict[str, Any]]:

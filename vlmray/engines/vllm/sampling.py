@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from vlmray.engines.forms import with_layout
+from vlmray.engines.forms import as_regex, with_layout
 from vlmray.engines.rows import Row, end_ids
 from vlmray.engines.transformers.sampling import GREEDY_BELOW
 from vlmray.engines.transformers.settings import least_new_tokens
@@ -102,9 +102,7 @@ def _structured(form: Form | None) -> StructuredOutputsParams | None:
         return None
     if form.schema is not None:
         return StructuredOutputsParams(json=with_layout(form.schema))
-    if form.regex is not None:
-        return StructuredOutputsParams(regex=form.regex)
-    return StructuredOutputsParams(choice=list(form.choices))
+    return StructuredOutputsParams(regex=form.regex or as_regex(form.choices))
 
 
 def row_end_ids(row: Row, config: GenerationConfig) -> set[int]:
