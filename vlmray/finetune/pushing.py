@@ -28,7 +28,12 @@ from vlmray.storage.run_folder import RunFolder
 from vlmray.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:  # a plan knows Ray
+    from huggingface_hub import ModelCardData
+
     from vlmray.finetune.plan import FinetuneRun
+
+Scored = tuple[float, Interval | None] | None
+"""The kept weights' score, with its interval where their answers are there; None without an evaluation."""
 
 CARD = "README.md"
 
@@ -91,15 +96,33 @@ def _lying_here(folder: RunFolder, name: str) -> Iterator[Path]:
 def _write_card(
     run: FinetuneRun, report: TrainingReport, record: Mapping[str, Any], answered: Sequence[Row], kind: str
 ) -> str:
+    score = _score(run, report, answered)
+    base = public_value(run.config.model_id)
+    return write_card(
+        _metadata(run, report, score, kind),
+        f"{_TITLES[kind]} of {base} for {_dataset_name(run.config)}",
+        f"Trained by vlmray {record['vlmray']}, saved as safetensors, loaded afresh and checked.",
+        {
+            "Use": _usage(kind, run.repos[kind].repo_id, base, run.config.model_id),
+            "Scores": _score_facts(report, score, kind),
+            **_training_facts(run, report, record),
+            "Checks": {
+                check.name: ("passed" if check.passed else "failed") + (check.detail and f": {check.detail}")
+                for check in report.checks
+            },
+            "Versions": {"vlmray": record["vlmray"], **record["versions"]},
+            "Command": command_of("finetune", run.config),
+        },
+    )
+
+
+def _metadata(run: FinetuneRun, report: TrainingReport, score: Scored, kind: str) -> ModelCardData:
+    """Return what the hub reads of a card."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, spec = run.config, run.data.train.spec
-    base, base_id = public_value(config.model_id), hub_model(config.model_id)
-    dataset, dataset_id = _dataset_name(config), hub_dataset(config.dataset_name)
-    eval_split = config.eval_split or config.dataset_split
-    repo, score = run.repos[kind], _score(run, report, answered)
+    config, dataset_id = run.config, hub_dataset(run.config.dataset_name)
     metadata = ModelCardData(
-        base_model=base_id,
+        base_model=hub_model(config.model_id),
         datasets=[dataset_id] if dataset_id else None,
         library_name="peft" if kind == ADAPTER else "transformers",
         license=license_of(config.model_id, "model", ModelSource.find(config.model_id).folder),
@@ -107,54 +130,50 @@ def _write_card(
         tags=["vlmray", "visual-question-answering", *(["lora"] if config.use_peft else [])],
     )
     if score is not None:
-        metadata.model_name = repo.repo_id.partition("/")[2]
+        metadata.model_name = run.repos[kind].repo_id.partition("/")[2]
         metadata.eval_results = [
             EvalResult(
                 task_type="visual-question-answering", dataset_type=dataset_id or "other",
-                dataset_name=dataset, dataset_split=eval_split,
+                dataset_name=_dataset_name(config), dataset_split=_eval_split(config),
                 metric_type=str(report.metric), metric_value=score[0],
             )
         ]  # fmt: skip
-    return write_card(
-        metadata,
-        f"{_TITLES[kind]} of {base} for {dataset}",
-        f"Trained by vlmray {record['vlmray']}, saved as safetensors, loaded afresh and checked.",
-        {
-            "Use": _usage(kind, repo.repo_id, base, config.model_id),
-            "Scores": _score_facts(report, score, kind),
-            "Data": {
-                "dataset": dataset,
-                "split": config.dataset_split,
-                "rows": config.sample_slices,
-                "samples trained on": report.num_samples,
-                "samples left out": report.num_failed,
-                "evaluated on": f"{eval_split}, rows {config.eval_slices or '[:]'}"
-                if config.evaluates
-                else None,
-            },
-            "Prompt": {
-                "system": run.data.train.system_prompt,
-                "question": spec.prompt_template,
-                "pixels of an image": _pixels(config),
-                "chat template": "in chat_template.jinja" if config.chat_template else "that of the base",
-            },
-            "Training": {
-                "method": _method(config),
-                "adapted": ", ".join(record["targets"]) if config.use_peft else None,
-                "parameters trained": f"{report.num_trainable:,} of {report.num_parameters:,}",
-                "steps": f"{report.num_steps:,} of {run.training.samples_per_step:,} samples",
-                "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
-                "seed": config.seed,
-                "took": format_duration(report.elapsed_s),
-            },
-            "Checks": {
-                check.name: ("passed" if check.passed else "failed") + (check.detail and f": {check.detail}")
-                for check in report.checks
-            },
-            "Versions": {"vlmray": record["vlmray"], **record["versions"]},
-            "Command": command_of("finetune", config),
+    return metadata
+
+
+def _training_facts(run: FinetuneRun, report: TrainingReport, record: Mapping[str, Any]) -> dict[str, Facts]:
+    """Return what was trained, on what and how."""
+    config, data = run.config, run.data.train
+    evaluated_on = f"{_eval_split(config)}, rows {config.eval_slices or '[:]'}"
+    return {
+        "Data": {
+            "dataset": _dataset_name(config),
+            "split": config.dataset_split,
+            "rows": config.sample_slices,
+            "samples trained on": report.num_samples,
+            "samples left out": report.num_failed,
+            "evaluated on": evaluated_on if config.evaluates else None,
         },
-    )
+        "Prompt": {
+            "system": data.system_prompt,
+            "question": data.spec.prompt_template,
+            "pixels of an image": _pixels(config),
+            "chat template": "in chat_template.jinja" if config.chat_template else "that of the base",
+        },
+        "Training": {
+            "method": _method(config),
+            "adapted": ", ".join(record["targets"]) if config.use_peft else None,
+            "parameters trained": f"{report.num_trainable:,} of {report.num_parameters:,}",
+            "steps": f"{report.num_steps:,} of {run.training.samples_per_step:,} samples",
+            "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler_type}",
+            "seed": config.seed,
+            "took": format_duration(report.elapsed_s),
+        },
+    }
+
+
+def _eval_split(config: FinetuneConfig) -> str:
+    return config.eval_split or config.dataset_split
 
 
 def _dataset_name(config: FinetuneConfig) -> str:
@@ -200,10 +219,7 @@ def _pixels(config: FinetuneConfig) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def _score(
-    run: FinetuneRun, report: TrainingReport, answered: Sequence[Row]
-) -> tuple[float, Interval | None] | None:
-    """Return the score of the weights that were kept, with its interval where their answers are there."""
+def _score(run: FinetuneRun, report: TrainingReport, answered: Sequence[Row]) -> Scored:
     curve = report.eval_score
     if not curve:
         return None
@@ -225,7 +241,7 @@ def _images_of(run: FinetuneRun, names: Sequence[str]) -> list[bytes | str]:
     return [key or name for key, name in zip(keys, names, strict=True)]
 
 
-def _score_facts(report: TrainingReport, score: tuple[float, Interval | None] | None, kind: str) -> Facts:
+def _score_facts(report: TrainingReport, score: Scored, kind: str) -> Facts:
     losses = {
         f"{name}, first and last": f"{curve[0][1]:.4g}, {curve[-1][1]:.4g}"
         for name, curve in (("training loss", report.train_loss), ("evaluation loss", report.eval_loss))
