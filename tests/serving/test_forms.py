@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from helpers.charts import dataset
+from helpers.families.building import template_of_trl
 from helpers.gateways import KEY, Backend, ask, data_uri, serving
 from vlmray.engines import build_engine
 
@@ -145,3 +146,26 @@ def test_calls_and_results_are_worded_as_text_where_the_template_knows_none(
     assert "The function's result: drawn" in completion.prompt
     assert json.loads(completion.text)["name"] == "draw" if completion.finish_reason == "stop" else True
     engine.close()
+
+
+def test_a_client_goes_on_behind_a_call_where_the_template_knows_tools() -> None:
+    backend: Any = Backend()
+    template = template_of_trl("qwen3_vl")
+    backend.engine = build_engine(engine="transformers", model_id="builtin", chat_template=template)
+    body = asked(tools=[DRAW], tool_choice="required")
+    with serving(backend) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        said = client.chat.completions.create(**body).choices[0].message
+        (call,) = said.tool_calls or []
+        result = {"role": "tool", "tool_call_id": call.id, "content": "drawn"}
+        messages = [*body["messages"], said.model_dump(exclude_none=True), result]
+        again = client.chat.completions.create(**body | {"messages": messages})
+    assert [each.function.name for each in again.choices[0].message.tool_calls or []] == ["draw"]
+    first, second = (each.prompt for each in backend.engine.generate(backend.requests))
+    backend.engine.close()
+    arguments = json.dumps(json.loads(call.function.arguments), ensure_ascii=False)
+    assert "# Tools" in first
+    assert second == (
+        f'{first}<tool_call>\n{{"name": "draw", "arguments": {arguments}}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\ndrawn\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )

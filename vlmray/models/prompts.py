@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import normalizers
 
 from vlmray.models.inputs import check_placeholders, encode_text, special_token_options
-from vlmray.models.templates.tools import knows_tools, word_tools
+from vlmray.models.templates.tools import knows_tools, tell_plainly, word_tools
 from vlmray.schema import GenerationRequest
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ class ChatPrompts:
         """
         options = template_options(self._processor, request, chat_template)
         messages: Sequence[Mapping[str, Any]] = request.messages
-        if knows_tools(_template_text(self._processor, chat_template)):
-            options |= {"tools": self._mark_all(request.tools)} if request.tools else {}
-        elif request.tools or any("tool_calls" in each or each["role"] == "tool" for each in messages):
-            messages = word_tools(messages, request.tools)
+        if request.tools or any("tool_calls" in each or each["role"] == "tool" for each in messages):
+            if knows_tools(_template_text(self._processor, chat_template)):
+                messages = tell_plainly(messages)
+                options |= {"tools": self._mark_all(request.tools)} if request.tools else {}
+            else:
+                messages = word_tools(messages, request.tools)
         return self.render(messages, **options)
 
     def readable(self, prompt: str) -> str:
@@ -131,7 +133,8 @@ class ChatPrompts:
         if isinstance(value, str):
             return self._mark(value)
         if isinstance(value, Mapping):
-            return {self._mark(name): self._mark_all(each) for name, each in value.items()}
+            kind: Any = type(value)  # to templates, arguments of calls are more than a mapping
+            return kind((self._mark(name), self._mark_all(each)) for name, each in value.items())
         return [self._mark_all(each) for each in value] if isinstance(value, list | tuple) else value
 
     def _mark_of(self, match: re.Match[str]) -> str:

@@ -45,7 +45,7 @@ def read_template(given: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise OptionError("chat_template", f"{given}: {reason}", "pass a file of Jinja text") from error
-    _find_variables(text)
+    find_variables(text)
     return text
 
 
@@ -97,7 +97,7 @@ def set_variables(template: str, values: Mapping[str, Any]) -> str:
     Raises:
         OptionError: The template has no such variable.
     """
-    known = _find_variables(template) if values else set()
+    known = find_variables(template) if values else set()
     for name in values:
         if is_taken(name) or name not in known:
             variables = sorted(variable for variable in known if not is_taken(variable))
@@ -108,6 +108,22 @@ def set_variables(template: str, values: Mapping[str, Any]) -> str:
         for name, value in values.items()
     )
     return "".join(lines) + template
+
+
+def find_variables(template: str) -> set[str]:
+    """Return what a template takes from its caller.
+
+    Raises:
+        OptionError: It is no Jinja.
+    """
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+    except TemplateSyntaxError as error:
+        raise OptionError("chat_template", f"is no Jinja: line {error.lineno}: {one_line(error)}") from error
+    return meta.find_undeclared_variables(tree)
 
 
 class AdapterTemplates(dict[str | None, str]):
@@ -138,17 +154,6 @@ def adapter_template(adapter: str) -> str | None:
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # an adapter that others trained has no such record
     return None
-
-
-def _find_variables(template: str) -> set[str]:
-    from jinja2 import Environment, TemplateSyntaxError, meta
-
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        tree = environment.parse(_GENERATION.sub("", template))
-    except TemplateSyntaxError as error:
-        raise OptionError("chat_template", f"is no Jinja: line {error.lineno}: {one_line(error)}") from error
-    return meta.find_undeclared_variables(tree)
 
 
 def _literal(value: Any) -> str:
