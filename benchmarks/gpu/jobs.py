@@ -71,6 +71,8 @@ def infer(setting: Setting) -> Figures:
     yield "num_failed", summary["num_failed"]
     yield "rows_per_s_with_start", summary["num_answered"] / summary["elapsed_s"]
     yield from (record["overlap"] or {}).items()
+    if summary["usage"]["energy_kwh"] is not None:
+        yield "energy_kwh", summary["usage"]["energy_kwh"]
     if summary["num_answered"] != setting.scale.num_piped:
         raise RuntimeError(f"{setting.scale.num_piped} rows in, {summary['num_answered']} answered")
 

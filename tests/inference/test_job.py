@@ -97,6 +97,7 @@ def test_files_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<title>fake on Built-in charts, 48 rows</title>" in page
     assert page.count("charts?num_<wbr>rows=48&amp;seed=3") == 1  # exact, among the options alone
+    assert (manifest["summary"]["usage"]["energy_kwh"], "kWh" in page) == (None, False)  # there is no GPU
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helpers.nvml import Card, installed_nvml
 from helpers.results import open_folder
 from helpers.rows import TASK, make_image
 from vlmray import cluster
@@ -23,7 +24,7 @@ from vlmray.inference.claims import Claims, Holder
 from vlmray.inference.replica import Replica
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.inference.stages import prepare_rows
-from vlmray.inference.timeline import Span
+from vlmray.inference.timeline import Span, Timeline
 from vlmray.schema import Row
 
 PLAN = ReplicaPlan(min_replicas=1, max_replicas=1, num_gpus=1, num_cpus=0, num_threads=None)
@@ -36,6 +37,9 @@ class Handle:
     def __init__(self, folder: ResultFolder) -> None:
         self.claims = Claims(lambda node: True)
         self.folder = folder
+        self.cards: list[str] = []
+        """That Ray gives to each replica."""
+
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
@@ -48,10 +52,14 @@ class Handle:
 
 @pytest.fixture
 def handle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Handle:
-    context = SimpleNamespace(get_actor_id=lambda: "actor", get_node_id=lambda: "node")
+    handle = Handle(open_folder(tmp_path))
+    context = SimpleNamespace(
+        get_actor_id=lambda: "actor", get_node_id=lambda: "node",
+        get_accelerator_ids=lambda: {"GPU": handle.cards},
+    )  # fmt: skip
     monkeypatch.setattr(replica.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(replica.ray, "get", lambda result: result)
-    return Handle(open_folder(tmp_path))
+    return handle
 
 
 def load(handle: Handle, model_id: str = "fake") -> Replica:
@@ -250,3 +258,19 @@ def test_a_model_that_was_loaded_once_may_be_lost_as_often_as_it_likes(handle: H
     for process in "abcd":
         handle.claims.claim("actor", Holder(process, "node"))
         load(handle)
+
+
+@pytest.mark.parametrize(("watts", "num_readings"), [(400, 4), (None, 0)])
+def test_what_a_card_takes_counts_once_for_all_that_share_it(
+    watts: int | None, num_readings: int, handle: Handle, tmp_path: Path
+) -> None:
+    handle.cards, spans = ["0"], []
+    with installed_nvml(tmp_path / "nvml", Card("GPU-a", watts)):
+        for found in (load(handle), load(handle)):
+            found.answer(chunk(), spans)
+    timeline = Timeline()
+    timeline.add(spans)
+    counters = [each.millijoules for span in spans for each in span.readings]
+    assert len(counters) == num_readings  # before loading, and behind each chunk
+    taken = (max(counters) - min(counters)) / 3.6e9 if counters else None
+    assert timeline.energy_kwh == taken

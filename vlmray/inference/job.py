@@ -199,6 +199,7 @@ def _usage(
         num_answered=num_answered,
         price_per_hour=run.config.price_per_hour,
         cached_share=cache.share,
+        energy_kwh=timeline.energy_kwh,
     )
 
 

@@ -25,6 +25,7 @@ from vlmray.errors import RunError
 from vlmray.inference import stages
 from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
 from vlmray.inference.endpoint.keeping import Key, engine_options
+from vlmray.inference.energy.reading import Meter
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
@@ -105,7 +106,8 @@ class Replica:
         self._id = context.get_actor_id()
         self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
         self._turns = Turns(chunks_at_once(config.engine))
-        watch = Watch()
+        self._meter = Meter(context.get_accelerator_ids()["GPU"])
+        watch, readings = Watch(), self._meter.read()
         with self._loading():
             self._engine = _load_engine(
                 config,
@@ -115,7 +117,7 @@ class Replica:
                 memory_fraction=plan.memory_fraction,
                 **engine_options(config, key),
             )
-        self._spans = [watch.span("load", replica=self._id)]
+        self._spans = [watch.span("load", replica=self._id, readings=readings)]
 
     def answer(self, rows: Sequence[Row], spans: list[Span]) -> list[Row]:
         """Answer a chunk, and add to `spans` when the model worked; without its engine, end this process."""
@@ -171,7 +173,9 @@ class Replica:
             watch, waited_s = Watch(), self._engine.waited_s
             yield
             waited_s = self._engine.waited_s - waited_s
-            spans += [*self._spans, watch.span("generate", waited_s=waited_s, replica=self._id)]
+            readings = self._meter.read()
+            answered = watch.span("generate", waited_s=waited_s, replica=self._id, readings=readings)
+            spans += [*self._spans, answered]
             self._spans = []  # the first chunk says when the model was loaded
 
     @contextlib.contextmanager

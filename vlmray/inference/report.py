@@ -57,7 +57,8 @@ def format_table(summary: Summary) -> str:
     lines += [f"{fact.value} {fact.label}; {fact.note}" for fact in _form_facts(summary)]
     lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _rate_facts(summary)))
     if summary.usage:
-        lines.append(", ".join(f"{fact.value} {fact.label}" for fact in _usage_facts(summary.usage)))
+        both = (_usage_facts(summary.usage), _energy_facts(summary.usage))
+        lines += [", ".join(f"{fact.value} {fact.label}" for fact in facts) for facts in both if facts]
     if summary.certainty and summary.certainty.threshold:
         lines.append(textwrap.fill(summary.certainty.sentence, TERMINAL_WIDTH))
     note = _score_note(summary)
@@ -89,6 +90,7 @@ def render_html(report: Report) -> str:
                 *_form_facts(summary),
                 *_rate_facts(summary),
                 *(_usage_facts(summary.usage) if summary.usage else ()),
+                *(_energy_facts(summary.usage) if summary.usage else ()),
             ),
             sections=tuple(sections),
         )
@@ -224,3 +226,13 @@ def _usage_facts(usage: Usage) -> list[Fact]:
         *from_cache,
         *cost,
     ]
+
+
+def _energy_facts(usage: Usage) -> list[Fact]:
+    if usage.energy_kwh is None:
+        return []
+    note = "from loading to the last answer; what others did on them counts too"
+    facts = [Fact("kWh taken by the GPUs", f"{usage.energy_kwh:,.4g}", note)]
+    if usage.energy_of_1000_wh is not None:
+        facts.append(Fact("Wh for 1,000 answers", f"{usage.energy_of_1000_wh:,.4g}"))
+    return facts

@@ -76,21 +76,31 @@ class Usage:
     cached_share: float | None
     """Share of the prompts' tokens that prefix caches had; None where the engine does not say."""
 
+    energy_kwh: float | None
+    """What the GPUs took, each from when loading began to its last answer, others' work on them included;
+    None where their driver does not tell."""
+
+    energy_of_1000_wh: float | None
+    """What 1,000 answers took of it, in watt-hours."""
+
     @classmethod
     def of(
         cls, *, unit: str, held_s: float, used_s: float, num_answered: int, price_per_hour: float | None,
-        cached_share: float | None = None,
+        cached_share: float | None = None, energy_kwh: float | None = None,
     ) -> Usage:  # fmt: skip
-        """Set answers and price against the time."""
+        """Set answers, price and energy against the time."""
         cost = None if price_per_hour is None else held_s / 3600 * price_per_hour
+        energy_wh = None if energy_kwh is None else 1000 * energy_kwh
         return cls(
             unit=unit,
             held_s=held_s,
             used_s=used_s,
             answers_per_hour=_rate(num_answered, held_s / 3600),
             cost=cost,
-            cost_of_1000=None if cost is None or not num_answered else 1000 * cost / num_answered,
+            cost_of_1000=_of_1000(cost, num_answered),
             cached_share=cached_share,
+            energy_kwh=energy_kwh,
+            energy_of_1000_wh=_of_1000(energy_wh, num_answered),
         )
 
 
@@ -284,6 +294,10 @@ def _mean(values: Sequence[float], num_values: int) -> float | None:
 
 def _rate(amount: int, elapsed_s: float) -> float | None:
     return amount / elapsed_s if amount and elapsed_s > 0 else None
+
+
+def _of_1000(whole: float | None, num_answered: int) -> float | None:
+    return None if whole is None or not num_answered else 1000 * whole / num_answered
 
 
 def _read_count(row: Row, key: str) -> int:

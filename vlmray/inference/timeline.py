@@ -1,6 +1,6 @@
 """When each stage of a pipeline worked, and how much of the work went on behind the model's.
 
-    spans of each chunk -> Timeline -> stage_seconds, overlap, lanes
+    spans of each chunk -> Timeline -> stage_seconds, overlap, lanes, energy
 
 A span says when a chunk was in a stage, by the clock of the machine it was on: what compares machines is as
 exact as their clocks agree. A span is kept as four numbers; neighbours are joined where there are many, and
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmray.inference.energy.adding import Energy
+from vlmray.inference.energy.reading import Reading
 from vlmray.reports.lanes import Lane
 
 STAGES = ("read", "prepare", "load", "generate", "write")
@@ -50,6 +52,9 @@ class Span(NamedTuple):
 
     replica: str = ""
     """Which one, in the stages of the model."""
+
+    readings: tuple[Reading, ...] = ()
+    """What its cards had taken when it began to load, or had an answer; none where they do not tell."""
 
 
 class Watch:
@@ -85,10 +90,13 @@ class Timeline:
 
     def __init__(self) -> None:
         self._spans: dict[tuple[str, str], array[float]] = {}
+        self._energy = Energy()
 
     def add(self, spans: Iterable[Span]) -> None:
         """Add what is known of a chunk."""
         for span in spans:
+            if span.stage in MODEL_STAGES:
+                self._energy.add(span.readings)
             key, seconds = (span.stage, span.replica), span.ended_s - span.started_s
             found = self._spans.setdefault(key, array("d"))
             found.extend((span.started_s, span.ended_s, seconds, seconds - span.waited_s))
@@ -105,6 +113,11 @@ class Timeline:
         """Seconds from the first begin of a stage to the last end; 0 without spans."""
         spans = self._select(STAGES)
         return float(spans[:, 1].max() - spans[:, 0].min()) if len(spans) else 0.0
+
+    @property
+    def energy_kwh(self) -> float | None:
+        """What cards took, each from its first loading to its last answer; None where one does not tell."""
+        return self._energy.kwh
 
     def stage_seconds(self) -> dict[str, float]:
         """Sum the seconds that chunks were in each stage; empty without spans."""

@@ -178,6 +178,7 @@ def _write_card(run: InferenceRun, summary: Summary) -> str:
                 "prompt tokens": summary.num_prompt_tokens,
                 "tokens written": summary.num_completion_tokens,
                 **({f"{usage.unit}-seconds held": f"{usage.held_s:,.0f}"} if usage else {}),
+                "kWh taken by the GPUs": f"{usage.energy_kwh:,.4g}" if usage and usage.energy_kwh else None,
             },
             "Versions": versions(run.choice.engine),
             "Command": command_of("infer", config),
