@@ -220,8 +220,19 @@ class Row(TypedDict, total=False):
 
     metric: str | None
     score: float | None
+    samples: list[str] | None
+    """All answers, where several were drawn; the prediction is the first of those that most of them say."""
+
+    sample_scores: list[float] | None
+    """What each of them is worth."""
+
+    agreement: float | None
+    """Share of them that say what the prediction says."""
+
     num_prompt_tokens: int | None
     num_completion_tokens: int | None
+    """Tokens of all answers that were drawn."""
+
     confidence: float | None
     """Probability of the whole answer: that of all its tokens together; None where it is not known."""
 

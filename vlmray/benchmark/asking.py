@@ -13,6 +13,7 @@ from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
 from vlmray.config import BenchmarkConfig, ServeConfig, known_options, shared_options
 from vlmray.inference import stages
+from vlmray.inference.drawing.voting import RowsInFlight
 from vlmray.reports.bar import write_above_bar
 from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
@@ -83,15 +84,15 @@ async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, serv
     run = benchmark.runs[name]
     finished: list[Row] = []
     num_failed = 0
-    flying: list[Row | None] = []
+    flying = RowsInFlight(run.task.num_samples)
 
     def requests() -> Iterator[GenerationRequest]:
-        for row, request in read_requests(run, run.pending):
-            if request is None:
-                finished.append(stages.score_row(row, run.task))
+        for row, draws in read_requests(run, run.pending):
+            if draws:
+                flying.begin(row)
+                yield from draws
             else:
-                flying.append(row)
-                yield request
+                finished.append(stages.score_row(row, run.task))
 
     def save() -> None:
         nonlocal num_failed
@@ -108,10 +109,9 @@ async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, serv
             config = benchmark.configs[name]
             most = config.max_in_flight or config.most_in_flight
             async for timed in clients.answer_all(served, requests(), most, write_above_bar):
-                row = flying[timed.index]
-                assert row is not None
-                flying[timed.index] = None  # its image is needed no more
-                finished.append(stages.score_row(row | stages.answered(timed.completion), run.task))
+                if (ended := flying.end(timed.index, timed.completion)) is not None:
+                    row, drawn = ended
+                    finished.append(stages.score_row(row | stages.answered(*drawn), run.task))
                 if len(finished) >= CHUNK:
                     save()
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -33,6 +33,7 @@ from vlmray.benchmark.verdicts import Results
 from vlmray.dataset.sources import display_name
 from vlmray.errors import OptionError
 from vlmray.inference.certainty.assessing import Certainty, assess
+from vlmray.inference.drawing.assessing import Drawn, DrawnRow, assess_draws
 from vlmray.inference.plan import InferenceRun
 from vlmray.metrics.significance import paired_difference
 from vlmray.reports.errors import group_errors
@@ -60,6 +61,7 @@ def conclude(benchmark: Benchmark, speed: Sequence[SpeedPoint], elapsed_s: float
         board=board,
         judged=judged,
         certainty=_certainty(benchmark, rows, board) if board else (),
+        drawn=_drawn(benchmark, rows),
         against_baseline=_against_baseline(benchmark, board),
         speed=tuple(speed),
         price_per_hour=config.price_per_hour,
@@ -155,6 +157,9 @@ def _predictions(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> bytes:
                     "image": sample.image,
                     "num_pixels": sample.num_pixels,
                     "prediction": row["prediction"],
+                    "samples": row["samples"],
+                    "sample_scores": row["sample_scores"],
+                    "agreement": row["agreement"],
                     "error": row["error"],
                     "num_completion_tokens": row["num_completion_tokens"],
                     "confidence": row["confidence"],
@@ -187,6 +192,31 @@ def _certainty(benchmark: Benchmark, rows: Rows, board: Scoreboard) -> tuple[Cer
         for model in board.models
     )  # fmt: skip
     return tuple(each for each in found if each is not None)
+
+
+def _drawn(benchmark: Benchmark, rows: Rows) -> tuple[Drawn, ...]:
+    """Assess the draws of the models that have several, by the rule that scored them as they came.
+
+    As everywhere in a comparison, a row that failed is wrong.
+    """
+    asked = [sample for sample in benchmark.samples if sample.answers]
+
+    def draws_of(model: str, num_samples: int) -> Iterator[DrawnRow]:
+        for sample in asked:
+            row = rows[model][sample.sample_id]
+            if row["error"] is None:
+                yield DrawnRow(row["agreement"], row["score"], row["sample_scores"], sample.image_key)
+            else:
+                yield DrawnRow(None, 0.0, [0.0] * num_samples, sample.image_key)
+
+    tasks = {model: benchmark.runs[model].task for model in rows}
+    return tuple(
+        assess_draws(
+            [*draws_of(model, task.num_samples)], num_samples=task.num_samples, metric=task.metric,
+            model=model,
+        )
+        for model, task in tasks.items() if task.num_samples > 1
+    )  # fmt: skip
 
 
 def _against_baseline(benchmark: Benchmark, board: Scoreboard | None) -> dict[str, GroupDifference]:

@@ -15,6 +15,7 @@ from vlmray.benchmark.speed import Percentiles
 from vlmray.benchmark.verdicts import Results, format_p, format_range
 from vlmray.config import BenchmarkConfig
 from vlmray.inference.certainty.report import certainty_sections
+from vlmray.inference.drawing.report import draw_sections, draw_table
 from vlmray.metrics.significance import ALPHA, Interval, detectable, num_samples_for
 from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
@@ -36,23 +37,21 @@ def format_results(results: Results) -> str:
     if results.speed:
         parts.append(_speed_table(results, short=True).to_text())
     missing = ungraded_line(results.judged) if results.judged else None
-    said = [*results.verdicts, *_thresholds(results), missing]
+    said = [*results.verdicts, *results.thresholds, *(each.sentence for each in results.drawn), missing]
     parts += [textwrap.fill(line, TERMINAL_WIDTH) for line in said if line]
     return "\n\n".join(parts)
 
 
 def format_markdown(results: Results) -> str:
     """Format scores, verdicts and speed for a README or a pull request."""
-    parts = [*results.verdicts, *_thresholds(results)]
+    parts = [*results.verdicts, *results.thresholds]
     if results.board is not None:
         parts.append(_score_table(results.board, with_intervals=True).to_markdown())
+    if results.drawn:
+        parts.append(draw_table(results.drawn).to_markdown())
     if results.speed:
         parts.append(_speed_table(results).to_markdown())
     return "\n\n".join(parts)
-
-
-def _thresholds(results: Results) -> list[str]:
-    return [each.sentence for each in results.certainty if each.threshold]
 
 
 def format_plan(pilot: Scoreboard, config: BenchmarkConfig) -> str:
@@ -125,7 +124,7 @@ def render_benchmark_html(results: Results) -> str:
             sections += worse_galleries(board.models[0], results.slices.worse, results.slice_items)
         sections += [breakdown_table(board, kind) for kind in board.kinds]
         sections += judge_tables(results.judged, board) if results.judged else []
-    sections += certainty_sections(results.certainty)
+    sections += [*draw_sections(results.drawn), *certainty_sections(results.certainty)]
     if results.speed:
         sections += [_speed_table(results), *_speed_plots(results)]
     sections += gallery_sections(results)

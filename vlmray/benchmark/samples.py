@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmray.config import BenchmarkConfig, sampling_of
 from vlmray.dataset.rows import images_of, read_rows
+from vlmray.engines.openai.wire import with_own_seed
 from vlmray.images.decoding import ImageError, image_size
 from vlmray.inference import stages
 from vlmray.inference.plan import InferenceRun
@@ -48,16 +49,14 @@ def _num_pixels(images: Sequence[bytes | None]) -> int | None:
         return None  # its row says why
 
 
-def read_requests(
-    run: InferenceRun, indices: Sequence[int]
-) -> Iterator[tuple[Row, GenerationRequest | None]]:
-    """Read and prepare rows; yield each with its request, or None where it cannot be asked."""
+def read_requests(run: InferenceRun, indices: Sequence[int]) -> Iterator[tuple[Row, list[GenerationRequest]]]:
+    """Read and prepare rows; yield each with its requests, which are none where it cannot be asked."""
     for start in range(0, len(indices), CHUNK):
         chunk = indices[start : start + CHUNK]
         rows = read_rows(run.source, run.spec, run.config.dataset_split, chunk)
         for row in stages.prepare_rows(rows, run.task, keep_images=False, fetches_images=run.fetches_images):
-            asked = row["error"] is None
-            yield row, stages.make_requests([row], run.task)[0] if asked else None
+            requests = stages.make_requests([row], run.task) if row["error"] is None else []
+            yield row, list(map(with_own_seed, requests))
 
 
 def describe_samples(
@@ -116,7 +115,8 @@ def _formed(run: InferenceRun) -> dict[str, Any]:
 def _drawn(config: BenchmarkConfig) -> dict[str, Any]:
     """Return how answers were drawn, as far as that was said: earlier results say no more."""
     found = {name: value for name, value in sampling_of(config).items() if name not in ("seed", "top_p")}
-    return found if config.top_p == 1 else {**found, "top_p": config.top_p}
+    said = {"top_p": (config.top_p, 1), "num_samples": (config.num_samples, 1)}
+    return found | {name: value for name, (value, usual) in said.items() if value != usual}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,8 @@ async def measure_speed(
 def _make_requests(benchmark: Benchmark, name: str) -> list[GenerationRequest]:
     """Make a model's requests of the first samples, over again where too few of them can be asked."""
     config, run = benchmark.config, benchmark.runs[name]
-    asked = [request for _, request in read_requests(run, run.selected[: config.speed_samples]) if request]
+    rows = read_requests(run, run.selected[: config.speed_samples])
+    asked = [request for _, draws in rows for request in draws[:1]]
     if not asked:
         raise OptionError("speed_samples", ": none of the first samples can be asked", "see their errors")
     repeats = -(-config.speed_samples // len(asked))

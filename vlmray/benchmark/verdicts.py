@@ -14,6 +14,7 @@ from vlmray.benchmark.scoreboard import GroupDifference, GroupMargin, Scoreboard
 from vlmray.benchmark.slices.finding import SliceSearch
 from vlmray.benchmark.speed import SpeedPoint
 from vlmray.inference.certainty.assessing import Certainty
+from vlmray.inference.drawing.assessing import Drawn
 from vlmray.metrics.significance import Difference, num_samples_for
 from vlmray.reports.errors import ErrorGroup
 from vlmray.reports.gallery import GalleryItem
@@ -33,6 +34,9 @@ class Results:
 
     certainty: tuple[Certainty, ...] = ()
     """Of the models whose confidence is known."""
+
+    drawn: tuple[Drawn, ...] = ()
+    """Of the models that several answers were drawn from to each sample."""
 
     judged: Judged | None = None
     """What a judge made of the answers, where there is one."""
@@ -78,6 +82,11 @@ class Results:
             *(sentence(difference) for difference in self.against_baseline.values()),
         ]
 
+    @property
+    def thresholds(self) -> list[str]:
+        """Plain sentences: from which confidence on answers are as good as is wanted."""
+        return [each.sentence for each in self.certainty if each.threshold]
+
     def _worse_slices(self, base: str, models: Sequence[str]) -> list[str]:
         found = self.slices
         return [found.sentence(model, base) for model in models if found.of(model)] if found else []
@@ -100,6 +109,7 @@ class Results:
             ],
             "slices": self.slices.to_json() if self.slices else None,
             "certainty": {found.model: found.to_json() for found in self.certainty},
+            "drawn": {found.model: found.to_json() for found in self.drawn},
             "bleu": {name: {"score": score, "signature": text} for name, (score, text) in bleu.items()},
             "against_baseline": {
                 name: dataclasses.asdict(found.difference) for name, found in self.against_baseline.items()

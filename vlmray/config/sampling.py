@@ -43,6 +43,9 @@ class SamplingConfig(Options):
     min_new_tokens: int | None = option(None, affects="result")
     """Tokens to generate per answer, at least; default: 0."""
 
+    num_samples: int = option(1, affects="derived")
+    """Answers to draw to each row, at a --temperature above 0: the prediction is what most of them say."""
+
     response_schema: str | None = option(None, affects="derived")
     """File of a JSON schema: every answer is JSON that keeps it."""
 
@@ -57,6 +60,12 @@ class SamplingConfig(Options):
         super().__post_init__()
         for name, problem in sampling_problems(self):
             raise OptionError(name, problem)
+        if self.num_samples > 1 and self.temperature == 0:
+            raise OptionError(
+                "num_samples",
+                f"{self.num_samples} would draw the same answer each time, as --temperature is 0",
+                "pass a --temperature such as 0.7",
+            )
         given = [name for name in _FORMS if getattr(self, name) is not None]
         if len(given) > 1:
             raise OptionError(given[1], f"is one form of answers, and --{given[0]} another", "pass one")
@@ -131,6 +140,7 @@ _BOUNDS: dict[str, tuple[str, float, float]] = {
     "repetition_penalty": ("from 0.01 to 100", 0.01, 100),
     "presence_penalty": ("from -2 to 2", -2, 2),
     "frequency_penalty": ("from -2 to 2", -2, 2),
+    "num_samples": ("from 1 to 64", 1, 64),
     "num_logprobs": ("from 0 to 20", 0, 20),
 }
 """What each setting has to be: in words, and the smallest and largest value."""

@@ -25,6 +25,8 @@ from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
 from vlmray.inference.certainty.gathering import Confidences
 from vlmray.inference.chunks import CacheUse
+from vlmray.inference.drawing.gathering import COLUMNS as DRAWN_COLUMNS
+from vlmray.inference.drawing.gathering import Draws
 from vlmray.inference.endpoint.checking import check_server
 from vlmray.inference.endpoint.watching import saying_how_the_server_is
 from vlmray.inference.passing import pass_on
@@ -71,9 +73,10 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
     Raises:
         ValueError: the cluster has not the GPUs asked for.
     """
-    done = len(run.selected) - len(run.pending)
+    done, often = len(run.selected) - len(run.pending), run.task.num_samples
+    to_answer = f"{len(run.pending):,} to answer" + (f", {often} times each" if often > 1 else "")
     lines = [
-        ("rows", f"{len(run.selected):,}: {done:,} answered already, {len(run.pending):,} to answer"),
+        ("rows", f"{len(run.selected):,}: {done:,} answered already, {to_answer}"),
         ("engine", f"{run.choice.engine} ({run.choice.reason})"),
         ("outputs", f"{run.folder.uri} ({run.folder.output_format})"),
         *([("pushed to", run.repo.url)] if run.repo else []),
@@ -133,18 +136,20 @@ def _conclude(
 ) -> Summary:  # fmt: skip
     """Read the results back, write the report and, last, the manifest."""
     tally = Tally(run.task.metric if run.spec.has_answers else None)
-    causes, gallery, confidences = Causes(), GalleryChoice(), Confidences()
+    causes, gallery = Causes(), GalleryChoice()
+    confidences, draws = Confidences(), Draws(run.task.num_samples)
     for row, is_resumed in _results(run):
         tally.add(row, is_resumed=is_resumed)
         causes.add(row)
         gallery.add(row)
         confidences.add(row)
+        draws.add(row)
     if tally.num_rows != len(run.selected):
         raise InferenceError(
             f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
         )
     usage = _usage(run, replicas, timeline, cache, tally.num_new)
-    summary = tally.summary(elapsed_s, usage, confidences.assess(run))
+    summary = tally.summary(elapsed_s, usage, confidences.assess(run), drawn=draws.assess(run))
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),
@@ -176,7 +181,8 @@ def _conclude(
 def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
     """Yield the results of the selection, each with whether an earlier run left it."""
     selected, pending = (mask_rows(rows, len(run.source)) for rows in (run.selected, run.pending))
-    for table in run.folder.scan(_SUMMARY_COLUMNS):
+    drawn = DRAWN_COLUMNS if run.task.num_samples > 1 else ()
+    for table in run.folder.scan((*_SUMMARY_COLUMNS, *drawn)):
         indices = row_indices(table["sample_id"])
         known = (indices >= 0) & (indices < len(selected))
         places = np.where(known, indices, 0)

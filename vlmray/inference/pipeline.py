@@ -62,7 +62,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    chunk_size = _chunk_size(len(run.pending), run.config.batch_size, replicas.max_replicas)
+    chunk_size = _rows_of_chunk(run, replicas)
     num_chunks = count_chunks(run, replicas)
     num_calls = chunks_at_once(run.config.engine)
     # Tasks tied to this machine ask for no CPU: the head of a cluster may offer none.
@@ -112,8 +112,12 @@ def _map(rows: Dataset, fn: Any, **options: Any) -> Dataset:
 
 def count_chunks(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
     """Return the units of work of a run; no more replicas than that are started."""
-    num_rows = len(run.pending)
-    return -(-num_rows // _chunk_size(num_rows, run.config.batch_size, replicas.max_replicas))
+    return -(-len(run.pending) // _rows_of_chunk(run, replicas))
+
+
+def _rows_of_chunk(run: InferenceRun, replicas: cluster.ReplicaPlan) -> int:
+    batch_size = -(-run.config.batch_size // run.task.num_samples)  # of rows, each with its draws
+    return _chunk_size(len(run.pending), batch_size, replicas.max_replicas)
 
 
 def _chunk_size(num_rows: int, batch_size: int, num_replicas: int) -> int:

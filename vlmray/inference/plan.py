@@ -67,6 +67,10 @@ def plan_inference(
         raise OptionError(
             "target_accuracy", f"is about scores, and {config.dataset_name} has no answers to compare with"
         )
+    if config.num_samples > 1 and spec.form == "request":
+        raise OptionError(
+            "num_samples", "is not for rows that are requests, of which each gets one answer", "leave it out"
+        )
     task = _task(config, spec)
     folder = ResultFolder.open_for(
         len(selected),
@@ -76,6 +80,7 @@ def plan_inference(
             **model.fingerprints,
             **template_fingerprint(config),
             "response_schema": task.form and task.form.schema,
+            "num_samples": task.num_samples if task.num_samples > 1 else None,
             **dataclasses.asdict(spec),
             "dataset_fingerprint": source.fingerprint(),
         },
@@ -186,6 +191,7 @@ def _task(config: InferConfig, spec: DatasetSpec) -> Task:
         models=_names_of_models(config) if spec.form == "request" else {},
         form=read_form(config),
         num_logprobs=config.wanted_logprobs(asks_server=config.endpoint is not None),
+        num_samples=config.num_samples,
         **sampling_of(config),
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmray.inference.certainty.report import certainty_sections
+from vlmray.inference.drawing.report import draw_sections
 from vlmray.inference.summary import FamilySummary, Summary, Usage
 from vlmray.inference.timeline import MAX_REPLICA_LANES, Overlap, Timeline
 from vlmray.reports.errors import ErrorGroup, error_table, option_table
@@ -61,6 +62,8 @@ def format_table(summary: Summary) -> str:
         lines += [", ".join(f"{fact.value} {fact.label}" for fact in facts) for facts in both if facts]
     if summary.certainty and summary.certainty.threshold:
         lines.append(textwrap.fill(summary.certainty.sentence, TERMINAL_WIDTH))
+    if summary.drawn:
+        lines.append(textwrap.fill(summary.drawn.sentence, TERMINAL_WIDTH))
     note = _score_note(summary)
     return "\n".join(lines + ([note] if note else []))
 
@@ -71,6 +74,7 @@ def render_html(report: Report) -> str:
     sections: list[Section] = []
     if summary.families:
         sections.append(_family_table(summary))
+    sections += draw_sections([summary.drawn] if summary.drawn else [])
     sections += certainty_sections([summary.certainty] if summary.certainty else [])
     if report.timeline and (overlap := report.timeline.overlap()):
         sections.append(_lane_plot(report.timeline, overlap, summary.num_resumed))

@@ -46,14 +46,15 @@ RESULT_SCHEMA = pa.schema(
         "sample_id": pa.string(), "row_index": pa.int64(), "question": pa.string(),
         "choices": pa.list_(pa.string()), "answers": pa.list_(pa.string()), "family": pa.string(),
         "prompt": pa.string(), "prediction": pa.string(), "parsed": pa.string(), "keeps_form": pa.bool_(),
-        "metric": pa.string(), "score": pa.float64(), "num_prompt_tokens": pa.int32(),
+        "metric": pa.string(), "score": pa.float64(), "samples": pa.list_(pa.string()),
+        "sample_scores": pa.list_(pa.float64()), "agreement": pa.float64(), "num_prompt_tokens": pa.int32(),
         "num_completion_tokens": pa.int32(), "confidence": pa.float64(),
         "min_token_probability": pa.float64(), "logprobs": pa.string(), "finish_reason": pa.string(),
         "error": pa.string(),
     }
 )  # fmt: skip
-"""Columns of a result row, in `_out.json` and in Parquet alike; an older folder lacks those of forms and
-of confidence."""
+"""Columns of a result row, in `_out.json` and in Parquet alike; an older folder lacks those of forms, of
+confidence and of several draws."""
 
 _PARTS, _GROUPS, _STAMPS = "predictions", "samples", "images.json"
 _GROUP_SIZE = 1000

@@ -27,6 +27,7 @@ from vlmray.engines.base import Engine
 from vlmray.engines.forms import keeps, parses
 from vlmray.engines.logprobs import to_json
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
+from vlmray.inference.drawing.voting import by_row, draws_of, settle
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
 from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
 
@@ -47,6 +48,9 @@ class Task(Sampling):
     system_prompt: str | None = None
     metric: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    num_samples: int = 1
+    """Answers that are drawn to each row."""
 
     models: Mapping[str, str | None] = field(default_factory=dict)
     """Names that rows which are requests may ask for, and the adapter that each stands for."""
@@ -121,10 +125,10 @@ def generate_rows(
         requests = engine.prepare(make_requests(pending, task))
         with turn or nullcontext():
             completions = engine.generate(requests)
-    for row, completion in zip(pending, completions, strict=True):
-        row |= answered(completion)
-        if completion.logprobs is not None and "num_logprobs" in _own_settings(row):
-            row["logprobs"] = to_json(completion.logprobs)
+    for row, drawn in zip(pending, by_row(completions, task.num_samples), strict=True):
+        row |= answered(*drawn)
+        if (logprobs := drawn[0].logprobs) is not None and "num_logprobs" in _own_settings(row):
+            row["logprobs"] = to_json(logprobs)
     return list(rows)
 
 
@@ -134,8 +138,11 @@ def is_pending(row: Row) -> bool:
 
 
 def make_requests(rows: Sequence[Row], task: Task) -> list[GenerationRequest]:
-    """Turn prepared rows into requests; the engine decodes their images while it generates."""
-    return [_make_request(row, task) for row in rows]
+    """Turn prepared rows into requests; the engine decodes their images while it generates.
+
+    Where several answers are drawn to a row, the requests for them stand together.
+    """
+    return [draw for row in rows for draw in draws_of(_make_request(row, task), task.num_samples)]
 
 
 def _make_request(row: Row, task: Task) -> GenerationRequest:
@@ -169,8 +176,9 @@ def _unlisted(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def answered(completion: Completion) -> Row:
-    """Return what a completion adds to a row."""
+def answered(*drawn: Completion) -> Row:
+    """Return what a completion adds to a row, or what all draws of its answer do."""
+    completion, columns = settle(drawn)
     return {
         "prompt": completion.prompt,
         "prediction": None if completion.error else completion.text,
@@ -180,6 +188,7 @@ def answered(completion: Completion) -> Row:
         "finish_reason": completion.finish_reason,
         "num_cached_tokens": completion.num_cached_tokens,
         "error": completion.error,
+        **columns,
     }
 
 
@@ -206,13 +215,18 @@ def score_row(row: Row, task: Task) -> Row:
         row["keeps_form"] = keeps(form, text)
         row["parsed"] = text if form.schema is not None and parses(text) else None
     if row["answers"] and (prediction := row["prediction"]) is not None:
-        metric = row.get("own_metric") or task.metric
+        metric, drawn = row.get("own_metric") or task.metric, row["samples"] or []
         try:
-            scored = metrics.score(metric, prediction, row["answers"], row["choices"])
+            scores = {
+                text: metrics.score(metric, text, row["answers"], row["choices"]).value
+                for text in {prediction, *drawn}
+            }
         except (ValueError, RecursionError) as error:  # what a dataset has for an answer may be no such thing
             problem = f"the row's answers cannot be scored: {error}"
-            return row | {"error": problem, "finish_reason": "error", "prediction": None}
-        row["metric"], row["score"] = scored.metric, scored.value
+            row |= {"prediction": None, "samples": None, "agreement": None}
+            return row | {"error": problem, "finish_reason": "error"}
+        row["metric"], row["score"] = metric, scores[prediction]
+        row["sample_scores"] = [scores[text] for text in drawn] or None
     return row
 
 

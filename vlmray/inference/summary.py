@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any
 
 from vlmray.inference.certainty.assessing import Certainty
+from vlmray.inference.drawing.assessing import Drawn
 from vlmray.reports.errors import NO_FAMILY, is_failed
 from vlmray.reports.gallery import Verdict, verdict_of
 from vlmray.reports.text import read_number
@@ -157,6 +158,9 @@ class Summary:
     certainty: Certainty | None = None
     """How far the model's confidence can be relied on; None where there are no scores, or no confidences."""
 
+    drawn: Drawn | None = None
+    """What the draws are worth, where several answers are drawn to each row."""
+
 
 @dataclass(slots=True)
 class _Counts:
@@ -234,14 +238,16 @@ class Tally:
         return self._num_new
 
     def summary(
-        self, elapsed_s: float, usage: Usage | None = None, certainty: Certainty | None = None
-    ) -> Summary:
+        self, elapsed_s: float, usage: Usage | None = None, certainty: Certainty | None = None,
+        drawn: Drawn | None = None,
+    ) -> Summary:  # fmt: skip
         """Mean the scores and set the work of this run against its time.
 
         Args:
             elapsed_s: Wall-clock time of this run.
             usage: What it had of the cluster.
             certainty: How far its confidences can be relied on.
+            drawn: What its draws are worth.
         """
         metric, families = self._metric, self._families
         whole = _Counts(
@@ -271,6 +277,7 @@ class Tally:
             num_parsed=self._num_parsed,
             usage=usage,
             certainty=certainty,
+            drawn=drawn,
         )
 
 

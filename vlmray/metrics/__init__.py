@@ -25,6 +25,7 @@ from vlmray.metrics.definitions import (
     token_f1,
     vqa_accuracy,
 )
+from vlmray.metrics.draws import majority, pass_at_k
 from vlmray.metrics.similarity import ANLS_THRESHOLD, anls
 
 __all__ = [
@@ -41,11 +42,13 @@ __all__ = [
     "exact_match",
     "field_accuracy",
     "gqa_accuracy",
+    "majority",
     "mmmu_choice",
     "mmmu_open",
     "mmstar_accuracy",
     "ocrbench_accuracy",
     "ocrbench_formula",
+    "pass_at_k",
     "relaxed_accuracy",
     "relaxed_accuracy_normalized",
     "rouge",

@@ -108,7 +108,7 @@ def relaxed_accuracy_normalized(prediction: str, answer: str, *, tolerance: floa
     """
     if relaxed_accuracy(prediction, answer, tolerance=tolerance):
         return 1.0
-    predicted, expected = _parse_lenient(prediction), _parse_lenient(answer)
+    predicted, expected = parse_number(prediction), parse_number(answer)
     if predicted is not None and expected is not None:
         return float(abs(predicted - expected) <= tolerance * abs(expected))
     return exact_match(_strip_dots(prediction), _strip_dots(answer))
@@ -122,7 +122,7 @@ def exact_match(prediction: str, answer: str) -> float:
     >>> exact_match("  New   York ", "new york"), exact_match("Yes.", "yes")
     (1.0, 0.0)
     """
-    return float(_collapse(prediction) == _collapse(answer))
+    return float(collapse(prediction) == collapse(answer))
 
 
 def token_f1(prediction: str, answer: str) -> float:
@@ -312,7 +312,7 @@ def _parse_official(text: str) -> float | None:
         return None
 
 
-def _parse_lenient(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """Parse a number with signs and separators a person would overlook; None if it is not one."""
     text = _strip_dots(text.translate(_CURRENCY)).removesuffix("%").strip()
     if _THOUSANDS.fullmatch(text):
@@ -325,7 +325,8 @@ def _strip_dots(text: str) -> str:
     return text.strip().rstrip(".").rstrip()
 
 
-def _collapse(text: str) -> str:
+def collapse(text: str) -> str:
+    """Bring a text to one case, with one space between words."""
     return " ".join(text.casefold().split())
 
 

@@ -55,6 +55,8 @@ def _numbers(results: Results) -> dict[str, float | None]:
             place = f"{found.model}/{found.metric}_difference"
             numbers |= {place: found.difference.mean, f"{place}_low": found.difference.low}
             numbers |= {f"{place}_high": found.difference.high, f"{place}_p": found.p_corrected}
+    for drawn in results.drawn:
+        numbers |= {f"{drawn.model}/{name}": value for name, value in drawn.figures().items()}
     for point in results.speed:
         numbers |= {f"{point.model}/{name}": value for name, value in _speed(point).items()}
     return numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from vlmray.engines.openai.flow import MOST_IN_FLIGHT, Flow
 from vlmray.engines.openai.gate import Gate
 from vlmray.engines.openai.images import PixelBounds
 from vlmray.engines.openai.shares import Keeper, LocalKeeper
-from vlmray.engines.openai.wire import seed_of_row, to_body
+from vlmray.engines.openai.wire import to_body, with_own_seed
 from vlmray.schema import Completion, GenerationRequest
 
 _NUM_ENCODERS = 2
@@ -139,9 +138,7 @@ class OpenAIEngine:
 
     def _to_body(self, request: GenerationRequest) -> dict[str, Any]:
         _check(request)
-        if request.temperature > 0:
-            request = dataclasses.replace(request, seed=seed_of_row(request))
-        return to_body(request, self._model, self._bounds)
+        return to_body(with_own_seed(request), self._model, self._bounds)
 
 
 def _check(request: GenerationRequest) -> None:

@@ -5,6 +5,7 @@ GenerationRequest -> to_body -> body of POST /v1/chat/completions; its answer ->
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -86,10 +87,15 @@ def _messages(request: GenerationRequest, bounds: PixelBounds) -> list[dict[str,
     return [{**message, "content": content_of(message["content"])} for message in messages]
 
 
-def seed_of_row(request: GenerationRequest) -> int:
-    """Return a seed of a row's own: those of a run have one seed in common, and shall not have one fate."""
+def with_own_seed(request: GenerationRequest) -> GenerationRequest:
+    """Return a request that samples with a seed of its own, made of its seed and id: servers do not see ids.
+
+    The requests of a run have one seed in common, and shall not have one fate.
+    """
+    if request.temperature == 0:
+        return request
     digest = hashlib.sha256(f"{request.seed}\0{request.request_id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return dataclasses.replace(request, seed=int.from_bytes(digest[:4], "big") >> 1)
 
 
 def to_completion(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmray.inference.certainty.assessing import Certainty
-from vlmray.metrics.calibration import Threshold
+from vlmray.metrics.calibration import Bin, Threshold
 from vlmray.metrics.significance import Interval
 from vlmray.reports.page import Section
 from vlmray.reports.plots import Plot, Series
@@ -18,7 +18,7 @@ def certainty_sections(found: Sequence[Certainty]) -> list[Section]:
     if not found:
         return []
     tables = [certainty_table(found), *_threshold_tables(found)]
-    return [*tables, _reliability(found), _risk(found), _bin_table(found)]
+    return [*tables, reliability_plot(found), risk_plot(found), bin_table(found)]
 
 
 def certainty_table(found: Sequence[Certainty]) -> Table:
@@ -79,29 +79,32 @@ def _threshold_cells(found: Threshold) -> tuple[str, str, str]:
     return f"{found.confidence:.6g}", format_percent(found.coverage), format_percent(found.accuracy)
 
 
-def _reliability(found: Sequence[Certainty]) -> Plot:
+def reliability_plot(found: Sequence[Certainty], measure: str = "confidence") -> Plot:
+    """Draw the score of answers of like confidence, or of another measure of it."""
     ideal = Series(name="as right as sure", points=((0.0, 0.0), (1.0, 1.0)), style="faint")
     return Plot(
-        title="Reliability",
-        x_label="confidence",
+        title="Reliability" if measure == "confidence" else f"Reliability of {measure}",
+        x_label=measure,
         y_label=found[0].metric,
         series=(ideal, *(_bins(each) for each in found)),
         y_unit="percent",
         y_include=(0.0, 1.0),
-        note="Below the line, a model is surer than it is right. A dot is about a tenth of the answers.",
+        note="Below the line, a model is surer than it is right. A dot is about a tenth of the answers, or "
+        f"those of the same {measure}.",
     )
 
 
-def _bin_table(found: Sequence[Certainty]) -> Table:
+def bin_table(found: Sequence[Certainty], measure: str = "confidence") -> Table:
+    """List what answers of like confidence score, or of another measure of it."""
     return Table(
-        title="Answers of like confidence",
+        title=f"Answers of like {measure}",
         columns=(
-            Column("confidence"), Column("answers", True), Column("mean confidence", True),
+            Column(measure), Column("answers", True), Column(f"mean {measure}", True),
             Column(found[0].metric, True),
         ),
         rows=tuple(
             (
-                f"{each.model + ': ' if each.model else ''}{bin_.low:.4g} to {bin_.high:.4g}",
+                f"{each.model + ': ' if each.model else ''}{_ends(bin_)}",
                 f"{bin_.accuracy.num_samples:,}",
                 format_percent(bin_.confidence),
                 _score(bin_.accuracy),
@@ -112,6 +115,11 @@ def _bin_table(found: Sequence[Certainty]) -> Table:
         note="Intervals: 95 %.",
         collapsed=True,
     )  # fmt: skip
+
+
+def _ends(found: Bin) -> str:
+    low, high = f"{found.low:.4g}", f"{found.high:.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _score(found: Interval) -> Cell:
@@ -127,9 +135,10 @@ def _bins(each: Certainty) -> Series:
     return Series(name=each.model or "answers", points=points, style="dots")
 
 
-def _risk(found: Sequence[Certainty]) -> Plot:
+def risk_plot(found: Sequence[Certainty], measure: str = "confidence") -> Plot:
+    """Draw what is wrong of the answers that are the surest by a measure."""
     return Plot(
-        title="Risk against coverage",
+        title="Risk against coverage" + ("" if measure == "confidence" else f", by {measure}"),
         x_label="share that is answered, the surest first",
         y_label="wrong of these",
         series=tuple(Series(name=each.model or "answers", points=each.curve) for each in found),

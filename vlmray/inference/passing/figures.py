@@ -24,6 +24,8 @@ def run_figures(run: InferenceRun, summary: Summary) -> Figures:
         numbers |= {f"{family.name}/{summary.metric}": family.score for family in summary.families}
         if interval := score_interval(run):
             numbers |= {f"{summary.metric}_low": interval.low, f"{summary.metric}_high": interval.high}
+    if summary.drawn:
+        numbers |= summary.drawn.figures()
     if summary.usage:
         usage = dataclasses.asdict(summary.usage)
         numbers |= {name: value for name, value in usage.items() if name != "unit"}

@@ -102,6 +102,7 @@ def prompt_facts(run: InferenceRun) -> Facts:
         "question": task.prompt_template,
         "form of the answers": form and (form.schema or form.regex or list(form.choices)),
         "answers": "sampled" if config.temperature else "greedy",
+        "answers drawn to each row": config.num_samples if config.num_samples > 1 else None,
         **{name: value for name, value in sampling.items() if name in _SHOWN},
     }
 
