@@ -89,10 +89,10 @@ class Gate:
         try:
             place = Place(await turn)
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self._waiting.remove(turn)
-            else:
+            if not turn.cancelled():
                 self._leave()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
             raise
         try:
             yield place
@@ -128,8 +128,10 @@ class Gate:
             and self.num_in_flight < self.allowance.places
             and time.monotonic() >= self._opens_at
         ):
-            self.num_in_flight += 1
-            self._waiting.popleft().set_result(self.num_in_flight)
+            turn = self._waiting.popleft()
+            if not turn.cancelled():  # who waited has left, and was not told so yet
+                self.num_in_flight += 1
+                turn.set_result(self.num_in_flight)
 
     async def _keep_reporting(self) -> None:
         while True:
