@@ -247,6 +247,9 @@ class Row(TypedDict, total=False):
     """Why there is no answer; the last column of a result. What follows is left behind on the way."""
 
     num_cached_tokens: int | None
+    taken_from: Literal["run", "cache"] | None
+    """Where the answer is from, where the row itself was not asked: of the run, or of an earlier one."""
+
     images: list[bytes | None]
     """Encoded, in the order of their places; None for one that is still to be fetched."""
 

@@ -60,7 +60,7 @@ WITH_RAY = {
     "cluster.preview", "cluster.probing", "cluster.waiting", "cluster.watch", "cluster.causes",
     "cluster.ending",
     "inference.job", "inference.pipeline", "inference.replica", "inference.endpoint.keeping",
-    "inference.endpoint.watching",
+    "inference.endpoint.watching", "inference.reuse.keeping",
     "finetune.plan", "finetune.job", "finetune.progress", "finetune.ray_worker",
     "serving.server", "serving.replica", "serving.presence", "serving.handles", "benchmark.job",
     "benchmark.asking", "benchmark.suite.job", "demo.job",

@@ -23,6 +23,7 @@ from vlmray.inference import replica, stages
 from vlmray.inference.claims import Claims, Holder
 from vlmray.inference.replica import Replica
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
+from vlmray.inference.reuse.answers import Answers
 from vlmray.inference.stages import prepare_rows
 from vlmray.inference.timeline import Span, Timeline
 from vlmray.schema import Row
@@ -245,6 +246,33 @@ def test_what_is_written_is_not_generated_again(handle: Handle, monkeypatch: pyt
     assert [pick(row, RESULT_SCHEMA.names) for row in again] == [
         pick(row, RESULT_SCHEMA.names) for row in rows
     ]
+
+
+def test_what_is_known_is_not_asked_and_still_says_when_the_model_was_loaded(
+    handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_asked: list[int] = []
+    generate = FakeEngine.generate
+    monkeypatch.setattr(
+        FakeEngine, "generate", lambda self, rows, **_: num_asked.append(len(rows)) or generate(self, rows)
+    )
+    known, together = Answers(), []
+    for num_deaths in (0, 0, 2):  # the last time row by row
+        for number in range(num_deaths):
+            handle.claims.claim("test-000000", Holder(f"{number}", "node"))
+        found = load(handle)
+        assert found._known is None  # as what this engine says depends on the names of rows
+        found._known = known
+        together.append(answer(found))
+    assert together[0] == together[1] == together[2]
+    assert num_asked == [3, 0, 0, 0, 0]
+
+
+def test_each_replica_knows_at_least_its_own_answers(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "load_engine", lambda *_, **__: FakeEngine())
+    config, known = InferConfig(sample_slices="[:]", engine="transformers"), Answers()
+    assert isinstance(Replica(config, PLAN, TASK, handle, handle.folder)._known, Answers)
+    assert Replica(config, PLAN, TASK, handle, handle.folder, known=known)._known is known
 
 
 def test_a_model_that_kills_whoever_loads_it_is_named(handle: Handle) -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.plan import Benchmark
 from vlmray.benchmark.samples import CHUNK, read_requests
 from vlmray.config import BenchmarkConfig, ServeConfig, known_options, shared_options
 from vlmray.inference import stages
+from vlmray.inference.chunks import Reuse
 from vlmray.inference.drawing.voting import RowsInFlight
+from vlmray.inference.plan import InferenceRun
+from vlmray.inference.reuse.keeping import served_answers
+from vlmray.inference.reuse.singly import AskedOnce
 from vlmray.reports.bar import write_above_bar
 from vlmray.schema import GenerationRequest, Row
 from vlmray.serving.server import serve_app
+
+logger = logging.getLogger(__name__)
 
 
 def servers(benchmark: Benchmark) -> list[list[str]]:
@@ -81,38 +91,65 @@ def served_name(benchmark: Benchmark, name: str, group: Sequence[str]) -> str:
 
 async def answer_pending(benchmark: Benchmark, clients: Clients, name: str, served: str) -> None:
     """Ask one model what it was not asked yet, and write the answers as they come."""
-    run = benchmark.runs[name]
-    finished: list[Row] = []
-    num_failed = 0
+    run, config = benchmark.runs[name], benchmark.configs[name]
+    known = served_answers(run)
+    once = AskedOnce(functools.partial(stages.row_key, task=run.task), known)
     flying = RowsInFlight(run.task.num_samples)
 
     def requests() -> Iterator[GenerationRequest]:
         for row, draws in read_requests(run, run.pending):
-            if draws:
+            ready = once.add(row) if draws else [row]
+            if ready is None:
                 flying.begin(row)
                 yield from draws
             else:
-                finished.append(stages.score_row(row, run.task))
-
-    def save() -> None:
-        nonlocal num_failed
-        bar.update(len(finished))
-        num_failed += sum(row["error"] is not None for row in finished)
-        bar.set_postfix(failed=num_failed, refresh=False)
-        if finished:
-            stages.save_rows(finished, run.folder)
-        finished.clear()
-        run.check_errors(num_failed)
+                writer.take(ready)
 
     with run.open_bar(name) as bar:
+        writer = _Writer(run, once, bar)
         try:
-            config = benchmark.configs[name]
             most = config.max_in_flight or config.most_in_flight
             async for timed in clients.answer_all(served, requests(), most, write_above_bar):
                 if (ended := flying.end(timed.index, timed.completion)) is not None:
                     row, drawn = ended
-                    finished.append(stages.score_row(row | stages.answered(*drawn), run.task))
-                if len(finished) >= CHUNK:
-                    save()
+                    writer.take(once.answered(row | stages.answered(*drawn)))
         finally:
-            save()
+            writer.save()
+    say_taken_over(name, once.reuse)
+    if known is not None and (problems := known.problems()):
+        logger.warning("%s", problems)
+
+
+class _Writer:
+    """Scores rows and writes them, a few at a time."""
+
+    def __init__(self, run: InferenceRun, once: AskedOnce, bar: tqdm[Any]) -> None:
+        self._run, self._once, self._bar = run, once, bar
+        self._finished: list[Row] = []
+        self._num_failed = 0
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Score rows that are answered, or failed, and write them once there are some."""
+        self._finished += (stages.score_row(row, self._run.task) for row in rows)
+        if len(self._finished) >= CHUNK:
+            self.save()
+
+    def save(self) -> None:
+        """Write what there is."""
+        self._bar.update(len(self._finished))
+        self._num_failed += sum(row["error"] is not None for row in self._finished)
+        self._bar.set_postfix(failed=self._num_failed, refresh=False)
+        self._once.keep()
+        if self._finished:
+            stages.save_rows(self._finished, self._run.folder)
+        self._finished.clear()
+        self._run.check_errors(self._num_failed)
+
+
+def say_taken_over(name: str, reuse: Reuse) -> None:
+    """Say of how many samples a model was not asked."""
+    if any(reuse):
+        logger.info(
+            "%s: %d answers were taken over from samples that ask the same, %d from the answer cache",
+            name, *reuse,
+        )  # fmt: skip

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from vlmray.benchmark.asking import answer_pending, served_name, servers, started_server
+from vlmray.benchmark.asking import answer_pending, say_taken_over, served_name, servers, started_server
 from vlmray.benchmark.clients import Clients
 from vlmray.benchmark.gathering import conclude
 from vlmray.benchmark.passing.figures import benchmark_figures
@@ -24,6 +24,7 @@ from vlmray.benchmark.verdicts import Results
 from vlmray.engines.openai.client import EndpointError, api_key
 from vlmray.engines.openai.images import PixelBounds
 from vlmray.errors import OptionError
+from vlmray.inference.chunks import Reuse
 from vlmray.inference.job import run_inference
 from vlmray.publishing.trackers import report_figures
 
@@ -40,9 +41,10 @@ def run_benchmark(benchmark: Benchmark) -> Results:
     config = benchmark.config
     speed = read_speed(benchmark)
     if config.offline:
-        for run in benchmark.runs.values():
+        for name, run in benchmark.runs.items():
             if run.pending:
-                run_inference(run)
+                summary = run_inference(run)
+                say_taken_over(name, Reuse(summary.num_identical, summary.num_from_cache))
     else:
         for group in servers(benchmark):
             if any(_is_unfinished(benchmark, name, speed) for name in group):

@@ -15,7 +15,7 @@ from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.parsing import build_config
 from vlmray.config.passing import PushConfig, TrackingConfig
-from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
+from vlmray.config.sampling import ConfidenceConfig, ReuseConfig, SamplingConfig
 from vlmray.errors import OptionError
 
 _OPTION = re.compile(r"@(?=[a-z_]+=)")
@@ -38,7 +38,7 @@ class Candidate:
         return ", ".join([model, *(f"{name}={value}" for name, value in self.options.items())])
 
 
-_OF_SCORES = ("baseline", "target_accuracy", "judge", "plan", "margin", "push_to_hub")
+_OF_SCORES = ("baseline", "target_accuracy", "judge", "plan", "margin", "push_to_hub", "answer_cache")
 """Options that mean nothing where speed alone is measured."""
 
 OWN_OPTIONS = frozenset(
@@ -53,7 +53,7 @@ class BenchmarkConfig(
     PushConfig,
     RunConfig,
     ConfidenceConfig,
-    SamplingConfig,
+    ReuseConfig,
     EndpointConfig,
     ReplicaConfig,
     DatasetConfig,

@@ -16,7 +16,7 @@ from vlmray.config.common import (
 from vlmray.config.endpoint import EndpointConfig
 from vlmray.config.marks import mark, option
 from vlmray.config.passing import PushConfig, TrackingConfig
-from vlmray.config.sampling import ConfidenceConfig, SamplingConfig
+from vlmray.config.sampling import ConfidenceConfig, ReuseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class InferConfig(
     PushConfig,
     RunConfig,
     ConfidenceConfig,
-    SamplingConfig,
+    ReuseConfig,
     EndpointConfig,
     ReplicaConfig,
     QuestionsConfig,

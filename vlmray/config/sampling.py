@@ -94,6 +94,24 @@ class SamplingConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReuseConfig(SamplingConfig):
+    """Which answers are taken over from earlier runs."""
+
+    answer_cache: str | None = option(None, affects="run", engines=("transformers", "vllm", "openai"))
+    """Keep greedy answers over runs: a local folder, or a URI that every node can write. What an earlier run
+    was answered by the same model, to the same question, images and options, is not asked again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_cache is not None and self.temperature > 0:
+            raise OptionError(
+                "answer_cache",
+                f"keeps greedy answers, and --temperature {self.temperature:g} draws others each time",
+                "leave out one of the two",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfidenceConfig(Options):
     """Whether it is written how sure the model was."""
 

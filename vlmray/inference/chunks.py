@@ -50,6 +50,26 @@ class CacheUse(NamedTuple):
         return self.num_cached / self.num_tokens if self.num_tokens else None
 
 
+class Reuse(NamedTuple):
+    """Answers that were taken over, so that nobody was asked."""
+
+    num_identical: int = 0
+    """From rows of the run that ask the same."""
+
+    num_from_cache: int = 0
+    """From earlier runs."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Reuse:
+        """Count them among rows that were answered."""
+        sources = [row.get("taken_from") for row in rows if row["error"] is None]
+        return cls(sources.count("run"), sources.count("cache"))
+
+    def plus(self, other: Reuse) -> Reuse:
+        """Return both together."""
+        return Reuse(self.num_identical + other.num_identical, self.num_from_cache + other.num_from_cache)
+
+
 class Finished(NamedTuple):
     """What the driver is told of a chunk that is written."""
 
@@ -57,6 +77,12 @@ class Finished(NamedTuple):
     num_failed: int
     spans: list[Span]
     cache: CacheUse = CacheUse()
+    reuse: Reuse = Reuse()
+
+    def plus(self, other: Finished) -> Finished:
+        """Return both together, without their spans."""
+        num_rows, num_failed = self.num_rows + other.num_rows, self.num_failed + other.num_failed
+        return Finished(num_rows, num_failed, [], self.cache.plus(other.cache), self.reuse.plus(other.reuse))
 
     @property
     def begun_s(self) -> float:

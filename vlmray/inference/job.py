@@ -24,7 +24,7 @@ from vlmray.config import InferConfig
 from vlmray.dataset.slices import mask_rows, row_indices
 from vlmray.dataset.sources import display_name
 from vlmray.inference.certainty.gathering import Confidences
-from vlmray.inference.chunks import CacheUse
+from vlmray.inference.chunks import Finished
 from vlmray.inference.drawing.gathering import COLUMNS as DRAWN_COLUMNS
 from vlmray.inference.drawing.gathering import Draws
 from vlmray.inference.endpoint.checking import check_server
@@ -58,13 +58,13 @@ def run_inference(run: InferenceRun) -> Summary:
         PushError, TrackerError: the hub, or a tracker, did not take what is written.
     """
     started = time.perf_counter()
-    timeline, cache, replicas = Timeline(), CacheUse(), None
+    timeline, done, replicas = Timeline(), Finished(0, 0, []), None
     with cluster.ending_actors(_REPLICA):
         if run.pending:
             replicas = _plan_replicas(run)
             cluster.tell_if_taken(cpus=cluster.cpus_per_task())
-            cache = _consume(run, replicas, timeline)
-        return _conclude(run, time.perf_counter() - started, timeline, cache, replicas)
+            done = _consume(run, replicas, timeline)
+        return _conclude(run, time.perf_counter() - started, timeline, done, replicas)
 
 
 def describe(run: InferenceRun) -> list[tuple[str, str]]:
@@ -79,6 +79,7 @@ def describe(run: InferenceRun) -> list[tuple[str, str]]:
         ("rows", f"{len(run.selected):,}: {done:,} answered already, {to_answer}"),
         ("engine", f"{run.choice.engine} ({run.choice.reason})"),
         ("outputs", f"{run.folder.uri} ({run.folder.output_format})"),
+        *([("answer cache", run.cache.uri)] if run.cache else []),
         *([("pushed to", run.repo.url)] if run.repo else []),
     ]
     if run.pending:
@@ -101,9 +102,9 @@ def _asked(run: InferenceRun, replicas: cluster.ReplicaPlan) -> cluster.Asked:
     return replicas.asked(_REPLICA, min(replicas.min_replicas, num_chunks))
 
 
-def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> CacheUse:
+def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timeline) -> Finished:
     """Pull the pipeline to its end, show how far it is, and note when which stage worked."""
-    num_failed, cache = 0, CacheUse()
+    total = Finished(0, 0, [])
     price = run.config.price_per_hour
     forecast = Forecast(len(run.pending), None if price is None else price * _units(replicas))
     try:
@@ -117,21 +118,20 @@ def _consume(run: InferenceRun, replicas: cluster.ReplicaPlan, timeline: Timelin
         ):
             for chunk in chunks:
                 timeline.add(chunk.spans)
-                num_failed += chunk.num_failed
-                cache = cache.plus(chunk.cache)
+                total = total.plus(chunk)
                 num_replicas = min(len(timeline.replicas), replicas.max_replicas)  # lost ones come again
                 forecast.add(chunk.num_rows, num_replicas, begun_s=chunk.begun_s)
-                bar.set_postfix({"failed": num_failed, **forecast.words()}, refresh=False)
+                bar.set_postfix({"failed": total.num_failed, **forecast.words()}, refresh=False)
                 bar.update(chunk.num_rows)
-                run.check_errors(num_failed)
+                run.check_errors(total.num_failed)
     except ray.exceptions.RayError as error:
         done = f"{bar.n:,.0f} of {bar.total:,} rows are answered"
         raise InferenceError(f"{cluster.root_cause(error)}; {done}") from error
-    return cache
+    return total
 
 
 def _conclude(
-    run: InferenceRun, elapsed_s: float, timeline: Timeline, cache: CacheUse,
+    run: InferenceRun, elapsed_s: float, timeline: Timeline, done: Finished,
     replicas: cluster.ReplicaPlan | None,
 ) -> Summary:  # fmt: skip
     """Read the results back, write the report and, last, the manifest."""
@@ -148,8 +148,10 @@ def _conclude(
         raise InferenceError(
             f"{len(run.selected)} rows in, {tally.num_rows} results; run the same command again"
         )
-    usage = _usage(run, replicas, timeline, cache, tally.num_new)
-    summary = tally.summary(elapsed_s, usage, confidences.assess(run), drawn=draws.assess(run))
+    usage = _usage(run, replicas, timeline, done, tally.num_new)
+    summary = tally.summary(
+        elapsed_s, usage, confidences.assess(run), reuse=done.reuse, drawn=draws.assess(run)
+    )
     options = dataclasses.asdict(run.config)
     report = Report(
         title=_title(run.config),
@@ -192,7 +194,7 @@ def _results(run: InferenceRun) -> Iterator[tuple[Row, bool]]:
 
 
 def _usage(
-    run: InferenceRun, replicas: cluster.ReplicaPlan | None, timeline: Timeline, cache: CacheUse,
+    run: InferenceRun, replicas: cluster.ReplicaPlan | None, timeline: Timeline, done: Finished,
     num_answered: int,
 ) -> Usage | None:  # fmt: skip
     if replicas is None or not timeline.replicas:
@@ -204,7 +206,7 @@ def _usage(
         used_s=share * timeline.used_s(),
         num_answered=num_answered,
         price_per_hour=run.config.price_per_hour,
-        cached_share=cache.share,
+        cached_share=done.cache.share,
         energy_kwh=timeline.energy_kwh,
     )
 

@@ -13,6 +13,7 @@ for each chunk, so a chunk is larger where there are many rows.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -26,13 +27,16 @@ from vlmray import cluster
 from vlmray.dataset.registry import DatasetSpec
 from vlmray.dataset.rows import read_chunk
 from vlmray.inference import stages
-from vlmray.inference.chunks import CacheUse, Chunk, Finished, pack, unpack
+from vlmray.inference.chunks import CacheUse, Chunk, Finished, Reuse, pack, unpack
 from vlmray.inference.endpoint.keeping import api_key
 from vlmray.inference.plan import InferenceRun
 from vlmray.inference.replica import Replica, chunks_at_once, start_claims
 from vlmray.inference.result_folder import ResultFolder
+from vlmray.inference.reuse.keeping import SharedAnswers, start_answers
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Watch
+
+logger = logging.getLogger(__name__)
 
 _BATCHES_PER_CHUNK = 4
 """Rows of like length are batched together within a chunk, so it holds several batches."""
@@ -53,11 +57,15 @@ _NUM_LOCAL_TASKS = 4
 
 def iter_finished(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Generator[Finished]:
     """Answer the pending rows; tell of each chunk once it is written. To close it stops the stages."""
-    for block in _wire(run, replicas).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+    known = start_answers(run, replicas, count_chunks(run, replicas))
+    wired = _wire(run, replicas, known)
+    for block in wired.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield unpack(block)
+    if known is not None and (problems := known.problems()):
+        logger.warning("%s", problems)
 
 
-def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
+def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan, known: SharedAnswers | None) -> Dataset:
     """Connect the stages; nothing runs until the result is consumed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -89,6 +97,7 @@ def _wire(run: InferenceRun, replicas: cluster.ReplicaPlan) -> Dataset:
             start_claims(),
             run.folder,
             api_key(run.config),
+            known,
         ),
         compute=ActorPoolStrategy(
             min_size=min(replicas.min_replicas, num_chunks),
@@ -199,4 +208,5 @@ def _score_and_save(chunk: pa.Table, *, task: Task, folder: ResultFolder) -> pa.
     rows = [stages.score_row(row, task) for row in rows]
     stages.save_rows(rows, folder)
     num_failed = sum(row["error"] is not None for row in rows)
-    return pack(Finished(len(rows), num_failed, [*spans, watch.span("write")], CacheUse.of(rows)))
+    spans = [*spans, watch.span("write")]
+    return pack(Finished(len(rows), num_failed, spans, CacheUse.of(rows), Reuse.of(rows)))

@@ -24,6 +24,7 @@ from vlmray.engines.fake import FakeEngine
 from vlmray.engines.forms import read_form
 from vlmray.errors import OptionError, RunError
 from vlmray.inference.result_folder import ABSENT, ANSWERED, FAILED, ResultFolder
+from vlmray.inference.reuse.folder import AnswerFolder, open_cache
 from vlmray.inference.stages import ADAPTER, Task
 from vlmray.models.source import ModelSource
 from vlmray.models.templates.chat import check_template, template_fingerprint, with_template
@@ -60,6 +61,7 @@ def plan_inference(
     config = choice.settle(config)
     model = _open_model(config)
     check_engine(config, config.model_id, [config.adapter] if config.adapter else [])
+    cache = open_cache(config)
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
@@ -101,6 +103,7 @@ def plan_inference(
     return InferenceRun(
         config=config, choice=choice, model=model, source=source, spec=spec, task=task, folder=folder,
         selected=selected, pending=pending, repo=HubRepo.of(config, "dataset", dry_run=config.dry_run),
+        cache=cache,
     )  # fmt: skip
 
 
@@ -227,6 +230,9 @@ class InferenceRun:
 
     repo: HubRepo | None = None
     """Where the predictions are pushed to."""
+
+    cache: AnswerFolder | None = None
+    """Answers of earlier runs, to which those of this one are added."""
 
     @property
     def fetches_images(self) -> bool:

@@ -27,6 +27,7 @@ from vlmray.inference.claims import MAX_DEATHS, Claims, Holder
 from vlmray.inference.endpoint.keeping import Key, engine_options
 from vlmray.inference.energy.reading import Meter
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, pick
+from vlmray.inference.reuse.answers import Answers, Known
 from vlmray.inference.stages import Task
 from vlmray.inference.timeline import Span, Watch
 from vlmray.schema import Row
@@ -90,6 +91,7 @@ class Replica:
         claims: Handle of the run's `Claims`.
         folder: Where answers are written, later.
         key: Key of the server that answers, where one does.
+        known: Knows the answers of all replicas; None: this one knows its own.
     """
 
     def __init__(
@@ -100,9 +102,12 @@ class Replica:
         claims: Any,
         folder: ResultFolder,
         key: Key | None = None,
+        known: Known | None = None,
     ) -> None:
         context = ray.get_runtime_context()
         self._task, self._claims, self._folder = task, claims, folder
+        # The stand-in for tests answers by the names of rows.
+        self._known = None if config.engine == "fake" else known or Answers()
         self._id = context.get_actor_id()
         self._holder = Holder(uuid.uuid4().hex, context.get_node_id())
         self._turns = Turns(chunks_at_once(config.engine))
@@ -136,7 +141,7 @@ class Replica:
             rows = [row | written.get(row["sample_id"], {}) for row in rows]
         if num_deaths == 0 or (num_deaths == 1 and self._turns.number > 1):
             turn = self._claimed_turn(chunk, spans, alone=num_deaths > 0)
-            rows = stages.generate_rows(rows, self._engine, self._task, turn)
+            rows = stages.generate_rows(rows, self._engine, self._task, turn, self._known)
         else:
             self._claims.pause.remote(chunk)
             with self._turn(spans, alone=True):
@@ -154,7 +159,7 @@ class Replica:
         if num_deaths >= MAX_DEATHS:
             row["error"] = f"the replica died {num_deaths} times while answering it"
         else:
-            (row,) = stages.generate_rows([row], self._engine, self._task)
+            (row,) = stages.generate_rows([row], self._engine, self._task, known=self._known)
         self._claims.keep.remote(chunk, pick(row, RESULT_SCHEMA.names))
         return row
 

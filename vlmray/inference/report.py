@@ -60,10 +60,11 @@ def format_table(summary: Summary) -> str:
     if summary.usage:
         both = (_usage_facts(summary.usage), _energy_facts(summary.usage))
         lines += [", ".join(f"{fact.value} {fact.label}" for fact in facts) for facts in both if facts]
+    lines += [_fill(f"{fact.value} {fact.label}: {fact.note}") for fact in _reuse_facts(summary)]
     if summary.certainty and summary.certainty.threshold:
-        lines.append(textwrap.fill(summary.certainty.sentence, TERMINAL_WIDTH))
+        lines.append(_fill(summary.certainty.sentence))
     if summary.drawn:
-        lines.append(textwrap.fill(summary.drawn.sentence, TERMINAL_WIDTH))
+        lines.append(_fill(summary.drawn.sentence))
     note = _score_note(summary)
     return "\n".join(lines + ([note] if note else []))
 
@@ -95,6 +96,7 @@ def render_html(report: Report) -> str:
                 *_rate_facts(summary),
                 *(_usage_facts(summary.usage) if summary.usage else ()),
                 *(_energy_facts(summary.usage) if summary.usage else ()),
+                *_reuse_facts(summary),
             ),
             sections=tuple(sections),
         )
@@ -214,6 +216,18 @@ def _rate_facts(summary: Summary) -> list[Fact]:
         Fact("tokens/s", format_rate(summary.tokens_per_s), note),
         Fact("elapsed", format_duration(summary.elapsed_s)),
     ]
+
+
+def _reuse_facts(summary: Summary) -> list[Fact]:
+    identical, cached = summary.num_identical, summary.num_from_cache
+    sources = [f"{identical:,} from rows that ask the same"] if identical else []
+    sources += [f"{cached:,} from the answer cache"] if cached else []
+    note = f"{', '.join(sources)}; rates and cost count them"
+    return [Fact("answers taken over", f"{identical + cached:,}", note)] if sources else []
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, TERMINAL_WIDTH)
 
 
 def _usage_facts(usage: Usage) -> list[Fact]:

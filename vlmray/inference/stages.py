@@ -29,6 +29,9 @@ from vlmray.engines.logprobs import to_json
 from vlmray.images.decoding import decode_image, encode_jpeg, is_plain_jpeg
 from vlmray.inference.drawing.voting import by_row, draws_of, settle
 from vlmray.inference.result_folder import RESULT_SCHEMA, ResultFolder, image_names, pick
+from vlmray.inference.reuse.answers import Known
+from vlmray.inference.reuse.keys import request_key
+from vlmray.inference.reuse.taking import taking_over
 from vlmray.schema import Completion, Form, GenerationRequest, Row, Sample, Sampling
 
 ADAPTER = "adapter"
@@ -109,8 +112,9 @@ def _check_image(data: bytes, *, keep: bool) -> bytes | None:
 
 
 def generate_rows(
-    rows: Sequence[Row], engine: Engine, task: Task, turn: AbstractContextManager[None] | None = None
-) -> list[Row]:
+    rows: Sequence[Row], engine: Engine, task: Task, turn: AbstractContextManager[None] | None = None,
+    known: Known | None = None,
+) -> list[Row]:  # fmt: skip
     """Answer the rows that have neither an error nor an answer with one call of the engine.
 
     Args:
@@ -118,18 +122,25 @@ def generate_rows(
         engine: Answers them.
         task: How questions are asked.
         turn: Entered while the model works, for threads that share an engine.
+        known: Knows answers that are taken over; without, every row is asked.
     """
     pending = [row for row in rows if is_pending(row)]
     completions: list[Completion] = []
-    if pending:
-        requests = engine.prepare(make_requests(pending, task))
-        with turn or nullcontext():
-            completions = engine.generate(requests)
-    for row, drawn in zip(pending, by_row(completions, task.num_samples), strict=True):
-        row |= answered(*drawn)
-        if (logprobs := drawn[0].logprobs) is not None and "num_logprobs" in _own_settings(row):
-            row["logprobs"] = to_json(logprobs)
+    with taking_over(pending, functools.partial(row_key, task=task), known) as asked:
+        if pending:
+            requests = engine.prepare(make_requests(asked, task))
+            with turn or nullcontext():
+                completions = engine.generate(requests)
+        for row, drawn in zip(asked, by_row(completions, task.num_samples), strict=True):
+            row |= answered(*drawn)
+            if (logprobs := drawn[0].logprobs) is not None and "num_logprobs" in _own_settings(row):
+                row["logprobs"] = to_json(logprobs)
     return list(rows)
+
+
+def row_key(row: Row, task: Task) -> bytes | None:
+    """Return what rows have in common that have one answer; None where it is the row's alone."""
+    return request_key(make_requests([row], task)[0], row.get("settings"))
 
 
 def is_pending(row: Row) -> bool:

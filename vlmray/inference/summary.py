@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any
 
 from vlmray.inference.certainty.assessing import Certainty
+from vlmray.inference.chunks import Reuse
 from vlmray.inference.drawing.assessing import Drawn
 from vlmray.reports.errors import NO_FAMILY, is_failed
 from vlmray.reports.gallery import Verdict, verdict_of
@@ -152,6 +153,12 @@ class Summary:
     num_parsed: int = 0
     """How many of them are JSON, where that was asked for."""
 
+    num_identical: int = 0
+    """Answers of this run that were taken over from rows that ask the same; the rates count them."""
+
+    num_from_cache: int = 0
+    """Answers of this run that were taken over from earlier ones; likewise."""
+
     usage: Usage | None = None
     """What this run had of the cluster; None where it answered nothing."""
 
@@ -239,6 +246,7 @@ class Tally:
 
     def summary(
         self, elapsed_s: float, usage: Usage | None = None, certainty: Certainty | None = None,
+        reuse: Reuse | None = None,
         drawn: Drawn | None = None,
     ) -> Summary:  # fmt: skip
         """Mean the scores and set the work of this run against its time.
@@ -247,6 +255,7 @@ class Tally:
             elapsed_s: Wall-clock time of this run.
             usage: What it had of the cluster.
             certainty: How far its confidences can be relied on.
+            reuse: Which of its answers were taken over.
             drawn: What its draws are worth.
         """
         metric, families = self._metric, self._families
@@ -275,6 +284,7 @@ class Tally:
             num_formed=self._num_formed,
             num_keep_form=self._num_keep_form,
             num_parsed=self._num_parsed,
+            **(reuse or Reuse())._asdict(),
             usage=usage,
             certainty=certainty,
             drawn=drawn,

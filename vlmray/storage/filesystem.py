@@ -41,13 +41,14 @@ _WRITTEN = (
 )
 
 
-def check_apart(output_dir: str, dataset_name: str, *models: str | None) -> None:
+def check_apart(output_dir: str, dataset_name: str, *models: str | None, option: str = "output_dir") -> None:
     """Refuse an output folder that would be read as data, or as a model, once something is in it.
 
     Args:
         output_dir: Folder or URI that a job writes to.
         dataset_name: What it reads: a folder, a file or a URI; of another name nothing lies here.
         models: Folders, or other names, of what it loads.
+        option: What names the output folder.
 
     Raises:
         ValueError: The folder is in the dataset's, or that is in it, or it is a model's own.
@@ -56,18 +57,27 @@ def check_apart(output_dir: str, dataset_name: str, *models: str | None) -> None
     if output is None:
         return
     hint = "choose another folder"
-    if data is not None and data.is_dir() and (output.is_relative_to(data) or data.is_relative_to(output)):
+    if data is not None and data.is_dir() and lie_in_one_another(output_dir, dataset_name):
         problem = f"{output_dir} and --dataset_name {dataset_name} lie in one another"
-        raise OptionError("output_dir", f"{problem}: results would be read as data", hint)
+        raise OptionError(option, f"{problem}: results would be read as data", hint)
     if data is not None and data.parent == output and data.name in _WRITTEN:
         raise OptionError(
-            "output_dir", f"{output_dir} is where --dataset_name {dataset_name} would be written", hint
+            option, f"{output_dir} is where --dataset_name {dataset_name} would be written", hint
         )
     for model in models:
         if model and _local_path(model) == output and output.is_dir():
             raise OptionError(
-                "output_dir", f"{output_dir} is the folder of {model}, whose files would change", hint
+                option, f"{output_dir} is the folder of {model}, whose files would change", hint
             )
+
+
+def lie_in_one_another(one: str, other: str) -> bool:
+    """Tell whether two folders or URIs are the same, or one holds the other."""
+    here, there = _local_path(one), _local_path(other)
+    if here is None or there is None:
+        first, second = (f"{absolute_uri(name)}/" for name in (one, other))
+        return first.startswith(second) or second.startswith(first)
+    return here.is_relative_to(there) or there.is_relative_to(here)
 
 
 def _local_path(name: str) -> Path | None:

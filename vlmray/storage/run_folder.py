@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
@@ -35,6 +35,9 @@ _OPTIONS, _RUN, _REPORT = "options.json", "run.json", "report.html"
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """A folder that a run writes to. Pickles as its URI, so that tasks on any node can write too."""
+
+    option: ClassVar[str] = "output_dir"
+    """The option that names it."""
 
     uri: str
 
@@ -54,7 +57,7 @@ class RunFolder:
             ValueError: it cannot be made.
         """
         folder = cls(absolute_uri(output_dir))
-        with _naming_the_folder(output_dir):
+        with cls._naming_the_folder(output_dir):
             folder.make()
         return folder
 
@@ -66,9 +69,9 @@ class RunFolder:
             ValueError: another job wrote there.
         """
         folder = cls(absolute_uri(output_dir))
-        with _naming_the_folder(output_dir):
+        with cls._naming_the_folder(output_dir):
             found = folder.read_options()
-        _check(output_dir, find_objection(found, {"job": job}, has_results=False, earlier="resume"))
+        cls._check(output_dir, find_objection(found, {"job": job}, has_results=False, earlier="resume"))
         return folder
 
     @classmethod
@@ -88,10 +91,10 @@ class RunFolder:
             ValueError: the folder cannot be written, or holds a run that `earlier` does not allow.
         """
         folder = cls(absolute_uri(output_dir), **fields)
-        with _naming_the_folder(output_dir):
+        with cls._naming_the_folder(output_dir):
             folder.make()
             found, has_results = folder.read_options(), folder.has_results()
-            _check(output_dir, find_objection(found, options, has_results=has_results, earlier=earlier))
+            cls._check(output_dir, find_objection(found, options, has_results=has_results, earlier=earlier))
             if found is not None and (earlier == "delete" or not has_results):
                 folder.clear()
             folder.remove_leftovers()
@@ -229,17 +232,22 @@ class RunFolder:
         return sorted(name for name in names if not name.startswith("."))
 
     def _damaged(self, name: str, problem: object, cure: str) -> str:
-        return f"--output_dir: {self.uri}/{name} is damaged ({problem}); {cure}"
+        return f"--{self.option}: {self.uri}/{name} is damaged ({problem}); {cure}"
 
+    @classmethod
+    @contextlib.contextmanager
+    def _naming_the_folder(cls, output_dir: str) -> Iterator[None]:
+        """Turn what a file system raises into a mistake in the option."""
+        try:
+            yield
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = one_line(error, 1000)
+            raise ValueError(f"--{cls.option} {output_dir} cannot be written: {reason}") from error
 
-@contextlib.contextmanager
-def _naming_the_folder(output_dir: str) -> Iterator[None]:
-    """Turn what a file system raises into a mistake in --output_dir."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = one_line(error, 1000)
-        raise ValueError(f"--output_dir {output_dir} cannot be written: {reason}") from error
+    @classmethod
+    def _check(cls, output_dir: str, objection: str | None) -> None:
+        if objection is not None:
+            raise ValueError(f"--{cls.option} {output_dir} {objection}")
 
 
 @contextlib.contextmanager
@@ -258,8 +266,3 @@ def _delete(filesystem: FileSystem, info: FileInfo) -> None:
         filesystem.delete_file(info.path)
     elif info.type == FileType.Directory:
         filesystem.delete_dir(info.path)
-
-
-def _check(output_dir: str, objection: str | None) -> None:
-    if objection is not None:
-        raise ValueError(f"--output_dir {output_dir} {objection}")

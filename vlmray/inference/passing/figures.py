@@ -10,7 +10,8 @@ from vlmray.inference.summary import Summary
 from vlmray.publishing.trackers import Figures
 
 _COUNTS = (
-    "num_rows", "num_answered", "num_failed", "num_resumed", "num_scored", "score_with_failures",
+    "num_rows", "num_answered", "num_failed", "num_resumed", "num_identical", "num_from_cache",
+    "num_scored", "score_with_failures",
     "num_prompt_tokens", "num_completion_tokens", "samples_per_s", "tokens_per_s", "elapsed_s",
 )  # fmt: skip
 

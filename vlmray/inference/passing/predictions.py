@@ -176,6 +176,7 @@ def _write_card(run: InferenceRun, summary: Summary) -> str:
             "Prompt": prompt_facts(run),
             "Work": {
                 "answers per second": format_rate(summary.samples_per_s) if summary.samples_per_s else None,
+                "answers taken over": summary.num_identical + summary.num_from_cache or None,
                 "prompt tokens": summary.num_prompt_tokens,
                 "tokens written": summary.num_completion_tokens,
                 **({f"{usage.unit}-seconds held": f"{usage.held_s:,.0f}"} if usage else {}),
