@@ -22,7 +22,7 @@ from vlmray.reports.gallery import Gallery
 from vlmray.reports.lanes import Lane, LanePlot
 from vlmray.reports.page import Fact, Page
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Column, Mark, Table
+from vlmray.reports.tables import Cell, Column, Mark, Table
 
 
 def make_plot(text: str = "bar", **values: Any) -> Plot:
@@ -262,3 +262,13 @@ def test_a_mark_is_a_word_and_a_sign() -> None:
     assert "✕ failed" in Reader(render_sections(table)).text
     assert "failed" in table.to_text()
     assert not table.is_barred(1)
+
+
+def test_a_text_among_bars_stands_in_line_with_their_numbers() -> None:
+    table = Table(
+        title="T",
+        columns=(Column("a"), Column("b", numeric=True)),
+        rows=(("x", "75 %"), ("y", Cell("5 % (1–9)", 0.05, (0.01, 0.09))), ("z", Cell("none"))),
+    )
+    cells = Reader(render_sections(table)).find("td")
+    assert [attrs["class"] for attrs in cells] == ["num barred ranged"] * 3
