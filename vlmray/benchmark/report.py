@@ -21,7 +21,7 @@ from vlmray.reports.errors import error_table, option_table
 from vlmray.reports.gallery import Gallery
 from vlmray.reports.page import Fact, Page, Section, render_page
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Cell, Column, Mark, Table
+from vlmray.reports.tables import Cell, Column, Mark, Table, ranged_cell
 from vlmray.reports.text import TERMINAL_WIDTH, format_duration, format_percent, format_points, format_rate
 
 # ---------------------------------------------------------------------------------------------
@@ -272,13 +272,9 @@ def _score_table(board: Scoreboard, *, with_intervals: bool) -> Table:
 
 
 def _score_cell(interval: Interval, with_intervals: bool) -> str | Cell:
-    text = format_percent(interval.mean)
     if not with_intervals:
-        return text
-    return Cell(
-        f"{text} ({100 * interval.low:.1f}–{100 * interval.high:.1f})", interval.mean,
-        (interval.low, interval.high),
-    )  # fmt: skip
+        return format_percent(interval.mean)
+    return ranged_cell(interval.mean, interval.low, interval.high)
 
 
 def breakdown_table(board: Scoreboard, kind: str, *, short: bool = False) -> Table:

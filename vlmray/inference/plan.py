@@ -65,14 +65,7 @@ def plan_inference(
     is_first = questions is None
     questions = questions or open_selection(config, config.dataset_split, config.sample_slices)
     source, spec, selected = questions.source, questions.spec, questions.selected
-    if config.target_accuracy is not None and not spec.has_answers:
-        raise OptionError(
-            "target_accuracy", f"is about scores, and {config.dataset_name} has no answers to compare with"
-        )
-    if config.num_samples > 1 and spec.form == "request":
-        raise OptionError(
-            "num_samples", "is not for rows that are requests, of which each gets one answer", "leave it out"
-        )
+    _check_rows(config, spec)
     task = _task(config, spec)
     folder = ResultFolder.open_for(
         len(selected),
@@ -105,6 +98,18 @@ def plan_inference(
         selected=selected, pending=pending, repo=HubRepo.of(config, "dataset", dry_run=config.dry_run),
         cache=cache,
     )  # fmt: skip
+
+
+def _check_rows(config: InferConfig, spec: DatasetSpec) -> None:
+    """Refuse options that the rows of a dataset have no use for."""
+    if config.target_accuracy is not None and not spec.has_answers:
+        raise OptionError(
+            "target_accuracy", f"is about scores, and {config.dataset_name} has no answers to compare with"
+        )
+    if config.num_samples > 1 and spec.form == "request":
+        raise OptionError(
+            "num_samples", "is not for rows that are requests, of which each gets one answer", "leave it out"
+        )
 
 
 def choose_engine_of(

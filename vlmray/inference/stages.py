@@ -140,7 +140,7 @@ def generate_rows(
 
 def row_key(row: Row, task: Task) -> bytes | None:
     """Return what rows have in common that have one answer; None where it is the row's alone."""
-    return request_key(make_requests([row], task)[0], row.get("settings"))
+    return request_key(_make_request(row, task), row.get("settings"))
 
 
 def is_pending(row: Row) -> bool:

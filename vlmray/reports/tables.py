@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from vlmray.reports.gallery import Verdict
-from vlmray.reports.text import TERMINAL_WIDTH, clean_text, display_width, pad
+from vlmray.reports.text import TERMINAL_WIDTH, clean_text, display_width, format_with_range, pad
 
 # ---------------------------------------------------------------------------------------------
 # Building blocks: tables, galleries, facts
@@ -31,6 +31,11 @@ class Cell:
 
     interval: tuple[float, float] | None = None
     """Around the end of the bar, 0 to 1."""
+
+
+def ranged_cell(share: float, low: float, high: float) -> Cell:
+    """Return a cell of a share and the interval around it, each 0 to 1."""
+    return Cell(format_with_range(share, low, high), share, (low, high))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ def read_number(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
+def format_with_range(share: float, low: float, high: float) -> str:
+    """Format a share with the interval around it, each 0 to 1."""
+    return f"{format_percent(share)} ({100 * low:.1f}–{100 * high:.1f})"
+
+
 def format_percent(share: float | None) -> str:
     """Format 0 to 1 with one decimal; never rounds to a full 0 or 100 what is not."""
     if share is None:

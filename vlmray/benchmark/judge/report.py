@@ -12,8 +12,7 @@ from vlmray.benchmark.judge.settings import JUDGE
 from vlmray.benchmark.scoreboard import Scoreboard
 from vlmray.metrics.significance import Interval, mean_interval
 from vlmray.reports.errors import ErrorGroup, group_errors
-from vlmray.reports.tables import Cell, Column, Table
-from vlmray.reports.text import format_percent
+from vlmray.reports.tables import Column, Table, ranged_cell
 
 _HALF = 0.5
 ITSELF = "itself, asked again"
@@ -86,12 +85,9 @@ def judge_tables(judged: Judged, board: Scoreboard) -> list[Table]:
     ]
     if found := agreements(judged, board):
         rows = [
-            (name, f"{share.num_samples:,}", Cell(
-                f"{format_percent(share.mean)} ({100 * share.low:.1f}–{100 * share.high:.1f})", share.mean,
-                (share.low, share.high),
-            ))
+            (name, f"{share.num_samples:,}", ranged_cell(share.mean, share.low, share.high))
             for name, share in found.items()
-        ]  # fmt: skip
+        ]
         tables.append(
             Table(
                 title="Whom the judge agrees with",

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from vlmray.inference.certainty.assessing import Certainty
 from vlmray.metrics.calibration import Bin, Threshold
-from vlmray.metrics.significance import Interval
 from vlmray.reports.page import Section
 from vlmray.reports.plots import Plot, Series
-from vlmray.reports.tables import Cell, Column, Table
-from vlmray.reports.text import format_percent
+from vlmray.reports.tables import Column, Table, ranged_cell
+from vlmray.reports.text import format_percent, format_with_range
 
 
 def certainty_sections(found: Sequence[Certainty]) -> list[Section]:
@@ -42,7 +41,7 @@ def certainty_table(found: Sequence[Certainty]) -> Table:
                 f"{each.calibration.num_samples:,}",
                 format_percent(each.calibration.confidence),
                 format_percent(each.calibration.accuracy.mean),
-                _ranged(each.calibration.error, each.calibration.low, each.calibration.high),
+                format_with_range(each.calibration.error, each.calibration.low, each.calibration.high),
             )
             for each in found
         ),
@@ -107,7 +106,7 @@ def bin_table(found: Sequence[Certainty], measure: str = "confidence") -> Table:
                 f"{each.model + ': ' if each.model else ''}{_ends(bin_)}",
                 f"{bin_.accuracy.num_samples:,}",
                 format_percent(bin_.confidence),
-                _score(bin_.accuracy),
+                ranged_cell(bin_.accuracy.mean, bin_.accuracy.low, bin_.accuracy.high),
             )
             for each in found
             for bin_ in each.calibration.bins
@@ -120,14 +119,6 @@ def bin_table(found: Sequence[Certainty], measure: str = "confidence") -> Table:
 def _ends(found: Bin) -> str:
     low, high = f"{found.low:.4g}", f"{found.high:.4g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _score(found: Interval) -> Cell:
-    return Cell(_ranged(found.mean, found.low, found.high), found.mean, (found.low, found.high))
-
-
-def _ranged(value: float, low: float, high: float) -> str:
-    return f"{format_percent(value)} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def _bins(each: Certainty) -> Series:

@@ -8,7 +8,7 @@ from vlmray.inference.certainty.report import bin_table, reliability_plot, risk_
 from vlmray.inference.drawing.assessing import Drawn
 from vlmray.metrics.significance import Interval
 from vlmray.reports.page import Section
-from vlmray.reports.tables import Cell, Column, Table
+from vlmray.reports.tables import Cell, Column, Table, ranged_cell
 from vlmray.reports.text import format_percent
 
 
@@ -50,7 +50,4 @@ def draw_table(found: Sequence[Drawn]) -> Table:
 
 
 def _score(found: Interval | None) -> str | Cell:
-    if found is None:
-        return "–"
-    text = f"{format_percent(found.mean)} ({100 * found.low:.1f}–{100 * found.high:.1f})"
-    return Cell(text, found.mean, (found.low, found.high))
+    return "–" if found is None else ranged_cell(found.mean, found.low, found.high)

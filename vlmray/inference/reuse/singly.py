@@ -29,8 +29,7 @@ class AskedOnce:
 
     def add(self, row: Row) -> list[Row] | None:
         """Return the row if its answer is known, or nothing yet if it waits; None: it has to be asked."""
-        key = None if self._known is None else self._key_of(row)
-        if key is None or self._known is None:
+        if self._known is None or (key := self._key_of(row)) is None:
             return None
         if (twins := self._waiting.get(key)) is not None:
             twins.append(row)
